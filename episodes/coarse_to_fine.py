@@ -1,0 +1,114 @@
+"""The episode: two turns, one trajectory. ``generate`` is handed in, so this file knows no engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+from episodes import images
+from episodes.families import ModelFamily, Tokenizer
+from episodes.parsing import BoxOutcome, parse_zoom
+from episodes.prompts import PromptTemplates, fill
+from episodes.types import Box, Completion, Finish, Outcome, Pixels, Question, Trajectory, Turn, View
+
+
+class OnBadBox(StrEnum):
+    """A reply without a usable box ends the episode (nothing to read, no reward to hunt), or goes on with
+    the whole image as the crop (what the authors' released client does)."""
+
+    STOP = "stop"
+    WHOLE_IMAGE = "whole_image"
+
+
+@dataclass
+class EpisodeConfig:
+    coarse_tokens: int = 640
+    """Visual-token budget of the coarse view (paper: 640 or 1280)."""
+    fine_tokens: int = 640
+    """Visual-token budget of the crop."""
+    on_bad_box: OnBadBox = OnBadBox.STOP
+    max_image_pixels: int = images.MAX_PIXELS
+    """Larger images are refused before they are decoded."""
+    prompts: PromptTemplates = field(default_factory=PromptTemplates)
+
+
+Generate = Callable[[Sequence[int], Sequence[View], int], Awaitable[Completion]]
+"""(token ids of the whole conversation so far with one placeholder per image, its views, turn 0 or 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What the G samples of one question share: decoded once, never copied per sample."""
+
+    question: Question
+    pixels: Pixels
+    coarse: View
+    coarse_prompt: tuple[int, ...]
+    fine_prompt: tuple[int, ...]
+
+
+class CoarseToFine:
+    """The two turns as a story."""
+
+    def __init__(self, family: ModelFamily, tokenizer: Tokenizer, config: EpisodeConfig) -> None:
+        self.family, self.tokenizer, self.config = family, tokenizer, config
+
+    def open_scene(self, question: Question) -> Scene:
+        """Decode and prepare a question (CPU work: call it in a thread).
+
+        Raises UnreadableImage, ReservedText, ValueError: the question cannot be played."""
+        config = self.config
+        pixels = images.decode(question.image, config.max_image_pixels)
+        coarse = images.view(pixels, images.whole(pixels), self.family, config.coarse_tokens)
+        first = self.family.first_prompt(config.prompts.system, fill(config.prompts.coarse, question, self.family))
+        second = self.family.next_prompt(fill(config.prompts.fine, question, self.family))
+        return Scene(question, pixels, coarse, self._encode(first), self._encode(second))
+
+    async def play(self, scene: Scene, sample: int, generate: Generate) -> Trajectory:
+        """Look at the small copy, say where to look, read only that part, answer."""
+        coarse = scene.coarse
+        reply = await generate(scene.coarse_prompt, [coarse], 0)
+        look = _turn(scene.coarse_prompt, reply)
+        if not reply.stopped:
+            return Trajectory(scene.question.id, sample, (coarse,), (look,), Outcome.TRUNCATED, BoxOutcome.NO_TAG)
+
+        box, box_outcome = read_box(reply.text, coarse, self.family)
+        if box is None and self.config.on_bad_box is OnBadBox.WHOLE_IMAGE:
+            box = coarse.box
+        if box is None:
+            return Trajectory(scene.question.id, sample, (coarse,), (look,), Outcome.BAD_BOX, box_outcome)
+
+        crop = await asyncio.to_thread(images.view, scene.pixels, box, self.family, self.config.fine_tokens)
+        conversation = (*scene.coarse_prompt, *reply.token_ids, *scene.fine_prompt)
+        reply = await generate(conversation, [coarse, crop], 1)
+        read = _turn(scene.fine_prompt, reply)
+        outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
+        return Trajectory(scene.question.id, sample, (coarse, crop), (look, read), outcome, box_outcome)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def read_box(reply: str, coarse: View, family: ModelFamily) -> tuple[Box | None, BoxOutcome]:
+    """The one path from text to a box in original pixels. Never raises; None exactly where the outcome is
+    a refusal."""
+    corners = parse_zoom(reply)
+    if isinstance(corners, BoxOutcome):
+        return None, corners
+    return images.locate(corners, coarse, family)
+
+
+def _turn(prompt: Sequence[int], reply: Completion) -> Turn:
+    return Turn(
+        prompt_ids=np.asarray(prompt, np.int32),
+        completion_ids=np.asarray(reply.token_ids, np.int32),
+        logprobs=np.asarray(reply.logprobs, np.float32),
+        text=reply.text,
+        finish=Finish.STOP if reply.stopped else Finish.LENGTH,
+        engine_prompt_length=reply.prompt_length,
+        policy_version=reply.weight_version,
+    )

@@ -1,0 +1,162 @@
+"""All that differs between model families, one small class each.
+
+A family knows how images are sized, how a box is written, which special tokens exist and how a chat is
+assembled. It never loads weights. To add one: subclass ``ModelFamily`` and add a line to ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from episodes.types import Box, View
+
+Corners = tuple[float, float, float, float]
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that episodes need."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+
+class ModelFamily(ABC):
+    """Sizes are pixels. A *visual token* is what the language model sees: ``multiple x multiple`` pixels."""
+
+    model_type: ClassVar[str]
+    patch_size: ClassVar[int]
+    merge_size: ClassVar[int]
+    min_visual_tokens: ClassVar[int]
+    """The family's processor enlarges anything smaller, so our views never are."""
+    max_aspect_ratio: ClassVar[float] = 200.0
+    """The family's processors refuse more (``smart_resize`` in transformers)."""
+
+    image_pad: ClassVar[str] = "<|image_pad|>"
+    image_placeholder: ClassVar[str] = "<|vision_start|><|image_pad|><|vision_end|>"
+    vision_tokens: ClassVar[tuple[str, ...]] = (
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    )
+    control_tokens: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    turn_end: ClassVar[str] = "<|im_end|>"
+
+    @property
+    def multiple(self) -> int:
+        """Both sides of a view are multiples of this many pixels."""
+        return self.patch_size * self.merge_size
+
+    def visual_tokens(self, view: View) -> int:
+        return (view.width // self.multiple) * (view.height // self.multiple)
+
+    def fit(self, width: int, height: int, budget: int) -> tuple[int, int]:
+        """(width, height) for an image within ``budget`` visual tokens, aspect ratio kept as closely as
+        multiples allow. Follows ``smart_resize`` (transformers, qwen2_vl), so that the processor's own
+        resize is an identity on the result.
+
+        Raises ValueError where the budget is below the family's minimum or the image is too thin."""
+        if budget < self.min_visual_tokens:
+            raise ValueError(f"a budget of {budget} visual tokens is below the {self.min_visual_tokens} of {self.model_type}")
+        if max(width, height) > self.max_aspect_ratio * min(width, height):
+            raise ValueError(f"{width} x {height} is thinner than 1:{self.max_aspect_ratio:.0f}")
+        unit = self.multiple
+        columns, rows = round(width / unit), round(height / unit)
+        if columns * rows > budget:
+            shrink = math.sqrt(width * height / (budget * unit * unit))
+            columns, rows = math.floor(width / shrink / unit), math.floor(height / shrink / unit)
+        elif columns * rows < self.min_visual_tokens:
+            grow = math.sqrt(self.min_visual_tokens * unit * unit / (width * height))
+            columns, rows = math.ceil(width * grow / unit), math.ceil(height * grow / unit)
+        columns, rows = max(1, columns), max(1, rows)
+        if columns * rows > budget:  # a thin image, rounded up to one unit on its short side
+            columns, rows = (budget // rows, rows) if columns > rows else (columns, budget // columns)
+        return columns * unit, rows * unit
+
+    @abstractmethod
+    def read_corners(self, written: Corners, coarse: View) -> Corners:
+        """The corners a policy wrote -> pixels of the coarse view."""
+
+    @abstractmethod
+    def write_corners(self, box: Box, coarse: View) -> tuple[int, int, int, int]:
+        """A box in original pixels -> the integers a policy should write (for supervised targets)."""
+
+    def banned_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Ids that must never be sampled: a sampled placeholder breaks the count of image features
+        (R1-V #91, verl #3469, TRL #3847)."""
+        return tuple(sorted(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens))
+
+    def reserved_text(self, text: str) -> str | None:
+        """The first special token that ``text`` spells out, or None. User text must not contain any."""
+        return next((token for token in self.vision_tokens + self.control_tokens if token in text), None)
+
+    def first_prompt(self, system: str, user: str) -> str:
+        """The whole prompt of turn 1, ready for the assistant to go on."""
+        head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+        return f"{head}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+    def next_prompt(self, user: str) -> str:
+        """What a further turn appends after the sampled end-of-turn token. The newline that the chat
+        template puts after it was never sampled, so it belongs here (verl #6719)."""
+        return f"\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+    def image_inputs(self, image_processor: Any, views: list[View]) -> tuple[Any, Any]:
+        """(pixel_values float[patches, channels], image_grid_thw int64[images, 3]) as torch tensors, by the
+        family's own Hugging Face image processor.
+
+        Raises ValueError if the processor resized a view (trap: resizing twice)."""
+        features = image_processor(images=[view.pixels for view in views], return_tensors="pt")
+        grids = [(1, view.height // self.patch_size, view.width // self.patch_size) for view in views]
+        got = [tuple(grid) for grid in features["image_grid_thw"].tolist()]
+        if got != grids:
+            raise ValueError(
+                f"the image processor resized views: grids {got}, expected {grids}; "
+                "raise its max_pixels to at least the visual-token budget"
+            )
+        return features["pixel_values"], features["image_grid_thw"]
+
+
+class Qwen25VL(ModelFamily):
+    """Qwen2.5-VL: patches of 14, boxes in pixels of the image the model sees."""
+
+    model_type = "qwen2_5_vl"
+    patch_size = 14
+    merge_size = 2
+    min_visual_tokens = 4
+
+    def read_corners(self, written: Corners, coarse: View) -> Corners:
+        return written
+
+    def write_corners(self, box: Box, coarse: View) -> tuple[int, int, int, int]:
+        sx, sy = coarse.width / coarse.box.width, coarse.height / coarse.box.height
+        return round(box.x1 * sx), round(box.y1 * sy), round(box.x2 * sx), round(box.y2 * sy)
+
+
+FAMILIES: dict[str, type[ModelFamily]] = {family.model_type: family for family in (Qwen25VL,)}
+
+
+def family_of(model: str) -> ModelFamily:
+    """The family of a local folder or a hub name. Raises ValueError for a family we do not know."""
+    config = Path(model) / "config.json"
+    if config.is_file():
+        model_type = json.loads(config.read_text())["model_type"]
+    else:
+        from transformers import AutoConfig
+
+        model_type = AutoConfig.from_pretrained(model).model_type
+    if model_type not in FAMILIES:
+        raise ValueError(f"{model} is a {model_type!r} model; known families: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]()
+
+
+def load_tokenizer(model: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model)
+    return tokenizer

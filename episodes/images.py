@@ -1,0 +1,89 @@
+"""From encoded images to views: decode, crop at original resolution, resize to a visual-token budget."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from episodes.families import Corners, ModelFamily
+from episodes.parsing import BoxOutcome
+from episodes.types import Box, Pixels, View
+
+MAX_PIXELS = 200_000_000
+"""Default limit on decoded images: 200 megapixels, 600 MB of RGB."""
+
+
+class UnreadableImage(ValueError):
+    """The image cannot be decoded; the message says why."""
+
+
+def decode(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """uint8[height, width, 3] RGB, upright (EXIF orientation applied), transparency on white.
+
+    Raises UnreadableImage for a missing, damaged, unknown or oversized image; the size is checked before
+    any pixel is decoded."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise UnreadableImage(f"{width} x {height} is more than the limit of {max_pixels} pixels")
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I;16"):
+                upright = upright.point(lambda value: value / 256).convert("L")
+            if upright.has_transparency_data:
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+            return np.asarray(upright.convert("RGB"))
+    except UnreadableImage:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
+        raise UnreadableImage(f"not a readable image: {error}") from error
+
+
+def whole(pixels: Pixels) -> Box:
+    return Box(0, 0, int(pixels.shape[1]), int(pixels.shape[0]))
+
+
+def view(pixels: Pixels, box: Box, family: ModelFamily, budget: int) -> View:
+    """``box`` of the original ``pixels``, resized to at most ``budget`` visual tokens (bicubic).
+
+    Raises ValueError when the box leaves the image or is too thin for the family."""
+    if not whole(pixels).contains(box):
+        raise ValueError(f"{box} leaves an image of {pixels.shape[1]} x {pixels.shape[0]}")
+    size = family.fit(box.width, box.height, budget)
+    crop = pixels[box.y1 : box.y2, box.x1 : box.x2]
+    if size != (box.width, box.height):
+        crop = np.asarray(Image.fromarray(crop).resize(size, Image.Resampling.BICUBIC))
+    return View(box, np.ascontiguousarray(crop))
+
+
+def locate(corners: Corners, coarse: View, family: ModelFamily) -> tuple[Box | None, BoxOutcome]:
+    """The corners a policy wrote -> the box in original pixels, and the named outcome.
+
+    Corners are put in order, clamped to the image, mapped to the original and rounded outwards, so that
+    the box covers at least what was asked for. ``None`` exactly where the outcome is a refusal."""
+    xa, ya, xb, yb = family.read_corners(corners, coarse)
+    if not all(math.isfinite(value) for value in (xa, ya, xb, yb)):
+        return None, BoxOutcome.NOT_FINITE
+    x1, x2, y1, y2 = min(xa, xb), max(xa, xb), min(ya, yb), max(ya, yb)
+    if x1 == x2 or y1 == y2:
+        return None, BoxOutcome.EMPTY
+    if x2 <= 0 or y2 <= 0 or x1 >= coarse.width or y1 >= coarse.height:
+        return None, BoxOutcome.OUTSIDE
+    clamped = x1 < 0 or y1 < 0 or x2 > coarse.width or y2 > coarse.height
+    x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, coarse.width), min(y2, coarse.height)
+    original = coarse.box
+    sx, sy = original.width / coarse.width, original.height / coarse.height
+    left, top = min(math.floor(x1 * sx), original.width - 1), min(math.floor(y1 * sy), original.height - 1)
+    right = min(max(math.ceil(x2 * sx), left + 1), original.width)
+    bottom = min(max(math.ceil(y2 * sy), top + 1), original.height)
+    box = Box(left, top, right, bottom)
+    if max(box.width, box.height) > family.max_aspect_ratio * min(box.width, box.height):
+        return None, BoxOutcome.SLIVER
+    if (xa, ya, xb, yb) != (min(xa, xb), min(ya, yb), max(xa, xb), max(ya, yb)):
+        return box, BoxOutcome.REORDERED
+    return box, BoxOutcome.CLAMPED if clamped else BoxOutcome.OK

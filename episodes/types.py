@@ -1,0 +1,208 @@
+"""The shared vocabulary: what travels between the packages.
+
+Frozen, slotted dataclasses whose constructors check lengths. Per-token arrays have length S and entry t
+describes token t. Boxes are half-open rectangles in pixels of the *original* image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Half-open rectangle ``[x1, x2) x [y1, y2)`` in original pixels; never empty, never negative."""
+
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.x1 < self.x2 and 0 <= self.y1 < self.y2):
+            raise ValueError(f"not a box: ({self.x1}, {self.y1}, {self.x2}, {self.y2}); need 0 <= x1 < x2 and 0 <= y1 < y2")
+
+    @property
+    def width(self) -> int:
+        return self.x2 - self.x1
+
+    @property
+    def height(self) -> int:
+        return self.y2 - self.y1
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
+    def contains(self, other: Box) -> bool:
+        return self.x1 <= other.x1 and self.y1 <= other.y1 and other.x2 <= self.x2 and other.y2 <= self.y2
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One dataset row. ``image`` is encoded bytes or a path, at original resolution; ``boxes`` (original
+    pixels) say where the answer is and are used for evaluation only, never for a reward."""
+
+    id: str
+    image: bytes | Path
+    text: str
+    answer: str
+    options: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """What a model sees of ``box``: ``pixels`` uint8[height, width, 3] (RGB), sized so that no processor's
+    own resize changes anything."""
+
+    box: Box
+    pixels: Pixels
+
+    def __post_init__(self) -> None:
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] != 3:
+            raise ValueError(f"view pixels must be uint8[h, w, 3], got {self.pixels.dtype}{list(self.pixels.shape)}")
+
+    @property
+    def width(self) -> int:
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        return int(self.pixels.shape[0])
+
+
+class Finish(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Completion(Protocol):
+    """What a ``generate`` function returns for one request (implemented by ``cluster.engine.Completion``)."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def logprobs(self) -> Sequence[float]: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def stopped(self) -> bool: ...
+    @property
+    def prompt_length(self) -> int: ...
+    @property
+    def weight_version(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """One reply of the policy.
+
+    prompt_ids: int32[P], only what is new in this turn, one placeholder per image.
+    completion_ids: int32[T], exactly as sampled (the end-of-turn token included when it was sampled).
+    logprobs: float32[T], of the sampled tokens under the sampling distribution (nats).
+    engine_prompt_length: length of the *whole* prompt of this turn as the engine saw it, placeholders expanded.
+    policy_version: version of the weights that sampled this turn.
+    """
+
+    prompt_ids: IntArray
+    completion_ids: IntArray
+    logprobs: FloatArray
+    text: str
+    finish: Finish
+    engine_prompt_length: int
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        if len(self.completion_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.completion_ids)} completion ids but {len(self.logprobs)} logprobs")
+
+
+class Outcome(StrEnum):
+    """How an episode ended. ANSWERED: turn 2 was played to its end (whether or not the answer parses)."""
+
+    ANSWERED = "answered"
+    BAD_BOX = "bad_box"
+    TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One two-turn attempt at a question. views: (coarse,) or (coarse, crop); turns: 1 or 2.
+
+    ``box_outcome`` is the named outcome of the box contract for turn 1 (a ``parsing.BoxOutcome`` value)."""
+
+    question_id: str
+    sample: int
+    views: tuple[View, ...]
+    turns: tuple[Turn, ...]
+    outcome: Outcome
+    box_outcome: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.turns) <= 2 or len(self.views) != len(self.turns):
+            raise ValueError(f"{len(self.turns)} turns with {len(self.views)} views; need as many views as turns, 1 or 2")
+
+    @property
+    def crop(self) -> View | None:
+        return self.views[1] if len(self.views) == 2 else None
+
+    @property
+    def original(self) -> Box:
+        """The whole original image (the coarse view always shows all of it)."""
+        return self.views[0].box
+
+    @property
+    def area_ratio(self) -> float | None:
+        """area(crop) / area(original), or None when no crop was made."""
+        return None if self.crop is None else self.crop.box.area / self.original.area
+
+    @property
+    def token_ids(self) -> IntArray:
+        """int32[S], one placeholder per image."""
+        return np.concatenate([part for turn in self.turns for part in (turn.prompt_ids, turn.completion_ids)])
+
+    @property
+    def loss_mask(self) -> BoolArray:
+        """bool[S], True exactly where the policy sampled the token."""
+        return np.concatenate(
+            [np.full(len(ids), sampled) for turn in self.turns for ids, sampled in ((turn.prompt_ids, False), (turn.completion_ids, True))]
+        )
+
+    @property
+    def logprobs(self) -> FloatArray:
+        """float32[S], 0 where the loss mask is False."""
+        return np.concatenate(
+            [part for turn in self.turns for part in (np.zeros(len(turn.prompt_ids), np.float32), turn.logprobs)]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a trajectory earned: the weighted ``total`` and every part beside it."""
+
+    total: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Unscored:
+    """The trajectory could not be scored, and why. It leaves both the loss and its group's baseline."""
+
+    reason: str
+
+
+Verdict = Score | Unscored
