@@ -10,7 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from episodes.types import Box, View
 
@@ -63,7 +63,9 @@ class ModelFamily(ABC):
 
         Raises ValueError where the budget is below the family's minimum or the image is too thin."""
         if budget < self.min_visual_tokens:
-            raise ValueError(f"a budget of {budget} visual tokens is below the {self.min_visual_tokens} of {self.model_type}")
+            raise ValueError(
+                f"a budget of {budget} visual tokens is below the {self.min_visual_tokens} of {self.model_type}"
+            )
         if max(width, height) > self.max_aspect_ratio * min(width, height):
             raise ValueError(f"{width} x {height} is thinner than 1:{self.max_aspect_ratio:.0f}")
         unit = self.multiple
@@ -75,6 +77,8 @@ class ModelFamily(ABC):
             grow = math.sqrt(self.min_visual_tokens * unit * unit / (width * height))
             columns, rows = math.ceil(width * grow / unit), math.ceil(height * grow / unit)
         columns, rows = max(1, columns), max(1, rows)
+        longest = int(self.max_aspect_ratio) * min(columns, rows)  # rounding may make a thin image thinner
+        columns, rows = min(columns, longest), min(rows, longest)
         if columns * rows > budget:  # a thin image, rounded up to one unit on its short side
             columns, rows = (budget // rows, rows) if columns > rows else (columns, budget // columns)
         return columns * unit, rows * unit
@@ -158,5 +162,4 @@ def family_of(model: str) -> ModelFamily:
 def load_tokenizer(model: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model)
-    return tokenizer
+    return cast(Tokenizer, AutoTokenizer.from_pretrained(model))

@@ -34,19 +34,18 @@ class BoxOutcome(StrEnum):
 
 _NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:nan|inf(?:inity)?))\s*"
 _BOX = re.compile(rf"\s*[\[(]?{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]?\s*", re.IGNORECASE | re.ASCII)
-_ZOOM = re.compile(r"<zoom>(.*?)</zoom>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MAX_BOX_TEXT = 400
 
 
 def parse_zoom(reply: str) -> Corners | BoxOutcome:
     """The four numbers of the only ``<zoom>`` in a reply, in the convention of the model family."""
-    found = _ZOOM.findall(reply)
-    if not found:
-        return BoxOutcome.NO_TAG
-    if len(found) > 1:
+    openings = reply.count("<zoom>")
+    if openings > 1:
         return BoxOutcome.SEVERAL
-    match = _BOX.fullmatch(found[0]) if len(found[0]) <= _MAX_BOX_TEXT else None
+    written, closing, _ = reply.partition("<zoom>")[2].partition("</zoom>")
+    if not openings or not closing:
+        return BoxOutcome.NO_TAG
+    match = _BOX.fullmatch(written) if len(written) <= _MAX_BOX_TEXT else None
     if match is None:
         return BoxOutcome.MALFORMED
     x1, y1, x2, y2 = (float(number) for number in match.groups())
@@ -55,5 +54,6 @@ def parse_zoom(reply: str) -> Corners | BoxOutcome:
 
 def parse_answer(reply: str) -> str | None:
     """The text of the last ``<answer>`` in a reply, stripped; None where there is none or it is empty."""
-    found = _ANSWER.findall(reply)
-    return (found[-1].strip() or None) if found else None
+    before, closing, _ = reply.rpartition("</answer>")
+    _, opening, answer = before.rpartition("<answer>")
+    return (answer.strip() or None) if closing and opening else None

@@ -32,7 +32,9 @@ class Box:
 
     def __post_init__(self) -> None:
         if not (0 <= self.x1 < self.x2 and 0 <= self.y1 < self.y2):
-            raise ValueError(f"not a box: ({self.x1}, {self.y1}, {self.x2}, {self.y2}); need 0 <= x1 < x2 and 0 <= y1 < y2")
+            raise ValueError(
+                f"not a box: ({self.x1}, {self.y1}, {self.x2}, {self.y2}); need 0 <= x1 < x2 and 0 <= y1 < y2"
+            )
 
     @property
     def width(self) -> int:
@@ -154,7 +156,9 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.turns) <= 2 or len(self.views) != len(self.turns):
-            raise ValueError(f"{len(self.turns)} turns with {len(self.views)} views; need as many views as turns, 1 or 2")
+            raise ValueError(
+                f"{len(self.turns)} turns with {len(self.views)} views; need as many views as turns, 1 or 2"
+            )
 
     @property
     def crop(self) -> View | None:
@@ -179,7 +183,11 @@ class Trajectory:
     def loss_mask(self) -> BoolArray:
         """bool[S], True exactly where the policy sampled the token."""
         return np.concatenate(
-            [np.full(len(ids), sampled) for turn in self.turns for ids, sampled in ((turn.prompt_ids, False), (turn.completion_ids, True))]
+            [
+                np.full(len(ids), sampled)
+                for turn in self.turns
+                for ids, sampled in ((turn.prompt_ids, False), (turn.completion_ids, True))
+            ]
         )
 
     @property

@@ -1,0 +1,56 @@
+# ergo-rl: `make` lists what there is. Needs make, Python 3.11 or newer with pip, and a C++ compiler.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+DEVICE ?= auto
+ARGS ?=
+
+SETUP = $(PYTHON) scripts/setup_env.py --device $(DEVICE)
+# On PATH for every child process too: DeepSpeed looks for ninja there. Not for SETUP, which runs outside of it.
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: help train test setup setup-dev lint format check-python
+
+help:  ## This list
+	@echo "usage: make TARGET [ARGS=...] [DEVICE=auto|cpu|gpu] [PYTHON=python3.12]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+train: setup  ## Set up, then train (ARGS="seed=3" overrides the config)
+	$(IN_VENV) ergo-rl train $(ARGS)
+
+test: setup-dev  ## Set up, then lint, types, import contracts and all tests (ARGS go to pytest)
+	@$(MAKE) lint-only
+	@echo; echo "=== tests: pytest ==="
+	@$(IN_VENV) pytest $(ARGS)
+
+setup: check-python  ## Make .venv with everything pinned (2 to 5 minutes the first time, then at once)
+	@$(SETUP)
+
+setup-dev: check-python
+	@$(SETUP) --dev
+
+lint: setup-dev  ## Lint, formatting, types and import contracts
+	@$(MAKE) lint-only
+
+.PHONY: lint-only
+lint-only:
+	@export $(IN_VENV); status=0; \
+	check() { echo; echo "=== $$1: $${*:2} ==="; "$${@:2}" || status=1; }; \
+	check "lint" ruff check; \
+	check "formatting" ruff format --check; \
+	check "types" mypy; \
+	check "import contracts" lint-imports; \
+	exit $$status
+
+format: setup-dev  ## Put the code into the house format
+	$(IN_VENV) ruff check --fix
+	$(IN_VENV) ruff format
+
+check-python:
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "There is no '$(PYTHON)' on PATH. Install Python 3.11 or newer, or name one: make train PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; ergo-rl needs 3.11 or newer.\nInstall one, then name it: make train PYTHON=python3.12" % sys.version_info[:2])'

@@ -1,0 +1,85 @@
+"""What jobs see of the rollout workers: play, load weights, resize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.rollout_worker import Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
+from cluster.placement import Cluster
+from cluster.pool import Pool
+from episodes.coarse_to_fine import EpisodeConfig
+from episodes.types import Question, Trajectory
+
+ROLE = "rollout"
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """The facts of a played group, and a reference to its ``tuple[Trajectory, ...]``."""
+
+    played: Played
+    trajectories: ray.ObjectRef
+
+
+class RolloutPool:
+    """Rollout workers as one thing. New and replaced workers are given the current weights before they play."""
+
+    def __init__(self, pool: Pool, config: RolloutConfig) -> None:
+        self._pool, self.config = pool, config
+        self._weights: tuple[int, Sequence[ray.ObjectRef]] | None = None
+
+    @classmethod
+    def launch(cls, cluster: Cluster, config: RolloutConfig, episode: EpisodeConfig) -> RolloutPool:
+        """Create the workers; they start in the background (``await ready()``)."""
+        cluster.request(ROLE, config.resources)
+        actor_class = ray.remote(RolloutWorker)
+
+        def spawn(index: int) -> Any:
+            return actor_class.options(**cluster.actor_options(ROLE, index)).remote(config, episode)
+
+        async def catch_up(worker: Any) -> None:
+            if self._weights is not None:
+                version, buckets = self._weights
+                await worker.load_weights.remote(version, *buckets)
+
+        self = cls(Pool(spawn, config.workers, config.restarts, "rollout workers", catch_up), config)
+        return self
+
+    async def ready(self, deadline_s: float) -> None:
+        await self._pool.ready(deadline_s)
+
+    async def play(
+        self, question: Question, seed: int, samples: int | None = None, sampling: SamplingConfig | None = None
+    ) -> Rollout | Unplayable:
+        """Play ``question`` (``group_size`` times unless told otherwise) on the least loaded worker."""
+        count = range(self.config.group_size if samples is None else samples)
+        played, reference = await self._pool.call("play", question, tuple(count), seed, sampling, num_returns=2)
+        return played if isinstance(played, Unplayable) else Rollout(played, reference)
+
+    async def play_everywhere(self, question: Question, seed: int, samples: int) -> list[tuple[Trajectory, ...]]:
+        """The same play on every worker (to prove what weights they hold)."""
+        answers = await self._pool.call_all("play", question, tuple(range(samples)), seed, None)
+        for played, _ in answers:
+            if isinstance(played, Unplayable):
+                raise ValueError(f"question {played.question_id!r} cannot be played: {played.reason}")
+        return [trajectories for _, trajectories in answers]
+
+    async def load_weights(self, version: int, buckets: Sequence[ray.ObjectRef]) -> list[float]:
+        """Every worker takes over ``version``; seconds per worker. Kept for workers that come later."""
+        self._weights = (version, list(buckets))
+        seconds: list[float] = await self._pool.call_all("load_weights", version, *buckets)
+        return seconds
+
+    @property
+    def restarts(self) -> int:
+        return self._pool.restarts
+
+    async def resize(self, workers: int) -> None:
+        await self._pool.resize(workers)
+
+    async def close(self) -> None:
+        await self._pool.close()

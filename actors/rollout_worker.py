@@ -1,0 +1,146 @@
+"""The Ray actor that plays episodes: one vLLM engine, many episodes in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Sampling
+from cluster.placement import Resources
+from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
+from episodes.families import family_of, load_tokenizer
+from episodes.images import UnreadableImage
+from episodes.prompts import ReservedText
+from episodes.types import Box, Outcome, Question, Trajectory, View
+
+
+@dataclass
+class SamplingConfig:
+    """How the policy is sampled. No top-p or top-k: the learner's distribution would differ from the sampled one."""
+
+    temperature: float = 1.0
+    """0 is greedy (evaluation only)."""
+    coarse_max_tokens: int = 512
+    """Longest reply of turn 1."""
+    fine_max_tokens: int = 512
+    """Longest reply of turn 2."""
+
+
+@dataclass
+class RolloutConfig:
+    workers: int = 1
+    resources: Resources = field(default_factory=Resources)
+    """Per worker."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    group_size: int = 8
+    """Trajectories per question (GRPO's G)."""
+    restarts: int = 3
+    """Dead workers replaced before the run gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryFacts:
+    """What the driver needs to know of a trajectory without ever holding its pixels."""
+
+    outcome: Outcome
+    box_outcome: str
+    crop: Box | None
+    area_ratio: float | None
+    prompt_tokens: int
+    reply_tokens: tuple[int, ...]
+    policy_versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """Facts of the G trajectories of one question, in the order of ``sample``; the trajectories themselves
+    travel by reference."""
+
+    question_id: str
+    facts: tuple[TrajectoryFacts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unplayable:
+    """A question that cannot be played (unreadable image, reserved text, too long), and why."""
+
+    question_id: str
+    reason: str
+
+
+class RolloutWorker:
+    """One engine and the episodes that run on it. Made a Ray actor by ``RolloutPool``."""
+
+    def __init__(self, config: RolloutConfig, episode: EpisodeConfig) -> None:
+        self._config = config
+        self._episode = episode
+
+    async def start(self) -> None:
+        model = self._config.engine.model
+        self._family, tokenizer = family_of(model), load_tokenizer(model)
+        self._episodes = CoarseToFine(self._family, tokenizer, self._episode)
+        self._stop_ids = (tokenizer.convert_tokens_to_ids(self._family.turn_end),)
+        self._banned_ids = self._family.banned_ids(tokenizer)
+        self._engine = await Engine.start(self._config.engine)
+
+    async def play(
+        self, question: Question, samples: Sequence[int], seed: int, sampling: SamplingConfig | None = None
+    ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
+        """Play one question ``len(samples)`` times at once. Turn 2 of a sample starts the moment its turn 1
+        ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same."""
+        sampling = sampling or self._config.sampling
+        limits = (sampling.coarse_max_tokens, sampling.fine_max_tokens)
+        try:
+            scene = await asyncio.to_thread(self._episodes.open_scene, question)
+
+            async def one(sample: int) -> Trajectory:
+                async def generate(token_ids: Sequence[int], views: Sequence[View], turn: int) -> Completion:
+                    how = Sampling(
+                        max_tokens=limits[turn],
+                        temperature=sampling.temperature,
+                        seed=stable_seed(seed, question.id, sample, turn),
+                        stop_ids=self._stop_ids,
+                        banned_ids=self._banned_ids,
+                    )
+                    return await self._engine.generate(token_ids, [view.pixels for view in views], how)
+
+                return await self._episodes.play(scene, sample, generate)
+
+            trajectories = tuple(await asyncio.gather(*(one(sample) for sample in samples)))
+        except (UnreadableImage, ReservedText, EngineRefused) as error:
+            return Unplayable(question.id, f"{type(error).__name__}: {error}"), ()
+        return Played(question.id, tuple(map(facts_of, trajectories))), trajectories
+
+    async def load_weights(self, version: int, *buckets: bytes) -> float:
+        """Take over the weights of ``version``; seconds it took (generation paused meanwhile)."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        await self._engine.load_weights(version, buckets)
+        return loop.time() - started
+
+
+def stable_seed(*parts: object) -> int:
+    """63 bits, the same in every process and run (``hash`` is not)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def facts_of(trajectory: Trajectory) -> TrajectoryFacts:
+    turns = trajectory.turns
+    return TrajectoryFacts(
+        outcome=trajectory.outcome,
+        box_outcome=trajectory.box_outcome,
+        crop=None if trajectory.crop is None else trajectory.crop.box,
+        area_ratio=trajectory.area_ratio,
+        prompt_tokens=turns[-1].engine_prompt_length - sum(len(turn.completion_ids) for turn in turns[:-1]),
+        reply_tokens=tuple(len(turn.completion_ids) for turn in turns),
+        policy_versions=tuple(turn.policy_version for turn in turns),
+    )
+
+
+def without_image(question: Question) -> Question:
+    """The question without its picture, for those who must not see it or need not carry it."""
+    return replace(question, image=b"")

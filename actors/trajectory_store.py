@@ -1,0 +1,90 @@
+"""Scored groups waiting for the learner: references and scores, bounded in staleness. The driver owns them,
+so they outlive the workers that played them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import ray
+
+from actors.rollout_worker import Played
+from episodes.types import Question, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G trajectories of one question, scored. ``number``: its place in the order of questions, from 0;
+    ``question``: without its image."""
+
+    number: int
+    question: Question
+    played: Played
+    scores: tuple[Verdict, ...]
+    trajectories: ray.ObjectRef
+
+    def __post_init__(self) -> None:
+        if len(self.scores) != len(self.played.facts):
+            raise ValueError(f"{len(self.played.facts)} trajectories but {len(self.scores)} scores")
+
+    @property
+    def oldest_version(self) -> int:
+        return min(min(facts.policy_versions) for facts in self.played.facts)
+
+
+class TrajectoryStore:
+    """Hands out groups in the order their questions were asked, whatever order they were finished in, so that
+    a synchronous run is reproducible. Groups older than a bound are dropped and counted."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, Group] = {}
+        self._skipped: set[int] = set()
+        self._next = 0
+        self._failure: BaseException | None = None
+        self._changed = asyncio.Condition()
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @property
+    def next_number(self) -> int:
+        """The number of the group that is handed out next."""
+        return self._next
+
+    async def add(self, group: Group) -> None:
+        async with self._changed:
+            self._groups[group.number] = group
+            self._changed.notify_all()
+
+    async def skip(self, number: int) -> None:
+        """There will be no group of this number (its question could not be played)."""
+        async with self._changed:
+            self._skipped.add(number)
+            self._changed.notify_all()
+
+    async def fail(self, error: BaseException) -> None:
+        """Whoever waits, or comes to wait, gets this error instead of waiting for ever."""
+        async with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    async def take(self, count: int, oldest: int) -> list[Group]:
+        """The next ``count`` groups whose every turn was sampled by version ``oldest`` or later."""
+        taken: list[Group] = []
+        while len(taken) < count:
+            async with self._changed:
+                while self._next not in self._groups and self._next not in self._skipped:
+                    if self._failure is not None:
+                        raise self._failure
+                    await self._changed.wait()
+                group = self._groups.pop(self._next, None)
+                self._skipped.discard(self._next)
+                self._next += 1
+            if group is None:
+                continue
+            if group.oldest_version < oldest:
+                self.dropped += 1
+                continue
+            taken.append(group)
+        return taken

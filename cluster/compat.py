@@ -1,0 +1,82 @@
+"""Every shim around a third-party bug: one section each, with its upstream issue and when to remove it.
+
+Nothing runs at import; a process calls what it needs before it imports the package that is repaired.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# --- torchvision without its compiled operators -----------------------------------------------------------------------
+# A CUDA build of torchvision beside a CPU build of torch cannot load its operator library. It goes on without it, then
+# registers fake implementations for two operators that do not exist, and the import fails (pytorch/vision #9085).
+# Declaring the two operators is enough: image transforms, all that Qwen's processors use, are pure Python.
+# Remove when package indexes can serve matching CPU builds of torch and torchvision by default.
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_declared: list[torch.library.Library] = []  # torch drops the operators when the library object goes
+
+
+def hook_torchvision() -> None:
+    """Before this interpreter first imports torchvision, declare the operators if its library cannot be loaded.
+
+    The set-up script calls this at the start of every interpreter of an environment that needs it (a ``.pth`` file):
+    vLLM starts processes that import torchvision before they load plugins. It imports nothing by itself, and where
+    the library loads the hook does nothing."""
+    if not any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeTorchvision())
+
+
+class _BeforeTorchvision(importlib.abc.MetaPathFinder):
+    """Sees the import of torchvision before anybody else, acts once, and finds nothing itself."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name != "torchvision" or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torchvision")
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            import torch
+
+            try:
+                for library in Path(folder).glob("_C*.so"):
+                    torch.ops.load_library(library)
+            except OSError:
+                _declare_torchvision_operators()
+        return None
+
+
+def repair_torchvision() -> None:
+    """Make ``import torchvision`` work in this process from here on (see ``hook_torchvision``)."""
+    if "torchvision" not in sys.modules:
+        hook_torchvision()
+
+
+def _declare_torchvision_operators() -> None:
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _SCHEMAS:
+        library.define(schema)
+    _declared.append(library)
+
+
+# --- vLLM's processes ------------------------------------------------------------------------------------------------
+
+
+def vllm_plugin() -> None:
+    """Prepare a vLLM process (front end, engine core, worker); the ``vllm.general_plugins`` entry point calls it."""
+    repair_torchvision()
+    from cluster import weight_receiver  # imports vLLM: only where vLLM already runs
+
+    weight_receiver.register()

@@ -1,0 +1,242 @@
+"""vLLM's ``AsyncLLM`` behind one method: token ids and images in, sampled ids and their log-probs out.
+
+Below both the rollout workers and the reward actors, because both host the same engine. Knows nothing of
+episodes. Runs on vLLM 0.26 (GPU) and 0.32 (CPU).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import os
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class EngineConfig:
+    model: str = "???"
+    """Local folder or hub name."""
+    dtype: str = "auto"
+    """auto | float32 | bfloat16 | float16."""
+    max_model_len: int = 4096
+    """Longest conversation in tokens, visual tokens included. Longer prompts are refused, never cut."""
+    max_num_seqs: int = 64
+    """Sequences that the engine decodes at once."""
+    threads: int = 1
+    """CPU threads of the engine's compute."""
+    kv_cache_gib: int = 1
+    """KV cache on CPU, whole GiB (vLLM's VLLM_CPU_KVCACHE_SPACE)."""
+    gpu_memory_utilization: float = 0.85
+    """Share of one GPU that this engine may use."""
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = True
+    """No graph capture: quicker start, slower decoding. Set false for long runs on GPUs."""
+    prefix_caching: bool = True
+    """Turn 2 re-uses the prompt and reply of turn 1."""
+    start_deadline_s: float = 600.0
+    """An engine that is not up by then counts as failed."""
+    trust_remote_code: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further vLLM engine arguments, passed on as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """One request's sampling. ``banned_ids`` get probability 0 and the log-probs are those of the
+    distribution that was sampled from (after the ban and the temperature)."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    seed: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """token_ids: as sampled, the stop token included; logprobs: of those tokens, in nats; prompt_length: in
+    tokens, as the engine saw the prompt (placeholders expanded); weight_version: of the weights that the
+    request started with; stopped: False where the length limit cut the reply."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    stopped: bool
+    prompt_length: int
+    weight_version: int
+
+
+class EngineRefused(ValueError):
+    """The engine will not take this request (too long, malformed). The message says why."""
+
+
+class Engine:
+    """One vLLM engine in this process (its core and workers are child processes).
+
+    Not thread-safe: one asyncio loop owns it."""
+
+    def __init__(self, llm: Any, config: EngineConfig) -> None:
+        self._llm = llm
+        self.config = config
+        self.weight_version = 0
+        self._ids = itertools.count()
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> Engine:
+        """Start vLLM (20 to 40 s on a CPU). Environment variables are set here because vLLM's child
+        processes read them; an engine owns its process (a Ray actor), so nobody else is affected."""
+        _prepare_environment(config)
+        from cluster.compat import repair_torchvision
+
+        repair_torchvision()
+        from vllm import AsyncEngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from cluster.weight_receiver import BACKEND, WORKER_EXTENSION
+
+        args = AsyncEngineArgs(
+            **{
+                "model": config.model,
+                "dtype": config.dtype,
+                "max_model_len": config.max_model_len,
+                "max_num_seqs": config.max_num_seqs,
+                "gpu_memory_utilization": config.gpu_memory_utilization,
+                "tensor_parallel_size": config.tensor_parallel_size,
+                "enforce_eager": config.enforce_eager,
+                "enable_prefix_caching": config.prefix_caching,
+                "trust_remote_code": config.trust_remote_code,
+                "limit_mm_per_prompt": {"image": 2, "video": 0},
+                # Of the distribution that was sampled from, not of the raw logits (TRL #4159).
+                "logprobs_mode": "processed_logprobs",
+                "generation_config": "vllm",  # no sampling defaults from the model's folder
+                "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+                "worker_extension_cls": WORKER_EXTENSION,
+                "disable_log_stats": True,
+                **config.extra,
+            }
+        )
+        llm = await asyncio.wait_for(asyncio.to_thread(AsyncLLM.from_engine_args, args), config.start_deadline_s)
+        return cls(llm, config)
+
+    async def generate(
+        self, token_ids: Sequence[int], images: Sequence[NDArray[np.uint8]], sampling: Sampling
+    ) -> Completion:
+        """Sample one reply. ``token_ids``: ONE placeholder per image (vLLM expands it; already expanded ids
+        would be expanded again, without any error). ``images``: uint8[h, w, 3] each.
+
+        Raises EngineRefused when vLLM rejects the request, vLLM's EngineDeadError when the engine died."""
+        from PIL import Image
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            stop_token_ids=list(sampling.stop_ids),
+            # vLLM clamps a bias to -100: e^-100 of the probability, nothing in float32.
+            logit_bias=dict.fromkeys(sampling.banned_ids, -100.0) or None,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt: Any = {"prompt_token_ids": list(token_ids)}
+        if images:
+            prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in images]}
+        version, final = self.weight_version, None
+        try:
+            async for output in self._llm.generate(prompt, params, request_id=f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"):
+                final = output
+        except _refusals() as error:
+            raise EngineRefused(str(error)) from error
+        if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a request without a reply: {final}")
+        reply = final.outputs[0]
+        return Completion(
+            token_ids=tuple(reply.token_ids),
+            logprobs=tuple(step[token].logprob for token, step in zip(reply.token_ids, reply.logprobs, strict=True)),
+            text=reply.text,
+            stopped=reply.finish_reason == "stop",
+            prompt_length=len(final.prompt_token_ids),
+            weight_version=version,
+        )
+
+    async def load_weights(self, version: int, buckets: Sequence[bytes | memoryview]) -> None:
+        """Replace the weights by ``buckets`` (safetensors, names as in a checkpoint) through vLLM's weight
+        transfer life cycle, and clear every cache that depends on them. Running requests are kept and
+        continue with the new weights.
+
+        The prefix cache does nothing while blocks are in use unless running requests are reset (vLLM #12284,
+        #28827); the vision-encoder cache is keyed by the image alone (vLLM #44910); the multimodal caches of
+        front end and core must be cleared together (vLLM #42995)."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self._llm
+        await llm.pause_generation(mode="keep", clear_cache=False)
+        try:
+            await llm.start_weight_update()
+            for bucket in buckets:
+                path = await asyncio.to_thread(_write_shared, bucket)
+                try:
+                    await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
+                finally:
+                    path.unlink()
+            # vLLM 0.26 takes no version here.
+            versioned = "weight_version" in inspect.signature(llm.finish_weight_update).parameters
+            await llm.finish_weight_update(**({"weight_version": str(version)} if versioned else {}))
+            await self.clear_caches()
+        finally:
+            await llm.resume_generation()
+        self.weight_version = version
+
+    async def clear_caches(self) -> None:
+        if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not clear its prefix cache: replies would mix old and new weights")
+        await self._llm.reset_mm_cache()
+        await self._llm.reset_encoder_cache()
+
+    def close(self) -> None:
+        self._llm.shutdown()
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a request it rejects: ValueError (0.26), its own client errors (0.32). A dead engine is
+    neither."""
+    from vllm import exceptions
+
+    client_error = getattr(exceptions, "VLLMClientError", None)
+    return (ValueError, client_error) if client_error else (ValueError,)
+
+
+def _prepare_environment(config: EngineConfig) -> None:
+    defaults = {
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        # Several roles share the cores: threads are bounded, not pinned (vLLM would pin to all cores).
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(config.threads),
+        # On CPU: the worker runs inside the engine-core process, one process and 0.6 GB less.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    os.environ.update(defaults)
+
+
+def _write_shared(bucket: bytes | memoryview) -> Path:
+    """A file in shared memory where there is any: vLLM's worker processes map it instead of receiving it."""
+    folder = Path("/dev/shm")
+    with tempfile.NamedTemporaryFile(dir=folder if folder.is_dir() else None, prefix="ergo-rl-", delete=False) as file:
+        file.write(bucket)
+    return Path(file.name)

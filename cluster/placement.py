@@ -1,0 +1,113 @@
+"""Connect to Ray and decide where each role runs. Knows resources, not what is done with them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ClusterConfig:
+    address: str | None = None
+    """Ray address to join (``auto``, ``host:port``); null starts Ray on this machine, or joins the cluster of
+    a submitted job."""
+    namespace: str = "ergo-rl"
+    object_store_gib: float = 2.0
+    """Object store of a Ray that is started here."""
+    wait_s: float = 300.0
+    """How long to wait for resources before giving up, with the numbers."""
+    log_to_driver: bool = False
+    """Print the workers' output between ours (it is always in Ray's own log files)."""
+
+
+@dataclass
+class Resources:
+    """What one actor of a role asks Ray for. Shares of a core are fine: threads are bounded per role."""
+
+    cpus: float = 0.25
+    gpus: float = 0.0
+
+
+@dataclass
+class Cluster:
+    """A connection to Ray, and the gangs (all or nothing) that were reserved on it."""
+
+    config: ClusterConfig
+    _gangs: dict[str, PlacementGroup] = field(default_factory=dict)
+    _resources: dict[str, Resources] = field(default_factory=dict)
+
+    @classmethod
+    @contextmanager
+    def connect(cls, config: ClusterConfig) -> Iterator[Cluster]:
+        """Join or start Ray; on leaving, give back what was reserved and stop a Ray that was started here.
+
+        Raises ConnectionError (from Ray) where the address does not answer."""
+        joined_already = ray.is_initialized()
+        if not joined_already:
+            # `uv run` hooks and the dashboard are of no use to a run on one machine.
+            local = config.address is None and "RAY_ADDRESS" not in os.environ
+            started_here: dict[str, Any] = {
+                "num_cpus": max(os.cpu_count() or 1, 2),
+                "object_store_memory": int(config.object_store_gib * 2**30),
+                "include_dashboard": False,
+            }
+            ray.init(
+                address=config.address,
+                namespace=config.namespace,
+                log_to_driver=config.log_to_driver,
+                logging_level=logging.WARNING,
+                **(started_here if local else {}),
+            )
+        cluster = cls(config)
+        try:
+            yield cluster
+        finally:
+            for gang in cluster._gangs.values():
+                remove_placement_group(gang)
+            if not joined_already:
+                ray.shutdown()
+
+    def request(self, role: str, resources: Resources) -> None:
+        """Actors of ``role`` each ask for these resources, one by one (workers that may come and go)."""
+        self._resources[role] = resources
+
+    def reserve(self, role: str, count: int, resources: Resources) -> None:
+        """Reserve ``count`` places for ``role`` together: all of them or none.
+
+        Raises TimeoutError with the numbers when the cluster cannot hold them within ``wait_s``."""
+        bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        gang = placement_group([bundle] * count, strategy="PACK", name=f"ergo-rl-{role}")
+        self._gangs[role], self._resources[role] = gang, resources
+        deadline = time.monotonic() + self.config.wait_s
+        while not gang.wait(timeout_seconds=min(10.0, self.config.wait_s)):
+            message = f"{count} x {bundle} for role {role!r}; free now: {self.free()}"
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the cluster did not offer {message} within {self.config.wait_s:.0f} s (cluster.wait_s)")
+            logger.warning("waiting for %s", message)
+
+    def actor_options(self, role: str, index: int) -> dict[str, Any]:
+        """Options for ``ActorClass.options(**...)`` of the ``index``-th actor of a role."""
+        resources = self._resources[role]
+        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+        if role in self._gangs:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._gangs[role], placement_group_bundle_index=index
+            )
+        return options
+
+    @staticmethod
+    def free() -> dict[str, float]:
+        """What Ray has free now: CPU, GPU."""
+        available = ray.available_resources()
+        return {name: round(available.get(name, 0.0), 2) for name in ("CPU", "GPU")}

@@ -1,0 +1,52 @@
+"""The console command `ergo-rl COMMAND ...`: one line here per command, imported only when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable
+
+# command -> (module with `main(argv: list[str]) -> int`, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("jobs.train", "Train a policy; overrides as key=value"),
+    "prepare": ("jobs.prepare", "Make or convert a data set to the Parquet layout that training reads"),
+    "pretrain": ("jobs.pretrain", "Make the small policy and reward model that the default run starts from"),
+}
+USAGE_ERROR = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 where the command is missing or unknown."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        print(_help(), file=sys.stderr)
+        return USAGE_ERROR
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name not in COMMANDS:
+        print(_unknown(name), file=sys.stderr)
+        return USAGE_ERROR
+    module, _ = COMMANDS[name]
+    run: Callable[[list[str]], int] = importlib.import_module(module).main
+    return run(rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: ergo-rl COMMAND [ARGUMENTS]", "", "commands:", *lines, "", "ergo-rl COMMAND --help tells more."]
+    )
+
+
+def _unknown(name: str) -> str:
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"There are: {', '.join(COMMANDS)}."
+    return f"ergo-rl: unknown command `{name}`; {hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

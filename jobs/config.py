@@ -1,0 +1,142 @@
+"""One run's configuration: the packages' own configs put together, and the checks that span them.
+
+OmegaConf structured configs: a key that does not exist is refused, by name, with the nearest one that does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from actors.rollout_worker import RolloutConfig
+from cluster.placement import ClusterConfig
+from episodes.coarse_to_fine import EpisodeConfig
+from episodes.questions import QuestionsConfig
+from jobs.metrics import MetricsConfig
+from learners.config import LearnerConfig
+from rewards.config import RewardConfig
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message says which key, why, and what to do."""
+
+
+@dataclass
+class EmbeddedData:
+    """The panels data set, made on the spot where its files are absent."""
+
+    panels: str | None = None
+    """Folder for train.parquet and heldout.parquet; null: no embedded data set."""
+    train: int = 2048
+    """Questions of the train split."""
+    heldout: int = 256
+    """Questions of the held-out split."""
+    seed: int = 0
+
+
+@dataclass
+class TrainConfig:
+    name: str = MISSING
+    """Name of the run and of its folder."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    total_steps: int = 100
+    """Optimiser updates."""
+    groups_per_step: int = 8
+    """Questions per optimiser update; each is played ``rollout.group_size`` times."""
+    max_staleness: int = 0
+    """How many policy versions a trajectory may be older than the update that uses it; 0 is on-policy."""
+    start_deadline_s: float = 600.0
+    """Workers that are not up by then end the run."""
+    proof_tolerance: float = 1.0e-2
+    """Largest mean difference (nats) between an engine's log-probs and the learner's, measured on a probe right
+    after each publish; above it the run stops, because the engine does not hold the learner's weights. About
+    1e-6 is normal in float32, 1e-2 in bfloat16."""
+    proof_replies: int = 4
+    """Replies that each engine gives to the probe question after a publish."""
+    samples_every: int = 5
+    """Write the trajectories of one group (text and pictures) every so many steps; 0: never."""
+    embedded: EmbeddedData = field(default_factory=EmbeddedData)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A recipe (YAML) with ``key=value`` overrides, typed and checked.
+
+    Raises ConfigError naming the key for unknown keys, wrong types, missing values and bad combinations."""
+    if not path.is_file():
+        known = ", ".join(sorted(str(recipe) for recipe in path.parent.glob("*.yaml"))) or "none"
+        raise ConfigError(f"there is no recipe {path}; recipes there: {known}")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r} is not an override; write key=value, e.g. total_steps=50")
+    try:
+        recipe = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), recipe)
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(str(error.full_key or error.key), path)) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value: set it in {path} or give {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, TrainConfig)
+    check(config)
+    return config
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse combinations that cannot work, naming the keys. Nothing is changed on the quiet."""
+    rollout, learner, episode = config.rollout, config.learner, config.episode
+    longest = episode.coarse_tokens + episode.fine_tokens + rollout.sampling.coarse_max_tokens + rollout.sampling.fine_max_tokens
+    problems = [
+        (config.total_steps < 1, "total_steps must be at least 1"),
+        (config.groups_per_step < 1, "groups_per_step must be at least 1"),
+        (rollout.group_size < 2, "rollout.group_size must be at least 2: advantages are relative to the group"),
+        (config.max_staleness < 0, "max_staleness must be 0 (on-policy) or more"),
+        (rollout.sampling.temperature <= 0, "rollout.sampling.temperature must be above 0 for training"),
+        (
+            learner.temperature != rollout.sampling.temperature,
+            f"learner.temperature ({learner.temperature}) must equal rollout.sampling.temperature "
+            f"({rollout.sampling.temperature}): log-probs would be of another distribution",
+        ),
+        (
+            learner.model != rollout.engine.model,
+            f"learner.model ({learner.model}) and rollout.engine.model ({rollout.engine.model}) must be the same model",
+        ),
+        (
+            longest >= rollout.engine.max_model_len,
+            f"rollout.engine.max_model_len ({rollout.engine.max_model_len}) must be above {longest}, the sum of both "
+            "visual-token budgets and both reply limits, with room for the prompts' text",
+        ),
+    ]
+    if wrong := [message for is_wrong, message in problems if is_wrong]:
+        raise ConfigError("; ".join(wrong))
+
+
+def _unknown_key(key: str, path: Path) -> str:
+    near = difflib.get_close_matches(key, _all_keys(TrainConfig()), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown key {key!r} (in {path} or an override){hint}"
+
+
+def _all_keys(config: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for one in fields(config):
+        keys.append(prefix + one.name)
+        value = getattr(config, one.name)
+        if is_dataclass(value):
+            keys += _all_keys(value, f"{prefix}{one.name}.")
+    return keys

@@ -1,0 +1,92 @@
+"""The flow of questions: played, scored, put into the store; as many ahead of the learner as allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+from actors.rollout_pool import RolloutPool
+from actors.rollout_worker import Unplayable, stable_seed, without_image
+from actors.trajectory_store import Group, TrajectoryStore
+from episodes.questions import BadRow, OnBadRow
+from episodes.types import Question
+from rewards.reward_pool import RewardPool
+
+logger = logging.getLogger(__name__)
+
+MOST_UNPLAYABLE_IN_A_ROW = 64
+
+
+class Flow:
+    """Plays and scores questions in the background. Synchronous and asynchronous training differ only in how
+    far ahead ``allow`` lets it run."""
+
+    def __init__(
+        self,
+        questions: Iterator[Question],
+        rollouts: RolloutPool,
+        rewards: RewardPool,
+        store: TrajectoryStore,
+        seed: int,
+        on_bad_row: OnBadRow,
+    ) -> None:
+        self._questions, self._rollouts, self._rewards, self._store = questions, rollouts, rewards, store
+        self._seed, self._on_bad_row = seed, on_bad_row
+        self._started = self._allowed = store.next_number
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._unplayable_in_a_row = 0
+        self.unplayable = 0
+
+    def allow(self, groups: int) -> None:
+        """Let ``groups`` more questions be played."""
+        self._allowed += groups
+        while self._started < self._allowed:
+            number, self._started = self._started, self._started + 1
+            task = asyncio.create_task(self._play_and_score(number))
+            self._in_flight.add(task)
+            task.add_done_callback(self._in_flight.discard)
+
+    async def stop(self) -> None:
+        for task in self._in_flight:
+            task.cancel()
+        await asyncio.gather(*self._in_flight, return_exceptions=True)
+
+    async def _play_and_score(self, number: int) -> None:
+        try:
+            question = next(self._questions)
+            rollout = await self._rollouts.play(question, stable_seed(self._seed, number))
+            if isinstance(rollout, Unplayable):
+                await self._set_aside(number, rollout)
+                return
+            self._unplayable_in_a_row = 0
+            seen = without_image(question)
+            scores = await self._rewards.score(seen, rollout.trajectories)
+            await self._store.add(Group(number, seen, rollout.played, scores, rollout.trajectories))
+        except Exception as error:  # to whoever waits at the store: a task's error would be lost here
+            await self._store.fail(error)
+
+    async def _set_aside(self, number: int, question: Unplayable) -> None:
+        """Count a question that cannot be played and let another one take its place."""
+        if self._on_bad_row is OnBadRow.ERROR:
+            raise BadRow(f"question {question.question_id!r} cannot be played: {question.reason}")
+        logger.warning("skipped question %r: %s", question.question_id, question.reason)
+        self.unplayable += 1
+        self._unplayable_in_a_row += 1
+        if self._unplayable_in_a_row >= MOST_UNPLAYABLE_IN_A_ROW:
+            raise BadRow(
+                f"{self._unplayable_in_a_row} questions in a row could not be played; "
+                f"the last one, {question.question_id!r}: {question.reason}"
+            )
+        await self._store.skip(number)
+        self.allow(1)
+
+
+@asynccontextmanager
+async def flowing(flow: Flow) -> AsyncIterator[Flow]:
+    """Whatever happens inside, nothing is left playing behind it."""
+    try:
+        yield flow
+    finally:
+        await flow.stop()

@@ -1,0 +1,74 @@
+"""What a step's groups say, as numbers. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from actors.rollout_worker import TrajectoryFacts
+from actors.trajectory_store import Group
+from episodes.parsing import BoxOutcome
+from episodes.types import Outcome, Score
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class MetricsConfig:
+    full_image_ratio: float = 0.9
+    """A crop of at least this share of the image counts as the whole image."""
+    tiny_box_ratio: float = 0.005
+    """A crop of at most this share of the image counts as tiny."""
+
+
+def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
+    """Rates are shares of all trajectories played, area ratios means over those with a crop, and coverage
+    (the crop contains the target) is a share of the trajectories whose question says where the target is."""
+    pairs = [(group, facts) for group in groups for facts in group.played.facts]
+    everyone = [facts for _, facts in pairs]
+    ratios = [facts.area_ratio for facts in everyone if facts.area_ratio is not None]
+    located = [(group, facts) for group, facts in pairs if group.question.boxes]
+    metrics = {
+        "rollout/trajectories": float(len(everyone)),
+        "rollout/answered_rate": _share(facts.outcome is Outcome.ANSWERED for facts in everyone),
+        "rollout/truncated_rate": _share(facts.outcome is Outcome.TRUNCATED for facts in everyone),
+        "rollout/bad_box_rate": _share(not BoxOutcome(facts.box_outcome).usable for facts in everyone),
+        "rollout/full_image_rate": _share(_within(facts, config.full_image_ratio, 1.0) for facts in everyone),
+        "rollout/tiny_box_rate": _share(_within(facts, 0.0, config.tiny_box_ratio) for facts in everyone),
+        "rollout/prompt_tokens": _mean([float(facts.prompt_tokens) for facts in everyone]),
+        "rollout/reply_tokens": _mean([float(sum(facts.reply_tokens)) for facts in everyone]),
+    }
+    if ratios:
+        metrics["rollout/area_ratio"] = _mean(ratios)
+    if located:
+        metrics["rollout/coverage"] = _share(_covers(group, facts) for group, facts in located)
+    return metrics
+
+
+def reward_metrics(groups: Sequence[Group]) -> Metrics:
+    """Means over what was scored; what could not be scored is counted, never averaged in."""
+    scores = [score for group in groups for score in group.scores if isinstance(score, Score)]
+    everyone = sum(len(group.scores) for group in groups)
+    metrics = {"reward/unscored": float(everyone - len(scores))}
+    if scores:
+        metrics["reward/total"] = _mean([score.total for score in scores])
+        for part in sorted({name for score in scores for name in score.parts}):
+            metrics[f"reward/{part}"] = _mean([score.parts[part] for score in scores if part in score.parts])
+    return metrics
+
+
+def _covers(group: Group, facts: TrajectoryFacts) -> bool:
+    return facts.crop is not None and all(facts.crop.contains(box) for box in group.question.boxes)
+
+
+def _within(facts: TrajectoryFacts, low: float, high: float) -> bool:
+    return facts.area_ratio is not None and low <= facts.area_ratio <= high
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _share(flags: Iterable[bool]) -> float:
+    counted = list(flags)
+    return sum(counted) / len(counted)

@@ -1,0 +1,62 @@
+"""``ergo-rl train``: the loop, on one screen."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.rollout_pool import RolloutPool
+from actors.trajectory_store import Group, TrajectoryStore
+from cluster.placement import Cluster
+from cluster.weights import WeightChannel
+from episodes.questions import QuestionStream
+from jobs.config import ConfigError, TrainConfig, load_config
+from jobs.flow import Flow, flowing
+from jobs.metrics import reward_metrics, rollout_metrics
+from jobs.prepare import prepare_panels
+from jobs.proof import Proof
+from jobs.run import Run
+from learners.advantages import group_advantages
+from learners.learner_group import LearnerGroup, TrainingGroup
+from rewards.reward_pool import RewardPool
+
+
+async def train(config: TrainConfig) -> Path:
+    """Run the whole training; returns the run's folder."""
+    with Run.open(config) as run, Cluster.connect(config.cluster) as cluster:
+        questions = QuestionStream(config.questions)
+        with run.view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
+            rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
+            rewards = RewardPool.launch(cluster, config.reward)
+            learners = await LearnerGroup.launch(cluster, config.learner)
+            await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+        weights = WeightChannel(source=learners, sink=rollouts)
+        probe = next(QuestionStream(config.questions))
+        proof = Proof(rollouts, learners, probe, config.proof_replies, config.proof_tolerance)
+        store = TrajectoryStore()
+
+        await weights.publish(version=0)
+        await proof.measure(version=0)
+        flow = Flow(questions, rollouts, rewards, store, config.seed, config.questions.on_bad_row)
+        async with flowing(flow):
+            flow.allow(config.groups_per_step * config.max_staleness)
+            for step in range(config.total_steps):
+                with run.step(step) as report:
+                    flow.allow(config.groups_per_step)
+                    with report.timed("rollout"):
+                        groups = await store.take(config.groups_per_step, oldest=step - config.max_staleness)
+                    report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups))
+                    with report.timed("learn"):
+                        report.add(await learners.update([to_training(group) for group in groups]))
+                    with report.timed("publish"):
+                        await weights.publish(version=step + 1)
+                    with report.timed("proof"):
+                        report.add(await proof.measure(version=step + 1))
+                if run.due_samples(step):
+                    run.write_samples(step, groups[0], await groups[0].trajectories)
+        with run.view.waiting("exporting the policy"):
+            await learners.export(str(run.folder / "policy"))
+        return run.folder

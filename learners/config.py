@@ -1,0 +1,103 @@
+"""The learner's configuration. Light: importing it loads no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from cluster.placement import Resources
+from learners.advantages import AdvantageConfig
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Schedule(StrEnum):
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+@dataclass
+class LossConfig:
+    clip_low: float = 0.2
+    """The probability ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The probability ratio is clipped above at 1 + clip_high."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, and the learning rate over the run."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay rate of the first moment."""
+    beta2: float = 0.999
+    """Decay rate of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on every trained parameter."""
+    max_grad_norm: float = 1.0
+    """The gradient of a step is scaled down to this norm; 0 turns it off."""
+    schedule: Schedule = Schedule.CONSTANT
+    """After the warm-up the learning rate stays, or falls to 0 at ``total_steps``."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to ``lr``."""
+    total_steps: int = 1000
+    """Steps of the whole run; used by the linear and cosine schedules."""
+
+    def learning_rate(self, step: int) -> float:
+        """Of optimiser step 0, 1, 2, ..."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        left = max(0.0, 1 - (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        match self.schedule:
+            case Schedule.CONSTANT:
+                return self.lr
+            case Schedule.LINEAR:
+                return self.lr * left
+            case Schedule.COSINE:
+                return self.lr * (1 - math.cos(math.pi * left)) / 2
+
+
+@dataclass
+class LearnerConfig:
+    model: str = "models/panels-policy"
+    """Local folder or hub name of a vision-language model of a known family."""
+    dtype: Dtype = Dtype.FLOAT32
+    """Precision of the passes; the optimiser's master weights are fp32 in any case."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    temperature: float = 1.0
+    """Of sampling; the log-probs of the loss are of the same distribution. Must equal the rollouts'."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ranks: int = 1
+    """Processes that share a step's trajectories; on GPUs one per device."""
+    resources: Resources = field(default_factory=Resources)
+    """Per rank."""
+    threads: int = 1
+    """CPU threads of a rank."""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO: 1 shards the optimiser's state, 2 the gradients too, 3 the parameters too."""
+    stage3_persistence_threshold: int = 100_000
+    """ZeRO-3 keeps parameters with fewer elements than this whole on every rank."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens, images included, of one forward pass."""
+    bucket_bytes: int = 256 << 20
+    """Size of the pieces in which weights leave, bytes."""
+    collective_timeout_s: int = 1800
+    """A rank that waits longer than this for another one fails, seconds."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"zero_stage is {self.zero_stage}; known: 1, 2, 3")
+        if self.ranks < 1 or self.temperature <= 0:
+            raise ValueError(f"need ranks >= 1 and temperature > 0, got {self.ranks} and {self.temperature}")

@@ -1,0 +1,282 @@
+"""One DeepSpeed rank: gradients, optimiser steps, weights out. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed
+from torch import Tensor
+
+from cluster.compat import repair_torchvision
+from episodes.families import family_of, load_tokenizer
+from episodes.types import FloatArray, Trajectory
+from learners import checkpoint
+from learners.batch import Batcher, Plan, Sample
+from learners.config import Dtype, LearnerConfig
+from learners.losses import TokenSums, policy_loss
+from learners.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """Of one optimiser step over all ranks. Means are per token in the loss.
+
+    clip_share: tokens whose gradient clipping removed; mismatch: |learner - engine| log-prob, nats;
+    length_mismatches: trajectories whose prompt had another length in the engine; padding: share of the
+    tokens passed through the model that were padding."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    entropy: float
+    ratio: float
+    clip_share: float
+    mismatch_mean: float
+    mismatch_max: float
+    tokens: int
+    trajectories: int
+    length_mismatches: int
+    micro_batches: int
+    padding: float
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        return {f"learner/{name}": float(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One place in a group of processes; ``address`` and ``port`` are where rank 0 listens."""
+
+    rank: int
+    world: int
+    address: str
+    port: int
+
+
+class Learner:
+    """One rank. All ranks call the same methods in the same order; ZeRO's collectives keep them in step."""
+
+    def __init__(self, config: LearnerConfig, place: Rank) -> None:
+        self.config, self.place = config, place
+        self.step = 0
+        torch.set_num_threads(config.threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _join(place, self.device, config.collective_timeout_s)
+        family, tokenizer = family_of(config.model), load_tokenizer(config.model)
+        self.banned_ids = family.banned_ids(tokenizer)
+        self.batcher = Batcher(
+            family=family,
+            image_processor=_image_processor(config.model),
+            image_pad=tokenizer.convert_tokens_to_ids(family.image_pad),
+            pad=tokenizer.convert_tokens_to_ids(family.turn_end),
+            token_budget=config.micro_batch_tokens,
+        )
+        self.policy = Policy(config)
+        self.engine = _engine(self.policy, config)
+
+    def update(self, samples: Sequence[Sample]) -> UpdateReport:
+        """One optimiser step on this rank's share. Raises ValueError when no rank has a token to learn from."""
+        started = time.perf_counter()
+        plan = self.batcher.plan(samples)
+        sums, micro_batches, shares = self.accumulate(plan)
+        lr = self.config.optimizer.learning_rate(self.step)
+        grad_norm = self.apply(lr)
+        tokens = sums.tokens.item()
+        real, padded, trajectories, mismatches = shares
+        return UpdateReport(
+            loss=sums.loss.item() / tokens,
+            grad_norm=grad_norm,
+            lr=lr,
+            entropy=sums.entropy.item() / tokens,
+            ratio=sums.ratio.item() / tokens,
+            clip_share=sums.clipped.item() / tokens,
+            mismatch_mean=sums.mismatch.item() / tokens,
+            mismatch_max=sums.mismatch_max.item(),
+            tokens=round(tokens),
+            trajectories=round(trajectories),
+            length_mismatches=round(mismatches),
+            micro_batches=micro_batches,
+            padding=1 - real / padded,
+            seconds=time.perf_counter() - started,
+        )
+
+    def accumulate(self, plan: Plan) -> tuple[TokenSums, int, tuple[float, ...]]:
+        """Leaves the gradient of the step's mean token loss in the engine, whatever the micro-batches and ranks.
+
+        DeepSpeed averages gradients over ranks and would divide by its accumulation steps; we want the sum over
+        both, divided by the tokens of the whole step. So the loss is multiplied by the ranks, and
+        ``scale_wrt_gas=False`` keeps the second division out."""
+        passes = self._most(len(plan.bins))
+        totals = self._total([plan.loss_tokens, plan.real_tokens, plan.padded_tokens, len(plan.rows), plan.length_mismatches])
+        tokens, *shares = totals.tolist()
+        if tokens == 0:
+            raise ValueError(f"no token to learn from: {shares[-1]:.0f} trajectories with another length in the engine, the others unscored")
+        sums = TokenSums.zero(self.device)
+        self.engine.train()
+        for index, batch in enumerate(self.batcher.batches(plan, passes)):
+            batch = batch.to(self.device)
+            self.engine.set_gradient_accumulation_boundary(index == passes - 1)
+            logprobs, entropy = self.engine(batch, self.config.temperature, self.banned_ids)
+            loss, new = policy_loss(
+                logprobs, entropy, batch.rollout_logprobs, batch.advantages, batch.loss_mask, self.config.loss
+            )
+            self.engine.backward(loss * (self.place.world / tokens), scale_wrt_gas=False)
+            sums = sums.plus(new)
+        return self._combined(sums), passes, tuple(shares)
+
+    def apply(self, lr: float) -> float:
+        """The optimiser step; returns the gradient's norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        self.step += 1
+        return float(self.engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """For each trajectory float32[sampled tokens], in order: comparable with
+        ``trajectory.logprobs[trajectory.loss_mask]``. Every rank must be given the same trajectories."""
+        plan = self.batcher.plan_all(trajectories)
+        self.engine.eval()
+        found: dict[int, FloatArray] = {}
+        for members, batch in zip(plan.bins, self.batcher.batches(plan), strict=True):
+            batch = batch.to(self.device)
+            logprobs, _ = self.engine(batch, self.config.temperature, self.banned_ids)
+            for member, values, mask in zip(members, logprobs, batch.loss_mask, strict=True):
+                found[member] = values[mask].cpu().numpy()
+        return [found[member] for member in range(len(trajectories))]
+
+    def buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """The weights as (name, CPU tensor in the compute precision), in lists of about ``bucket_bytes``. Every rank must run through it;
+        parameters are whole only for the time of their own bucket."""
+        for members in _in_buckets(list(self.policy.named_weights()), self.config.bucket_bytes):
+            with _gathered([parameter for _, parameter in members], self.config.zero_stage):
+                bucket = [(name, parameter.detach().to("cpu", copy=True)) for name, parameter in members]
+            yield bucket
+
+    def weights(self) -> Iterator[bytes]:
+        """The same as safetensors files, one per bucket: no pickle travels."""
+        for bucket in self.buckets():
+            yield safetensors.torch.save(dict(bucket))
+
+    def export(self, path: Path) -> None:
+        """A Hugging Face folder that ``from_pretrained`` and ``vllm serve`` load. Every rank must call it."""
+        weights = {name: tensor for bucket in self.buckets() for name, tensor in bucket}
+        if self.place.rank == 0:
+            checkpoint.export(self.policy.vlm, weights, self.config.model, path)
+
+    def save(self, path: Path) -> None:
+        checkpoint.save(self.engine, path, self.step)
+
+    def restore(self, path: Path) -> int:
+        """Returns the step that comes next."""
+        self.step = checkpoint.restore(self.engine, path)
+        return self.step
+
+    def close(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _most(self, value: int) -> int:
+        most = torch.tensor([value], device=self.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most.item())
+
+    def _total(self, values: Sequence[float]) -> Tensor:
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def _combined(self, sums: TokenSums) -> TokenSums:
+        total, most = sums.stack(), sums.stack()
+        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return TokenSums.unstack(torch.where(TokenSums.is_maximum(total), most, total))
+
+
+def _join(place: Rank, device: torch.device, timeout_s: int) -> None:
+    """Enter the process group: NCCL on GPUs, gloo on CPUs."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    os.environ |= {
+        "RANK": str(place.rank), "WORLD_SIZE": str(place.world), "LOCAL_RANK": "0",
+        "MASTER_ADDR": place.address, "MASTER_PORT": str(place.port),
+    }  # fmt: skip
+    import deepspeed
+
+    # DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start: half a minute, a compiler, and
+    # ranks that must share a machine. gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+
+
+def _image_processor(model: str) -> Any:
+    repair_torchvision()
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(model)
+
+
+def _engine(policy: Policy, config: LearnerConfig) -> Any:
+    import deepspeed
+
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        weight_decay=config.optimizer.weight_decay,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=policy,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 1,  # of no effect: micro-batches are made by token budget
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.optimizer.max_grad_norm,
+            "bf16": {"enabled": config.dtype is Dtype.BFLOAT16},
+            "zero_optimization": {
+                "stage": config.zero_stage,
+                "stage3_param_persistence_threshold": config.stage3_persistence_threshold,
+            },
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    return engine
+
+
+def _in_buckets(
+    weights: Sequence[tuple[str, torch.nn.Parameter]], bucket_bytes: int
+) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+    """Consecutive weights of at most ``bucket_bytes`` together; a larger one alone."""
+    bucket: list[tuple[str, torch.nn.Parameter]] = []
+    size = 0
+    for name, parameter in weights:
+        # ZeRO-3 leaves parameters with 0 elements; ds_numel is their true number
+        new = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        if bucket and size + new > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += new
+    yield bucket
+
+
+def _gathered(parameters: list[torch.nn.Parameter], zero_stage: int) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage == 3)

@@ -1,0 +1,224 @@
+"""The ranks as one thing: what jobs see of the learner. The driver handles references, never pixels."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from collections.abc import Awaitable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from cluster.placement import Cluster
+from episodes.types import FloatArray, Trajectory
+from learners.config import LearnerConfig
+
+if TYPE_CHECKING:
+    from learners.learner import Learner  # imports torch, which the driver does not need
+
+ROLE = "learner"
+GRACE_S = 5.0
+"""When a rank fails: how long to look whether another one's death is the cause."""
+
+
+class LearnerFailed(RuntimeError):
+    """A learner rank failed or died; the others were stopped, because they would wait for it for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingGroup:
+    """The trajectories of one question, by reference, and what the driver knows of each.
+
+    trajectories: reference to a ``tuple[Trajectory, ...]``; advantages: NaN leaves the loss; tokens: length with
+    images, the cost by which ranks are balanced."""
+
+    question_id: str
+    trajectories: ray.ObjectRef
+    advantages: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.advantages) != len(self.tokens):
+            raise ValueError(f"question {self.question_id!r}: {len(self.advantages)} advantages, {len(self.tokens)} lengths")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank is given of one group: the members at these places."""
+
+    trajectories: ray.ObjectRef
+    members: tuple[int, ...]
+    advantages: tuple[float, ...]
+
+
+class LearnerRank:
+    """A thin Ray actor around ``Learner``; it turns references into trajectories."""
+
+    def __init__(self, config: LearnerConfig) -> None:
+        self._config = config
+        self._learner: Learner
+
+    def address(self) -> tuple[str, int]:
+        """Where this process could listen as rank 0."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def start(self, rank: int, address: str, port: int) -> None:
+        from learners.learner import Learner, Rank
+
+        self._learner = Learner(self._config, Rank(rank, self._config.ranks, address, port))
+
+    def update(self, shares: Sequence[Share]) -> dict[str, float]:
+        from learners.batch import Sample
+
+        groups = ray.get([share.trajectories for share in shares])
+        samples = [
+            Sample(trajectories[member], advantage)
+            for share, trajectories in zip(shares, groups, strict=True)
+            for member, advantage in zip(share.members, share.advantages, strict=True)
+        ]
+        return self._learner.update(samples).metrics()
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        return self._learner.logprobs(trajectories)
+
+    def weights(self) -> Iterator[bytes]:
+        yield from self._learner.weights()
+
+    def attend_weights(self) -> None:
+        """Take part in gathering weights that another rank sends."""
+        for _ in self._learner.buckets():
+            pass
+
+    def export(self, path: Path) -> None:
+        self._learner.export(path)
+
+    def save(self, path: Path) -> None:
+        self._learner.save(path)
+
+    def restore(self, path: Path) -> int:
+        return self._learner.restore(path)
+
+
+class LearnerGroup:
+    """Every method runs on all ranks at once. If one fails, all are stopped and LearnerFailed names it."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = list(actors)
+
+    @classmethod
+    async def launch(cls, cluster: Cluster, config: LearnerConfig) -> LearnerGroup:
+        """Reserve places for all ranks together, start them, load the model.
+
+        Raises TimeoutError when the cluster cannot hold them, LearnerFailed when one does not come up."""
+        await asyncio.to_thread(cluster.reserve, ROLE, config.ranks, config.resources)
+        actor_class = ray.remote(LearnerRank)
+        group = cls([actor_class.options(**cluster.actor_options(ROLE, rank)).remote(config) for rank in range(config.ranks)])
+        (address, port), *_ = await group._all("start", [group._actors[0].address.remote()])
+        await group._all("start", [actor.start.remote(rank, address, port) for rank, actor in enumerate(group._actors)])
+        return group
+
+    async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
+        """One optimiser step; its metrics (``learners.learner.UpdateReport``, as ``learner/...``)."""
+        shares = assign(groups, len(self._actors))
+        reports = await self._all("update", [actor.update.remote(share) for actor, share in zip(self._actors, shares, strict=True)])
+        return dict(reports[0])
+
+    async def logprobs(self, trajectories: ray.ObjectRef) -> list[FloatArray]:
+        """Per trajectory of the referenced sequence: float32[sampled tokens], nats, under the current weights."""
+        answers = await self._all("logprobs", [actor.logprobs.remote(trajectories) for actor in self._actors])
+        return list(answers[0])
+
+    async def weights(self) -> list[ray.ObjectRef]:
+        """The current weights as buckets, each ``bytes`` in safetensors format, owned by the caller."""
+        sender, *others = self._actors
+        stream = sender.weights.options(num_returns="streaming").remote()
+        buckets, *_ = await self._all("weights", [_collected(stream), *(actor.attend_weights.remote() for actor in others)])
+        return list(buckets)
+
+    async def export(self, path: str | Path) -> None:
+        """Write a Hugging Face folder."""
+        await self._all("export", [actor.export.remote(Path(path)) for actor in self._actors])
+
+    async def save(self, path: str | Path) -> None:
+        """Write the optimiser's state, weights and step, for ``restore`` with as many ranks."""
+        await self._all("save", [actor.save.remote(Path(path)) for actor in self._actors])
+
+    async def restore(self, path: str | Path) -> int:
+        """Returns the step that comes next."""
+        steps = await self._all("restore", [actor.restore.remote(Path(path)) for actor in self._actors])
+        return int(steps[0])
+
+    async def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    async def _all(self, what: str, answers: Sequence[Awaitable[Any]]) -> list[Any]:
+        """The answers of all ranks, or LearnerFailed as soon as one fails: the others may hang in a collective."""
+        tasks = [asyncio.ensure_future(_awaited(answer)) for answer in answers]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.done() and task.exception() for task in tasks):
+            await asyncio.wait(tasks, timeout=GRACE_S)
+            failures = {rank: task.exception() for rank, task in enumerate(tasks) if task.done() and task.exception()}
+            for task in tasks:
+                task.cancel()
+            await self.close()
+            # a death makes the connections of the others break: name the dead one
+            rank = min(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank))
+            verb = "died" if isinstance(failures[rank], RayActorError) else "failed"
+            raise LearnerFailed(f"learner rank {rank} {verb} in {what}: {failures[rank]}") from failures[rank]
+        return [task.result() for task in tasks]
+
+
+def assign(groups: Sequence[TrainingGroup], ranks: int) -> list[list[Share]]:
+    """Every trajectory to one rank: the whole sequence, in order, cut into ``ranks`` pieces of nearly equal cost. So most
+    groups stay together and their coarse view is fetched and prepared once.
+
+    What is not scored costs nothing, for it is not run. With fewer trajectories than ranks a rank is given one
+    that leaves the loss, because all ranks must run the same passes."""
+    places = [(group, member) for group in groups for member in range(len(group.advantages))]
+    if not places:
+        raise ValueError("no trajectories to learn from")
+    costs = [0 if math.isnan(group.advantages[member]) else group.tokens[member] for group, member in places]
+    return [_shares([places[index] for index in piece]) or [Share(groups[0].trajectories, (0,), (math.nan,))] for piece in cut(costs, ranks)]
+
+
+def cut(costs: Sequence[float], parts: int) -> list[range]:
+    """``range(len(costs))`` in consecutive pieces; an item goes to the piece in which its middle lies."""
+    total = sum(costs) or 1
+    pieces, start, done = [], 0, 0.0
+    for part in range(1, parts + 1):
+        stop = start
+        while stop < len(costs) and (part == parts or done + costs[stop] / 2 < total * part / parts):
+            done += costs[stop]
+            stop += 1
+        pieces.append(range(start, stop))
+        start = stop
+    return pieces
+
+
+def _shares(places: Sequence[tuple[TrainingGroup, int]]) -> list[Share]:
+    members: dict[ray.ObjectRef, list[tuple[int, float]]] = {}
+    for group, member in places:
+        members.setdefault(group.trajectories, []).append((member, group.advantages[member]))
+    return [
+        Share(trajectories, tuple(member for member, _ in chosen), tuple(advantage for _, advantage in chosen))
+        for trajectories, chosen in members.items()
+    ]
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+async def _collected(stream: Any) -> list[ray.ObjectRef]:
+    """All objects of a streaming task; raises what the task raised."""
+    objects = [reference async for reference in stream]
+    await stream.completed()
+    return objects

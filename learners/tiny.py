@@ -1,0 +1,200 @@
+"""A tiny Qwen2.5-VL and its tokenizer, from scratch: ordinary Hugging Face classes at toy sizes.
+
+Everything the real family has is there (special tokens, chat template, mRoPE, patch merger, untied head), so that a
+program that runs on the tiny folder runs on the released weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cluster.compat import repair_torchvision
+from episodes.families import ModelFamily, Qwen25VL
+
+REPLY_TAGS = ("<think>", "</think>", "<zoom>", "</zoom>", "<answer>", "</answer>")
+"""One token each, but ordinary text: they survive decoding without special tokens."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' or 'video' in part %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Qwen2.5-VL's, less the system message that it puts where none is given."""
+
+
+@dataclass
+class TinyConfig:
+    """About 1.2 million parameters."""
+
+    hidden: int = 128
+    """Width of the language part."""
+    layers: int = 3
+    """Layers of the language part."""
+    heads: int = 4
+    """Query heads of the language part; half as many key-value heads."""
+    intermediate: int = 384
+    """Width of the language part's MLP."""
+    vision_hidden: int = 96
+    """Width of the vision tower."""
+    vision_layers: int = 3
+    """Layers of the vision tower, all with full attention."""
+    vision_heads: int = 4
+    """Heads of the vision tower."""
+    vision_intermediate: int = 256
+    """Width of the vision tower's MLP."""
+    initializer_range: float = 0.08
+    """Standard deviation of fresh weights; about 1/sqrt(hidden). 0.02 leaves attention uniform for long."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output head (tests of weight transfer want both)."""
+    max_positions: int = 4096
+    """Longest sequence, tokens."""
+
+
+def make_tokenizer(texts: Iterable[str], family: ModelFamily | None = None, vocabulary: int = 400) -> Any:
+    """A Qwen2 tokenizer (byte-level BPE, digits one by one) trained on ``texts``, with Qwen's special tokens."""
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    family = family or Qwen25VL()
+    special = (*family.control_tokens, *family.vision_tokens)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_without(texts, (*special, *REPLY_TAGS)), trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learnt["vocab"],
+        merges=[tuple(pair) for pair in learnt["merges"]],
+        eos_token=family.turn_end,
+        pad_token="<|endoftext|>",
+        model_max_length=4096,
+    )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in REPLY_TAGS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _without(texts: Iterable[str], tokens: tuple[str, ...]) -> Iterable[str]:
+    """Texts with added tokens blanked out, so that the BPE learns nothing across them."""
+    for text in texts:
+        for token in tokens:
+            text = text.replace(token, "\n")
+        yield text
+
+
+def make_model(tokenizer: Any, config: TinyConfig, seed: int) -> Any:
+    """A fresh ``Qwen2_5_VLForConditionalGeneration`` in float32 whose special ids are the tokenizer's."""
+    repair_torchvision()
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = tokenizer.convert_tokens_to_ids
+    family = Qwen25VL()
+    head = config.hidden // config.heads
+    stop, pad = ids(family.turn_end), ids("<|endoftext|>")
+    settings = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": config.hidden,
+            "intermediate_size": config.intermediate,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.heads // 2,
+            "max_position_embeddings": config.max_positions,
+            "initializer_range": config.initializer_range,
+            "tie_word_embeddings": config.tie_embeddings,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": _mrope_sections(head),
+            },
+            "bos_token_id": None,
+            "eos_token_id": stop,
+            "pad_token_id": pad,
+        },
+        vision_config={
+            "depth": config.vision_layers,
+            "hidden_size": config.vision_hidden,
+            "intermediate_size": config.vision_intermediate,
+            "num_heads": config.vision_heads,
+            "out_hidden_size": config.hidden,
+            "patch_size": family.patch_size,
+            "spatial_merge_size": family.merge_size,
+            "window_size": 4 * family.multiple,
+            "fullatt_block_indexes": list(range(config.vision_layers)),
+            "initializer_range": config.initializer_range,
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=config.tie_embeddings,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(settings).float()
+    model.generation_config.eos_token_id = stop
+    model.generation_config.pad_token_id = pad
+    model.generation_config.bos_token_id = None
+    return model
+
+
+def _mrope_sections(head: int) -> list[int]:
+    """Time, height and width parts of half a head: [4, 6, 6] of 16, as [16, 24, 24] of 64 in the released model."""
+    spatial = head // 2 * 3 // 8
+    return [head // 2 - 2 * spatial, spatial, spatial]
+
+
+def make_processor(tokenizer: Any) -> Any:
+    """A ``Qwen2_5_VLProcessor`` whose own resize is an identity on views of 4 to 1280 visual tokens."""
+    repair_torchvision()
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    limits = {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
+    size = {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**limits),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=size),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_folder(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None = None) -> None:
+    """An ordinary Hugging Face folder, written beside its place and renamed, so that nobody reads half of one.
+
+    ``extra``: further text files, name -> content. An older folder of that name is replaced."""
+    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    model.save_pretrained(fresh)
+    processor.save_pretrained(fresh)
+    for name, text in (extra or {}).items():
+        (fresh / name).write_text(text)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,32 @@
+"""What a reward term is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from episodes.parsing import BoxOutcome
+from episodes.types import Question, Trajectory, Unscored, View
+from rewards.config import RewardConfig
+
+Reading = str | Unscored | None
+"""What the frozen reward model replied to (crop, question): its reply, why there is none, or None where the policy
+chose no region, so that nothing was asked."""
+
+
+class RewardTerm(ABC):
+    """One part of the reward. To add one: subclass this, add a line to ``rewards.tce.TERMS`` and its weight to the
+    config."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def __call__(self, question: Question, trajectory: Trajectory, reading: Reading) -> float | Unscored:
+        """The term's value before its weight; Unscored where it could not be judged. What was played and lost is
+        a value of 0, never Unscored."""
+
+
+def chosen_region(trajectory: Trajectory) -> View | None:
+    """The crop that the policy asked for. None where there is no crop, or where the crop is the whole image because
+    the box could not be used (``on_bad_box: whole_image``): that lets the policy answer, but pays for no region."""
+    return trajectory.crop if BoxOutcome(trajectory.box_outcome).usable else None

@@ -1,0 +1,78 @@
+"""What a user sets about rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from cluster.engine import EngineConfig
+from cluster.placement import Resources
+from episodes.prompts import PromptTemplates
+
+
+class Backend(StrEnum):
+    """Where the reward model runs: in a vLLM engine of this job, or behind an OpenAI-compatible URL."""
+
+    ENGINE = "engine"
+    ENDPOINT = "endpoint"
+
+
+@dataclass
+class EndpointConfig:
+    url: str = ""
+    """Base URL up to and including the version, such as http://host:8000/v1."""
+    model: str = ""
+    """Name under which the endpoint serves the reward model."""
+    api_key_env: str = ""
+    """Name of the environment variable that holds the API key; empty: no key is sent."""
+    timeout_s: float = 120.0
+    """One attempt, in seconds."""
+    retries: int = 4
+    """Further attempts after a failed one (no connection, timeout, status 408, 409, 425, 429 or 5xx)."""
+    backoff_s: float = 1.0
+    """Wait before the first further attempt, in seconds; doubled each time."""
+    max_backoff_s: float = 30.0
+    """Longest wait between two attempts, in seconds."""
+    concurrency: int = 32
+    """Requests in flight per reward worker."""
+
+
+@dataclass
+class VerifierConfig:
+    """The frozen reward model."""
+
+    backend: Backend = Backend.ENGINE
+    """engine | endpoint."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """For backend engine."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """For backend endpoint."""
+    prompts: PromptTemplates = field(default_factory=PromptTemplates)
+    """Only ``system`` and ``verify`` are used."""
+    max_tokens: int = 128
+    """Longest reply of the reward model."""
+    max_visual_tokens: int = 16384
+    """Backend engine: crops of more visual tokens are made smaller (Qwen2.5-VL's processor takes 16384)."""
+
+
+@dataclass
+class RewardConfig:
+    """R = alpha * r_region + beta * r_box + the weighted other terms (ERGO, arXiv 2509.21991)."""
+
+    alpha: float = 1.0
+    """Weight of r_region."""
+    beta: float = 0.5
+    """Weight of r_box."""
+    gamma: float = 0.6
+    """Largest area(crop) / area(original) that r_box pays for."""
+    weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
+    """Weights of the other terms, by their names in ``rewards.tce.TERMS``; 0 measures a term without paying it."""
+    number_tolerance: float = 0.01
+    """Relative tolerance for answers that are decimal numbers; whole numbers must be equal."""
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    workers: int = 1
+    """Reward workers; each hosts one reward model (or one client of the endpoint)."""
+    resources: Resources = field(default_factory=Resources)
+    """Per worker."""
+    restarts: int = 3
+    """Dead workers replaced before the run gives up."""

@@ -1,0 +1,44 @@
+"""The reward of ERGO: task-driven contextual exploration plus accuracy and format, every part kept."""
+
+from __future__ import annotations
+
+from episodes.types import Question, Score, Trajectory, Unscored, Verdict
+from rewards.accuracy import Accuracy
+from rewards.base import Reading, RewardTerm
+from rewards.box import SmallBox
+from rewards.config import RewardConfig
+from rewards.format import Format
+from rewards.region import Region
+
+TERMS: dict[str, type[RewardTerm]] = {"region": Region, "box": SmallBox, "accuracy": Accuracy, "format": Format}
+
+
+class TotalReward:
+    """R = alpha * region + beta * box + accuracy + format with the default weights: 0 .. 3.5.
+
+    Raises ValueError for a weight whose term does not exist."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.weights = weights_of(config)
+        self._terms = {name: TERMS[name](config) for name in self.weights}
+
+    def __call__(self, question: Question, trajectory: Trajectory, reading: Reading) -> Verdict:
+        """``Score`` with every part before its weight, or ``Unscored`` with the reason of the first part that could
+        not be judged: a total without it would be a lie."""
+        parts: dict[str, float] = {}
+        for name, term in self._terms.items():
+            value = term(question, trajectory, reading)
+            if isinstance(value, Unscored):
+                return Unscored(f"{name}: {value.reason}")
+            parts[name] = value
+        return Score(sum(self.weights[name] * value for name, value in parts.items()), parts)
+
+
+def weights_of(config: RewardConfig) -> dict[str, float]:
+    """The weight of every term. Raises ValueError for an unknown term, or one that alpha or beta weighs already."""
+    others = sorted(TERMS.keys() - {"region", "box"})
+    unknown = sorted(config.weights.keys() - set(others))
+    if unknown:
+        takes = f"{', '.join(others)} (alpha weighs region, beta box)"
+        raise ValueError(f"reward.weights takes {takes}, not {', '.join(unknown)}")
+    return {"region": config.alpha, "box": config.beta, **config.weights}

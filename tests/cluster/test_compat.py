@@ -1,0 +1,57 @@
+"""Each case runs in a process of its own: the shim acts on a process, and pytest's has long imported everything."""
+
+import subprocess
+import sys
+import textwrap
+
+# The set-up script may have hooked every interpreter of this environment; most cases start without that.
+UNHOOKED = """
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "_BeforeTorchvision"]
+from cluster.compat import repair_torchvision
+"""
+
+
+def run_fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_qwen_image_processor_works_after_the_repair_and_a_second_repair_changes_nothing() -> None:
+    # 56 x 56 pixels in patches of 14: a grid of 4 x 4, 16 rows of 3 channels x 2 frames x 14 x 14 = 1176 values.
+    code = """
+        repair_torchvision()
+        repair_torchvision()
+        import numpy as np
+        from transformers import Qwen2VLImageProcessor
+
+        processor = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56)
+        made = processor(images=[np.zeros((56, 56, 3), dtype=np.uint8)], return_tensors="pt")
+        repair_torchvision()
+        print(made["image_grid_thw"].tolist(), tuple(made["pixel_values"].shape))
+    """
+    assert run_fresh(UNHOOKED + textwrap.dedent(code)) == "[[1, 4, 4]] (16, 1176)"
+
+
+def test_every_interpreter_of_this_environment_imports_torchvision() -> None:
+    # Whether by matching builds or by the hook that the set-up script installed: vLLM's processes ask nobody.
+    assert run_fresh("import torchvision.transforms.v2 as v2; print(v2.functional.resize.__name__)") == "resize"
+
+
+def test_the_repair_imports_nothing_by_itself() -> None:
+    code = "repair_torchvision(); print([name for name in ('torch', 'torchvision') if name in sys.modules])"
+    assert run_fresh(UNHOOKED + code) == "[]"
+
+
+def test_a_missing_torchvision_is_reported_as_missing() -> None:
+    code = """
+        sys.path = [path for path in sys.path if "site-packages" not in path]
+        repair_torchvision()
+        try:
+            import torchvision
+        except ModuleNotFoundError as error:
+            print(error)
+    """
+    assert run_fresh(UNHOOKED + textwrap.dedent(code)) == "No module named 'torchvision'"
