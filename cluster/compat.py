@@ -63,6 +63,8 @@ def repair_torchvision() -> None:
 
 
 def _declare_torchvision_operators() -> None:
+    if _declared:
+        return
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")

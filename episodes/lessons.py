@@ -35,20 +35,21 @@ class Pointing:
     """Standard deviation of the move, each edge for itself."""
 
 
-def point(panel: Box, config: Pointing, rng: np.random.Generator, least: int = 28) -> Box:
-    """The panel's box, too tight and jittered, at least ``least`` pixels a side."""
+def point(panel: Box, config: Pointing, side: int, rng: np.random.Generator, least: int = 28) -> Box:
+    """The panel's box in a scene of ``side`` pixels, too tight and jittered, at least ``least`` pixels a side."""
     left, top, right, bottom = (float(move) for move in rng.normal(config.inset, config.jitter, 4))
-    x1, x2 = _ordered(panel.x1 + left, panel.x2 - right, least)
-    y1, y2 = _ordered(panel.y1 + top, panel.y2 - bottom, least)
+    x1, x2 = _between(panel.x1 + left, panel.x2 - right, least, side)
+    y1, y2 = _between(panel.y1 + top, panel.y2 - bottom, least, side)
     return Box(x1, y1, x2, y2)
 
 
-def _ordered(low: float, high: float, least: int) -> tuple[int, int]:
+def _between(low: float, high: float, least: int, side: int) -> tuple[int, int]:
+    """Whole numbers of 0 .. side, ``least`` or more apart."""
     if high - low < least:
-        middle = (low + high) / 2
-        low, high = middle - least / 2, middle + least / 2
-    low = max(low, 0.0)
-    return round(low), max(round(high), round(low) + 1)
+        low = (low + high - least) / 2
+        high = low + least
+    start = min(max(round(low), 0), side - least)
+    return start, min(max(round(high), start + least), side)
 
 
 def crop_with(target: Box, side: int, smallest: float, largest: float, rng: np.random.Generator) -> Box:
@@ -78,7 +79,7 @@ def crop_to_read(scene: PanelScene, target: Panel, rng: np.random.Generator) -> 
     if kind < 0.73:
         return crop_with(target.mark_box, side, 0.18, 1.0, rng)
     if kind < 0.85:
-        return point(target.box, Pointing(), rng)
+        return point(target.box, Pointing(), side, rng)
     if kind < 0.93:
         other = scene.panels[int(rng.integers(len(scene.panels)))]
         return crop_with(other.mark_box or other.box, side, 0.0017, 0.18, rng)
@@ -89,12 +90,6 @@ def legible(view: View, mark: Box) -> bool:
     """Is the whole mark in the view, and large enough there to be taught as readable?"""
     scale = min(view.width / view.box.width, view.height / view.box.height)
     return view.box.contains(mark) and scale * min(mark.width, mark.height) >= _LEGIBLE_MARK
-
-
-def answer_to(view: View, target: Panel, rng: np.random.Generator) -> str:
-    """The mark where it can be read, else any mark at random."""
-    assert target.mark_box is not None
-    return target.mark if legible(view, target.mark_box) else MARKS[int(rng.integers(len(MARKS)))]
 
 
 def look_reply(panel: Panel, coarse: View, box: Box, family: ModelFamily) -> str:
@@ -125,6 +120,9 @@ class TokenLabels:
     colour: NDArray[np.int64]
     mark: NDArray[np.int64]
     edges: NDArray[np.int64]
+
+    def without_edges(self) -> TokenLabels:
+        return TokenLabels(self.colour, self.mark, np.full_like(self.edges, -100))
 
 
 def token_labels(scene: PanelScene, view: View, family: ModelFamily) -> TokenLabels:

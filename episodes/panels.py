@@ -42,6 +42,7 @@ class Split(StrEnum):
     TRAIN = "train"
     HELDOUT = "heldout"
     PRETRAIN = "pretrain"
+    ALBUM = "album"
 
 
 @dataclass

@@ -11,16 +11,18 @@ from pathlib import Path
 from actors.rollout_pool import RolloutPool
 from actors.trajectory_store import Group, TrajectoryStore
 from cluster.placement import Cluster
+from cluster.pool import PoolExhausted
 from cluster.weights import WeightChannel
 from episodes.questions import QuestionStream
+from episodes.types import Score
 from jobs.config import ConfigError, TrainConfig, load_config
 from jobs.flow import Flow, flowing
 from jobs.metrics import reward_metrics, rollout_metrics
 from jobs.prepare import prepare_panels
-from jobs.proof import Proof
+from jobs.proof import Proof, WeightsDiffer
 from jobs.run import Run
-from learners.advantages import group_advantages
-from learners.learner_group import LearnerGroup, TrainingGroup
+from learners.advantages import AdvantageConfig, group_advantages
+from learners.learner_group import LearnerFailed, LearnerGroup, TrainingGroup
 from rewards.reward_pool import RewardPool
 
 
@@ -50,7 +52,7 @@ async def train(config: TrainConfig) -> Path:
                         groups = await store.take(config.groups_per_step, oldest=step - config.max_staleness)
                     report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups))
                     with report.timed("learn"):
-                        report.add(await learners.update([to_training(group) for group in groups]))
+                        report.add(await learners.update([to_training(group, config.learner.advantages) for group in groups]))
                     with report.timed("publish"):
                         await weights.publish(version=step + 1)
                     with report.timed("proof"):
@@ -60,3 +62,52 @@ async def train(config: TrainConfig) -> Path:
         with run.view.waiting("exporting the policy"):
             await learners.export(str(run.folder / "policy"))
         return run.folder
+
+
+def to_training(group: Group, config: AdvantageConfig) -> TrainingGroup:
+    """A scored group as the learner takes it: advantages in place of scores."""
+    rewards = [score.total if isinstance(score, Score) else None for score in group.scores]
+    return TrainingGroup(
+        question_id=group.question.id,
+        trajectories=group.trajectories,
+        advantages=group_advantages(rewards, config),
+        tokens=tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in group.played.facts),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ergo-rl train",
+        description="Train a policy with ERGO: rollouts, rewards, updates, weights back into the engines.",
+        epilog="example: ergo-rl train configs/panels.yaml total_steps=50 learner.optimizer.lr=1e-4",
+    )
+    parser.add_argument("recipe", nargs="?", default="configs/panels.yaml", help="YAML recipe (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe's")
+    arguments = parser.parse_args(argv)
+    recipe, overrides = arguments.recipe, arguments.overrides
+    if "=" in recipe:  # only overrides were given
+        recipe, overrides = parser.get_default("recipe"), [recipe, *overrides]
+    try:
+        config = load_config(Path(recipe), overrides)
+        prepare_embedded(config)
+        folder = asyncio.run(train(config))
+    except (ConfigError, DatasetError, WeightsDiffer, PoolExhausted, LearnerFailed, TimeoutError) as error:
+        print(f"ergo-rl train: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ergo-rl train: stopped by hand", file=sys.stderr)
+        return 130
+    print(f"Done. Look at the curves: tensorboard --logdir {folder / 'tensorboard'}   (numbers: {folder / 'metrics.jsonl'}, "
+          f"samples: {folder / 'samples'}, policy: {folder / 'policy'})")
+    return 0
+
+
+def prepare_embedded(config: TrainConfig) -> None:
+    """Make the embedded data set where it is asked for and absent."""
+    if config.embedded.panels is not None:
+        data = config.embedded
+        prepare_panels(Path(config.embedded.panels), train=data.train, heldout=data.heldout, seed=data.seed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

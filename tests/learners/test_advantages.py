@@ -1,0 +1,56 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learners.advantages import AdvantageConfig, group_advantages
+
+EXACT = AdvantageConfig(epsilon=0.0)
+
+
+def test_by_hand() -> None:
+    # mean 2, sample variance (1 + 0 + 1) / 2 = 1
+    assert group_advantages([1.0, 2.0, 3.0], EXACT) == (-1.0, 0.0, 1.0)
+    # mean 1, sample variance (1 + 1 + 1 + 9) / 3 = 4, std 2
+    assert group_advantages([0.0, 0.0, 0.0, 4.0], EXACT) == (-0.5, -0.5, -0.5, 1.5)
+
+
+def test_epsilon_is_added_to_the_standard_deviation() -> None:
+    assert group_advantages([1.0, 2.0, 3.0], AdvantageConfig(epsilon=1.0)) == (-0.5, 0.0, 0.5)
+
+
+def test_unscored_members_leave_baseline_and_loss() -> None:
+    advantages = group_advantages([1.0, None, 3.0, math.nan, 2.0], EXACT)
+    assert [advantages[place] for place in (0, 2, 4)] == [-1.0, 1.0, 0.0]
+    assert math.isnan(advantages[1]) and math.isnan(advantages[3])
+
+
+@pytest.mark.parametrize("size", range(2, 17))
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1.5, 3.5, -2.7, 1e6])
+def test_equal_rewards_give_exactly_zero(size: int, reward: float) -> None:
+    # 0.1 * 3 / 3 != 0.1: the mean of equal numbers need not be that number
+    noisy = [reward * (1 + 1e-16 * place) for place in range(size)]
+    assert group_advantages(noisy, AdvantageConfig()) == (0.0,) * size
+
+
+def test_a_lone_scored_member_says_nothing() -> None:
+    advantages = group_advantages([None, 2.0, None], AdvantageConfig())
+    assert advantages[1] == 0.0 and math.isnan(advantages[0]) and math.isnan(advantages[2])
+    assert all(math.isnan(advantage) for advantage in group_advantages([None, None], AdvantageConfig()))
+
+
+def test_infinite_reward_is_refused() -> None:
+    with pytest.raises(ValueError, match="infinite reward"):
+        group_advantages([1.0, math.inf], AdvantageConfig())
+
+
+@given(st.lists(st.none() | st.floats(-4, 4), min_size=1, max_size=16))
+def test_any_group(rewards: list[float | None]) -> None:
+    advantages = np.array(group_advantages(rewards, AdvantageConfig()))
+    scored = np.array([reward is not None for reward in rewards])
+    assert np.isnan(advantages[~scored]).all() and np.isfinite(advantages[scored]).all()
+    assert abs(advantages[scored].sum()) < 1e-6
+    if scored.sum() > 1 and advantages[scored].any():
+        assert np.std(advantages[scored], ddof=1) <= 1 + 1e-9

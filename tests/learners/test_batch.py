@@ -1,0 +1,140 @@
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from episodes.types import Trajectory
+from learners.batch import Batcher, Sample, expand, pack
+from tests.factories import FAMILY, IDS, IMAGE_PAD, shared_view, trajectory, view
+
+
+@pytest.fixture(scope="module")
+def batcher(tiny: Path) -> Batcher:
+    from cluster.compat import repair_torchvision
+
+    repair_torchvision()
+    from transformers import AutoImageProcessor
+
+    return Batcher(FAMILY, AutoImageProcessor.from_pretrained(tiny), IMAGE_PAD, IDS["<|im_end|>"], token_budget=120)
+
+
+def test_placeholders_are_expanded_once() -> None:
+    one = trajectory(replies=(5, 7), coarse=view(3, 2), crop=view(2, 4))
+    row = expand(Sample(one, 1.0), FAMILY, IMAGE_PAD)
+    # turn 1: 3 + 1 + (3 x 2) + 1 + 4 = 15 prompt tokens, then 5; turn 2: 4 + 1 + (2 x 4) + 1 + 4 = 18, then 7
+    assert len(row) == 15 + 5 + 18 + 7
+    assert row.prompt_lengths == (15, 15 + 5 + 18)
+    assert np.flatnonzero(row.loss_mask).tolist() == [*range(15, 20), *range(38, 45)]
+    assert np.flatnonzero(row.image_mask).tolist() == [*range(4, 10), *range(25, 33)]
+    assert (row.token_ids[row.image_mask] == IMAGE_PAD).all()
+    assert row.token_ids[row.loss_mask].tolist() == one.token_ids[one.loss_mask].tolist()
+    assert row.rollout_logprobs[row.loss_mask].tolist() == one.logprobs[one.loss_mask].tolist()
+    assert not row.rollout_logprobs[~row.loss_mask].any()
+
+
+def test_a_sampled_placeholder_is_refused() -> None:
+    one = trajectory(name="odd")
+    turn = one.turns[0]
+    sampled = replace(turn, completion_ids=np.array([IMAGE_PAD, *turn.completion_ids[1:]], np.int32))
+    broken = replace(one, turns=(sampled, one.turns[1]))
+    with pytest.raises(ValueError, match=r"'odd'.*3 image placeholders \(1 of them sampled\) for 2 views"):
+        expand(Sample(broken, 1.0), FAMILY, IMAGE_PAD)
+
+
+def with_engine_length(one: Trajectory, length: int) -> Trajectory:
+    return replace(one, turns=(*one.turns[:-1], replace(one.turns[-1], engine_prompt_length=length)))
+
+
+def test_another_length_in_the_engine_leaves_the_loss(batcher: Batcher, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = trajectory("good"), with_engine_length(trajectory("bad", 3), 39)
+    with caplog.at_level(logging.WARNING):
+        plan = batcher.plan([Sample(good, 1.0), Sample(bad, 1.0)])
+    assert plan.length_mismatches == 1 and len(plan.rows) == 1
+    assert plan.loss_tokens == 12
+    assert "'bad', sample 3" in caplog.text and "(15, 39)" in caplog.text and "(15, 38)" in caplog.text
+
+
+def test_unscored_trajectories_leave_the_loss(batcher: Batcher) -> None:
+    plan = batcher.plan([Sample(trajectory(), math.nan), Sample(trajectory(sample=1), 0.5)])
+    assert [row.advantage for row in plan.rows] == [0.5]
+
+
+def test_a_rank_with_nothing_scored_keeps_one_silent_row(batcher: Batcher) -> None:
+    plan = batcher.plan([Sample(trajectory(sample=place), math.nan) for place in range(3)])
+    (batch,) = batcher.batches(plan)
+    assert plan.loss_tokens == 0 and not batch.loss_mask.any() and batch.input_ids.shape[0] == 1
+
+
+def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
+    shared = shared_view(3, 2, 9)
+    some = [trajectory(f"q{n}", n, replies=(4 + n, 3) if n % 2 else (6 + n,), coarse=shared, crop=view(2 + n, 2, n)) for n in range(6)]
+    plan = batcher.plan([Sample(one, float(n)) for n, one in enumerate(some)])
+    batches = list(batcher.batches(plan))
+    assert len(batches) > 1
+    for members, batch in zip(plan.bins, batches, strict=True):
+        rows = [plan.rows[member] for member in members]
+        assert batch.input_ids.numel() <= 120
+        assert batch.attention_mask.sum(-1).tolist() == [len(row) for row in rows]
+        assert batch.advantages.tolist() == [row.advantage for row in rows]
+        assert batch.mm_token_type_ids.sum().item() == batch.image_grid_thw.prod(-1).sum().item() // 4
+        assert [tuple(grid) for grid in batch.image_grid_thw.tolist()] == [
+            (1, shown.height // 14, shown.width // 14) for row in rows for shown in row.views
+        ]
+        for place, row in enumerate(rows):
+            assert batch.input_ids[place, : len(row)].tolist() == row.token_ids.tolist()
+            assert not batch.loss_mask[place, len(row) :].any()
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == plan.loss_tokens
+    assert sum(batch.input_ids.numel() for batch in batches) == plan.padded_tokens
+
+
+def test_a_shared_view_is_processed_once(batcher: Batcher) -> None:
+    processed: list[int] = []
+
+    class Counting:
+        def __call__(self, **arguments: Any) -> Any:
+            processed.extend(id(image) for image in arguments["images"])
+            return batcher.image_processor(**arguments)
+
+    shared = view(3, 2)
+    some = [trajectory("q", n, coarse=shared, crop=view(2, 4, n)) for n in range(5)]
+    counting = replace(batcher, image_processor=Counting())
+    batches = list(counting.batches(counting.plan([Sample(one, 1.0) for one in some])))
+    assert len(processed) == 1 + 5
+    assert sum(len(batch.image_grid_thw) for batch in batches) == 10
+
+
+def test_silent_batches_fill_up(batcher: Batcher) -> None:
+    plan = batcher.plan([Sample(trajectory(), 1.0)])
+    first, *others = batcher.batches(plan, 3)
+    assert [bool(batch.loss_mask.any()) for batch in (first, *others)] == [True, False, False]
+    assert all(torch.equal(batch.input_ids, first.input_ids) for batch in others)
+
+
+def test_micro_batch_refuses_unequal_lengths(batcher: Batcher) -> None:
+    (batch,) = batcher.batches(batcher.plan([Sample(trajectory(), 1.0)]))
+    with pytest.raises(ValueError, match="loss_mask is"):
+        replace(batch, loss_mask=batch.loss_mask[:, 1:])
+    with pytest.raises(ValueError, match="patches, but the grids say"):
+        replace(batch, pixel_values=batch.pixel_values[1:])
+    with pytest.raises(ValueError, match="2 advantages for 1 rows"):
+        replace(batch, advantages=torch.zeros(2))
+
+
+def test_pack_by_hand() -> None:
+    # longest first: 9 | 6 5 (2 x 6 = 12) | 4 3 3 (3 x 4 = 12) | 2
+    assert pack([3, 9, 4, 6, 2, 5, 3], 12) == ((1,), (3, 5), (2, 0, 6), (4,))
+    assert pack([50], 12) == ((0,),)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 200))
+def test_pack_keeps_everything_within_the_budget(lengths: list[int], budget: int) -> None:
+    bins = pack(lengths, budget)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    assert all(len(members) == 1 or len(members) * max(lengths[index] for index in members) <= budget for members in bins)

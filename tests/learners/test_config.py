@@ -1,0 +1,19 @@
+import pytest
+
+from learners.config import LearnerConfig, OptimizerConfig, Schedule
+
+
+def test_warm_up_then_schedule_by_hand() -> None:
+    rates = {
+        schedule: [OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=2, total_steps=6).learning_rate(step) for step in range(8)]
+        for schedule in Schedule
+    }
+    assert rates[Schedule.CONSTANT] == [0.5, 1, 1, 1, 1, 1, 1, 1]
+    assert rates[Schedule.LINEAR] == [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert rates[Schedule.COSINE] == pytest.approx([0.5, 1, 1, 0.853553, 0.5, 0.146447, 0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"zero_stage": 4}, {"zero_stage": 0}, {"ranks": 0}, {"temperature": 0.0}])
+def test_impossible_values_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LearnerConfig(**wrong)
