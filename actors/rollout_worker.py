@@ -7,7 +7,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Sampling
+import ray
+
+from cluster.engine import Completion, Engine, EngineConfig, EngineDied, EngineRefused, Sampling
 from cluster.placement import Resources
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
 from episodes.families import family_of, load_tokenizer
@@ -112,6 +114,9 @@ class RolloutWorker:
             trajectories = tuple(await asyncio.gather(*(one(sample) for sample in samples)))
         except (UnreadableImage, ReservedText, EngineRefused) as error:
             return Unplayable(question.id, f"{type(error).__name__}: {error}"), ()
+        except EngineDied:
+            # A worker without an engine would fail at once and so draw all the work: be replaced instead.
+            ray.actor.exit_actor()
         return Played(question.id, tuple(map(facts_of, trajectories))), trajectories
 
     async def load_weights(self, version: int, *buckets: bytes) -> float:

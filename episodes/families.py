@@ -77,6 +77,9 @@ class ModelFamily(ABC):
             grow = math.sqrt(self.min_visual_tokens * unit * unit / (width * height))
             columns, rows = math.ceil(width * grow / unit), math.ceil(height * grow / unit)
         columns, rows = max(1, columns), max(1, rows)
+        if columns * rows < self.min_visual_tokens:  # rounded down from a budget close to the minimum
+            least = math.ceil(self.min_visual_tokens / min(columns, rows))
+            columns, rows = (least, rows) if columns > rows else (columns, least)
         longest = int(self.max_aspect_ratio) * min(columns, rows)  # rounding may make a thin image thinner
         columns, rows = min(columns, longest), min(rows, longest)
         if columns * rows > budget:  # a thin image, rounded up to one unit on its short side

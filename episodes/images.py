@@ -16,6 +16,9 @@ from episodes.types import Box, Pixels, View
 MAX_PIXELS = 200_000_000
 """Default limit on decoded images: 200 megapixels, 600 MB of RGB."""
 
+# Pillow refuses twice this number, 179 megapixels by default: less than ours.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
 
 class UnreadableImage(ValueError):
     """The image cannot be decoded; the message says why."""

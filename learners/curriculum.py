@@ -70,12 +70,13 @@ def stream(make: Callable[[int], Any], first: int, steps: int) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class TowerLessons:
-    """Dense batches: ``scenes`` coarse views and two crops of each."""
+    """Dense batches: ``scenes`` coarse views and ``crops`` crops of each."""
 
     family: ModelFamily
     image_processor: Any
     seed: int
-    scenes: int = 16
+    scenes: int = 12
+    crops: int = 4
 
     def __call__(self, step: int) -> DenseBatch:
         views: list[View] = []
@@ -86,7 +87,7 @@ class TowerLessons:
             whole = coarse_view(drawn, self.family)
             crops = [
                 crop_view(drawn, crop_to_read(drawn, drawn.panels[int(rng.integers(len(drawn.panels)))], rng), self.family)
-                for _ in range(2)
+                for _ in range(self.crops)
             ]
             views += [whole, *crops]
             labels.append(token_labels(drawn, whole, self.family))

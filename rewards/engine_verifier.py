@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from cluster.engine import Engine, EngineRefused, Sampling
+from cluster.engine import Engine, EngineDied, EngineRefused, Sampling
 from episodes.families import ModelFamily, Tokenizer, family_of, load_tokenizer
 from episodes.prompts import ReservedText, fill
 from episodes.types import Question, View
@@ -31,8 +31,6 @@ class EngineVerifier:
         return cls(await Engine.start(config.engine), family, tokenizer, config)
 
     async def answer(self, question: Question, crop: View) -> str:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         prompts = self._config.prompts
         try:
             prompt = self._family.first_prompt(prompts.system, fill(prompts.verify, question, self._family))
@@ -41,7 +39,7 @@ class EngineVerifier:
             completion = await self._engine.generate(token_ids, [view.pixels], self._sampling)
         except (ReservedText, EngineRefused) as error:
             raise VerifierUnavailable(f"{type(error).__name__}: {error}") from error
-        except EngineDeadError as error:
+        except EngineDied as error:
             raise VerifierDied(f"the reward model's engine died: {error}") from error
         return completion.text
 

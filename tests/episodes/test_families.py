@@ -1,0 +1,127 @@
+"""Sizes: what ``fit`` gives, the family's own processor must leave alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from cluster.compat import repair_torchvision
+from episodes.families import ModelFamily, Qwen25VL, family_of
+from episodes.types import Box, View
+
+repair_torchvision()
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize  # noqa: E402
+
+FAMILY = Qwen25VL()
+UNIT = FAMILY.multiple
+SIDES = st.integers(1, 20_000)
+BUDGETS = st.integers(FAMILY.min_visual_tokens, 16_384)
+
+
+@given(SIDES, SIDES, BUDGETS)
+def test_fit_is_an_identity_for_the_processor_and_within_the_budget(width: int, height: int, budget: int) -> None:
+    assume(max(width, height) <= 200 * min(width, height))
+    fitted = FAMILY.fit(width, height, budget)
+    columns, rows = fitted[0] // UNIT, fitted[1] // UNIT
+    assert (columns * UNIT, rows * UNIT) == fitted
+    assert FAMILY.min_visual_tokens <= columns * rows <= budget
+    resized = smart_resize(fitted[1], fitted[0], UNIT, FAMILY.min_visual_tokens * UNIT**2, budget * UNIT**2)
+    assert resized == (fitted[1], fitted[0])
+    assert FAMILY.fit(*fitted, budget) == fitted
+
+
+@given(st.integers(280, 8_000), st.integers(280, 8_000), BUDGETS)
+def test_fit_equals_smart_resize_on_ordinary_images(width: int, height: int, budget: int) -> None:
+    assume(max(width, height) <= 4 * min(width, height) and budget >= 64)
+    height_, width_ = smart_resize(height, width, UNIT, FAMILY.min_visual_tokens * UNIT**2, budget * UNIT**2)
+    assert FAMILY.fit(width, height, budget) == (width_, height_)
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "fitted"),
+    [
+        ((672, 672), 640, (672, 672)),  # 24 x 24 = 576 tokens fit: unchanged
+        ((672, 672), 36, (168, 168)),  # 6 x 6
+        ((1, 1), 640, (56, 56)),  # the family's least: 2 x 2
+        ((42, 71), 4, (28, 112)),  # 1 x 2 tokens would be rounded down below the family's least
+        ((5600, 28), 640, (5600, 28)),  # 1:200, the thinnest it takes
+        ((8200, 41), 640, (5600, 28)),  # 41 rows round down to 28: 293:1 would be refused
+    ],
+)
+def test_fit_by_hand(size: tuple[int, int], budget: int, fitted: tuple[int, int]) -> None:
+    assert FAMILY.fit(*size, budget) == fitted
+
+
+def test_fit_refuses_what_no_processor_takes() -> None:
+    with pytest.raises(ValueError, match="budget of 3 visual tokens"):
+        FAMILY.fit(100, 100, 3)
+    with pytest.raises(ValueError, match="thinner than 1:200"):
+        FAMILY.fit(2010, 10, 640)
+
+
+def processor(max_tokens: int) -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(
+        patch_size=14, merge_size=2, min_pixels=4 * UNIT**2, max_pixels=max_tokens * UNIT**2
+    )
+
+
+def blank(width: int, height: int) -> View:
+    return View(Box(0, 0, width, height), np.zeros((height, width, 3), np.uint8))
+
+
+def test_image_inputs_give_one_grid_row_per_view() -> None:
+    pixels, grid = FAMILY.image_inputs(processor(1280), [blank(168, 56), blank(56, 84)])
+    assert grid.tolist() == [[1, 4, 12], [1, 6, 4]]
+    assert pixels.shape == (4 * 12 + 6 * 4, 3 * 2 * 14 * 14)
+
+
+def test_image_inputs_refuse_a_processor_that_resizes() -> None:
+    with pytest.raises(ValueError, match=r"resized views.*max_pixels"):
+        FAMILY.image_inputs(processor(9), [blank(168, 168)])
+
+
+def test_boxes_of_a_policy_are_pixels_of_the_coarse_view() -> None:
+    coarse = View(Box(0, 0, 672, 672), np.zeros((168, 168, 3), np.uint8))
+    assert FAMILY.write_corners(Box(336, 0, 672, 168), coarse) == (84, 0, 168, 42)
+    assert FAMILY.read_corners((84, 0, 168, 42), coarse) == (84, 0, 168, 42)
+
+
+def test_prompts_of_two_turns_are_the_chat_template() -> None:
+    conversation = FAMILY.first_prompt("S", "U1") + "R1<|im_end|>" + FAMILY.next_prompt("U2")
+    assert conversation == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU1<|im_end|>\n<|im_start|>assistant\nR1<|im_end|>\n"
+        "<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert FAMILY.first_prompt("", "U").startswith("<|im_start|>user\n")
+
+
+def test_every_special_token_is_reserved_and_plain_text_is_not() -> None:
+    for token in FAMILY.vision_tokens + FAMILY.control_tokens:
+        assert FAMILY.reserved_text(f"what does {token} mean?") == token
+    assert FAMILY.reserved_text("a < b | c > d") is None
+
+
+def test_family_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    assert isinstance(family_of(str(tmp_path)), Qwen25VL)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(ValueError, match="'llava' model; known families: qwen2_5_vl"):
+        family_of(str(tmp_path))
+
+
+def test_another_unit_and_minimum_fit_as_well() -> None:
+    class Coarser(ModelFamily):
+        model_type, patch_size, merge_size, min_visual_tokens = "coarser", 16, 2, 64
+
+        def read_corners(self, written, coarse):  # type: ignore[no-untyped-def]
+            return written
+
+        def write_corners(self, box, coarse):  # type: ignore[no-untyped-def]
+            return box.x1, box.y1, box.x2, box.y2
+
+    assert Coarser().fit(1, 1, 640) == (256, 256)  # 8 x 8 tokens of 32

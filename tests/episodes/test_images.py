@@ -1,0 +1,178 @@
+"""Decoding of every kind of image there is, cropping, and the map from coarse to original pixels."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from episodes import images
+from episodes.families import Qwen25VL
+from episodes.images import UnreadableImage, decode, locate, view
+from episodes.parsing import BoxOutcome
+from episodes.types import Box, View
+
+FAMILY = Qwen25VL()
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def test_cmyk_becomes_rgb() -> None:
+    pixels = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    assert pixels.shape == (8, 8, 3) and pixels[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
+    assert decode(encoded(deep, format)).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+
+
+def test_transparency_shows_white() -> None:
+    clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    clear.putpixel((1, 0), (255, 0, 0, 255))
+    assert decode(encoded(clear)).tolist() == [[[255, 255, 255], [255, 0, 0]]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    assert decode(encoded(palette, transparency=0)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+def test_exif_rotation_is_applied() -> None:
+    image = Image.new("RGB", (3, 2))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: top left becomes top right
+    pixels = decode(encoded(image, exif=exif))
+    assert pixels.shape == (3, 2, 3)
+    assert pixels[0, 1].tolist() == [255, 255, 255] and pixels.sum() == 3 * 255
+
+
+def test_of_an_animation_the_first_frame() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    pixels = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert pixels.shape == (4, 4, 3) and (pixels == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I", "F", "YCbCr", "LAB"])
+def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    format = "PNG" if mode in ("1", "L", "LA", "P", "RGB", "RGBA") else "TIFF"
+    blob = encoded(Image.new(mode, (5, 3)), format)
+    pixels = decode(blob)
+    assert pixels.shape == (3, 5, 3) and pixels.dtype == np.uint8
+    (tmp_path / "image").write_bytes(blob)
+    assert (decode(tmp_path / "image") == pixels).all()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_a_truncated_file_is_unreadable(format: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    blob = encoded(noise, format)
+    with pytest.raises(UnreadableImage, match="not a readable image"):
+        decode(blob[: len(blob) // 2])
+
+
+def test_nothing_text_and_a_missing_file_are_unreadable(tmp_path: Path) -> None:
+    for image in (b"", b"hello", b"\x89PNG\r\n\x1a\n", tmp_path / "none.png", tmp_path):
+        with pytest.raises(UnreadableImage, match="not a readable image"):
+            decode(image)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_pixel_limit_holds_before_anything_is_decoded() -> None:
+    header = struct.pack(">IIBBBBB", 15_000, 15_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    bomb += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))  # not one pixel follows
+    with pytest.raises(UnreadableImage, match="15000 x 15000 is more than the limit of 200000000 pixels"):
+        decode(bomb)
+    with pytest.raises(UnreadableImage, match="limit of 11 pixels"):
+        decode(encoded(Image.new("RGB", (4, 3))), max_pixels=11)
+    assert decode(encoded(Image.new("RGB", (4, 3))), max_pixels=12).shape == (3, 4, 3)
+
+
+JPEG = encoded(Image.new("RGB", (16, 16), "teal"), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00")
+PNG = encoded(Image.new("RGB", (16, 16), "teal"))
+
+
+@given(st.sampled_from([JPEG, PNG]), st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6))
+@settings(max_examples=300, deadline=None)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_damaged_bytes_decode_or_are_unreadable(blob: bytes, damage: list[tuple[int, int]]) -> None:
+    damaged = bytearray(blob)
+    for place, value in damage:
+        damaged[place % len(damaged)] = value
+    try:
+        assert decode(bytes(damaged), max_pixels=1_000_000).shape[2] == 3
+    except UnreadableImage as error:
+        assert str(error)
+
+
+def test_a_view_within_the_budget_is_the_very_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (140, 168, 3), np.uint8)
+    crop = view(pixels, Box(28, 0, 112, 56), FAMILY, 640)
+    assert (crop.pixels == pixels[0:56, 28:112]).all()
+
+
+def test_a_view_over_the_budget_is_made_smaller() -> None:
+    pixels = np.zeros((672, 672, 3), np.uint8)
+    coarse = view(pixels, images.whole(pixels), FAMILY, 36)
+    assert (coarse.width, coarse.height) == (168, 168) and coarse.box == Box(0, 0, 672, 672)
+    assert FAMILY.visual_tokens(coarse) == 36
+
+
+def test_a_view_stays_inside_the_image() -> None:
+    with pytest.raises(ValueError, match="leaves an image of 100 x 60"):
+        view(np.zeros((60, 100, 3), np.uint8), Box(0, 0, 101, 60), FAMILY, 640)
+
+
+COARSE = View(Box(0, 0, 672, 1344), np.zeros((336, 168, 3), np.uint8))  # 1:4
+
+
+@pytest.mark.parametrize(
+    ("corners", "box", "outcome"),
+    [
+        ((10, 20, 50, 60), Box(40, 80, 200, 240), BoxOutcome.OK),
+        ((0, 0, 168, 336), Box(0, 0, 672, 1344), BoxOutcome.OK),
+        ((10.1, 20.2, 50.1, 60.2), Box(40, 80, 201, 241), BoxOutcome.OK),  # rounded outwards
+        ((50, 60, 10, 20), Box(40, 80, 200, 240), BoxOutcome.REORDERED),
+        ((50, 20, 10, 60), Box(40, 80, 200, 240), BoxOutcome.REORDERED),
+        ((-5, -5, 50, 60), Box(0, 0, 200, 240), BoxOutcome.CLAMPED),
+        ((160, 330, 9999, 1e308), Box(640, 1320, 672, 1344), BoxOutcome.CLAMPED),
+        ((9999, 20, 10, 60), Box(40, 80, 672, 240), BoxOutcome.REORDERED),  # reversed and clamped
+        ((10, 20, 10.001, 20.001), Box(40, 80, 41, 81), BoxOutcome.OK),  # at least one pixel
+        ((167.9999, 0, 168, 10), Box(671, 0, 672, 40), BoxOutcome.OK),
+        ((10, 20, 10, 60), None, BoxOutcome.EMPTY),
+        ((10, 20, 50, 20), None, BoxOutcome.EMPTY),
+        ((168, 20, 200, 60), None, BoxOutcome.OUTSIDE),
+        ((-50, -50, -10, 0), None, BoxOutcome.OUTSIDE),
+        ((float("nan"), 0, 1, 1), None, BoxOutcome.NOT_FINITE),
+        ((0, 0, float("inf"), 1), None, BoxOutcome.NOT_FINITE),
+        ((0, 0, 0.2, 336), None, BoxOutcome.SLIVER),  # 1 x 1344 pixels
+    ],
+)
+def test_locate_by_hand(corners: tuple[float, float, float, float], box: Box | None, outcome: BoxOutcome) -> None:
+    assert locate(corners, COARSE, FAMILY) == (box, outcome)
+    assert outcome.usable == (box is not None)
+
+
+@given(st.tuples(*[st.integers(0, 671)] * 2), st.tuples(*[st.integers(1, 672)] * 2))
+def test_a_box_written_and_read_back_covers_what_was_meant(start: tuple[int, int], size: tuple[int, int]) -> None:
+    """Up to the rounding of the writer: half a coarse pixel, 2 original ones."""
+    meant = Box(*start, min(start[0] + size[0], 672), min(start[1] + size[1], 1344))
+    box, _ = locate(FAMILY.write_corners(meant, COARSE), COARSE, FAMILY)
+    if box is not None:
+        got = np.array([box.x1, box.y1, box.x2, box.y2])
+        assert np.abs(got - [meant.x1, meant.y1, meant.x2, meant.y2]).max() <= 4

@@ -1,0 +1,172 @@
+"""Log-probs of the policy against transformers' own full-sequence logits, and padding against none."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from episodes.types import Trajectory
+from learners import policy as policy_module
+from learners.batch import Batcher, Plan, Sample, expand
+from learners.config import LearnerConfig
+from learners.policy import Policy
+from tests.factories import FAMILY, IDS, IMAGE_PAD, trajectory, view
+
+BANNED = tuple(sorted(IDS[token] for token in FAMILY.vision_tokens))
+
+
+@pytest.fixture(scope="module")
+def policy(tiny: Path) -> Policy:
+    return Policy(LearnerConfig(model=str(tiny)))
+
+
+@pytest.fixture(scope="module")
+def batcher(tiny: Path, policy: Policy) -> Batcher:
+    from transformers import AutoImageProcessor
+
+    return Batcher(FAMILY, AutoImageProcessor.from_pretrained(tiny), IMAGE_PAD, IDS["<|im_end|>"], token_budget=4096)
+
+
+@pytest.fixture(scope="module")
+def some() -> list[Trajectory]:
+    """One and two turns, views of many shapes, lengths from 15 to 70 tokens."""
+    return [
+        trajectory(f"q{n}", n, replies=(3 + 2 * n, 9 - n) if n % 3 else (4 + n,), coarse=view(2 + n, 3, n), crop=view(5 - n % 4, 2 + n, n), seed=n)
+        for n in range(6)
+    ]
+
+
+def alone(batcher: Batcher, one: Trajectory) -> Plan:
+    return batcher.plan([Sample(one, 1.0)])
+
+
+def reference(policy: Policy, batcher: Batcher, one: Trajectory, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs, entropy) of the sampled tokens from the full logits of an unpadded sequence, without our shift."""
+    (batch,) = batcher.batches(alone(batcher, one))
+    output = policy.vlm.model(
+        input_ids=batch.input_ids, mm_token_type_ids=batch.mm_token_type_ids,
+        pixel_values=batch.pixel_values, image_grid_thw=batch.image_grid_thw,
+    )  # fmt: skip
+    logits = output.last_hidden_state[0] @ policy.vlm.lm_head.weight.T
+    logits[:, list(BANNED)] = -math.inf
+    choice = torch.distributions.Categorical(logits=logits / temperature)
+    sampled = torch.nonzero(batch.loss_mask[0]).squeeze(-1)
+    entropy = torch.stack([-sum(p * p.log() for p in row[row > 0]) for row in choice.probs[sampled - 1]])
+    ids = batch.input_ids[0]
+    logprobs = torch.stack([torch.log_softmax(logits[t - 1] / temperature, -1)[ids[t]] for t in sampled])
+    return logprobs, entropy
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_sampled_distribution(policy: Policy, batcher: Batcher, some: list[Trajectory], temperature: float) -> None:
+    for one in some[:3]:
+        (batch,) = batcher.batches(alone(batcher, one))
+        logprobs, entropy = policy(batch, temperature, BANNED)
+        wanted, uncertainty = reference(policy, batcher, one, temperature)
+        torch.testing.assert_close(logprobs[batch.loss_mask], wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(entropy[batch.loss_mask], uncertainty, atol=1e-4, rtol=0)
+        assert not logprobs[~batch.loss_mask].any() and not entropy[~batch.loss_mask].any()
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(policy: Policy, batcher: Batcher, some: list[Trajectory]) -> None:
+    plan = batcher.plan([Sample(one, 1.0) for one in some])
+    (batch,) = batcher.batches(plan)
+    assert (batch.attention_mask == 0).any()
+    padded, _ = policy(batch, 1.0, BANNED)
+    for place, member in enumerate(plan.bins[0]):
+        (single,) = batcher.batches(alone(batcher, some[member]))
+        logprobs, _ = policy(single, 1.0, BANNED)
+        torch.testing.assert_close(padded[place][batch.loss_mask[place]], logprobs[single.loss_mask], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_both_images_and_their_places_matter(policy: Policy, batcher: Batcher) -> None:
+    """The fixture would hide mistakes if the model did not look: other pixels or another shape change log-probs."""
+    changed = [
+        trajectory(coarse=view(3, 2, 1), crop=view(2, 4, 2)),
+        trajectory(coarse=view(3, 2, 5), crop=view(2, 4, 2)),
+        trajectory(coarse=view(3, 2, 1), crop=view(2, 4, 5)),
+        trajectory(coarse=view(2, 3, 1), crop=view(2, 4, 2)),
+        trajectory(coarse=view(3, 2, 1), crop=view(4, 2, 2)),
+    ]
+    outcomes = []
+    for one in changed:
+        (batch,) = batcher.batches(alone(batcher, one))
+        outcomes.append(policy(batch, 1.0, BANNED)[0][batch.loss_mask])
+    for other in outcomes[1:]:
+        assert (outcomes[0] - other).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_positions_are_transformers_own_for_the_full_ids(policy: Policy, batcher: Batcher) -> None:
+    """mRoPE by hand for a 3 x 2 and a 2 x 4 image: an image takes max(columns, rows) positions."""
+    one = trajectory(replies=(5, 7), coarse=view(3, 2), crop=view(2, 4))
+    (batch,) = batcher.batches(alone(batcher, one))
+    seen: list[torch.Tensor] = []
+    hook = policy.vlm.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    policy(batch, 1.0, BANNED)
+    hook.remove()
+    expected, _ = policy.vlm.model.get_rope_index(
+        batch.input_ids, mm_token_type_ids=batch.mm_token_type_ids, image_grid_thw=batch.image_grid_thw
+    )
+    assert torch.equal(seen[0], expected)
+    time, row, column = seen[0][:, 0].tolist()
+    # 4 tokens, the image at 4 (2 rows x 3 columns, 3 positions long), 1 + 4 + 5 + 4 + 1 text tokens from 7, then
+    # the crop at 22 (4 rows x 2 columns, 4 positions long), text from 26
+    assert time == [*range(4), *[4] * 6, *range(7, 22), *[22] * 8, *range(26, 38)]
+    assert row[4:10] == [4, 4, 4, 5, 5, 5] and column[4:10] == [4, 5, 6, 4, 5, 6]
+    assert row[25:33] == [22, 22, 23, 23, 24, 24, 25, 25] and column[25:33] == [22, 23] * 4
+
+
+def test_chunks_change_neither_logprobs_nor_gradients(
+    policy: Policy, batcher: Batcher, some: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (batch,) = batcher.batches(batcher.plan([Sample(one, 1.0) for one in some]))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        policy.zero_grad()
+        logprobs, _ = policy(batch, 1.0, BANNED)
+        logprobs.sum().backward()
+        return logprobs.detach(), policy.vlm.lm_head.weight.grad.clone()
+
+    whole, gradient = run()
+    monkeypatch.setattr(policy_module, "CHUNK_LOGITS", 5 * policy.vlm.lm_head.out_features)
+    chunked, chunked_gradient = run()
+    torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(chunked_gradient, gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_masked_gives_a_gradient_of_exactly_zero_everywhere(policy: Policy, batcher: Batcher) -> None:
+    """ZeRO's ranks stay in step only if a silent batch still reaches every parameter."""
+    (batch,) = batcher.batches(alone(batcher, trajectory()))
+    policy.zero_grad()
+    logprobs, _ = policy(batch.silent(), 1.0, BANNED)
+    logprobs.sum().backward()
+    for name, parameter in policy.named_weights():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    from tests.factories import tiny_model
+
+    tied = Policy(LearnerConfig(model=str(tiny_model(tmp_path, tied=True))))
+    assert tied.vlm.lm_head.weight is tied.vlm.model.language_model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(tied.named_weights())
+
+
+def test_a_frozen_vision_tower_has_no_gradient(tiny: Path) -> None:
+    frozen = Policy(LearnerConfig(model=str(tiny), freeze_vision=True))
+    trained = [name for name, parameter in frozen.named_weights() if parameter.requires_grad]
+    assert trained and not any(name.startswith("model.visual.") for name in trained)
+
+
+def test_expanded_lengths_are_what_the_processor_would_make(batcher: Batcher, some: list[Trajectory]) -> None:
+    for one in some:
+        row = expand(Sample(one, 1.0), FAMILY, IMAGE_PAD)
+        (batch,) = batcher.batches(alone(batcher, one))
+        assert int(row.image_mask.sum()) == int(batch.image_grid_thw.prod(-1).sum()) // FAMILY.merge_size**2

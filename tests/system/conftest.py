@@ -1,0 +1,155 @@
+"""The real stack, started once per test run: Ray, vLLM engines and a learner on the panels recipe, and the same
+for a random model with tied embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.rollout_pool import RolloutPool
+from cluster.placement import Cluster
+from cluster.weights import WeightChannel
+from episodes.panels import PanelsConfig, Split, question
+from episodes.types import Question
+from jobs.config import TrainConfig, load_config
+from learners.learner_group import LearnerGroup
+from learners.tiny import TinyConfig, make_model, make_processor, save_folder
+from rewards.reward_pool import RewardPool
+from tests.conftest import ROOT
+
+START_S = 300
+
+
+@dataclass
+class Stack:
+    """Engines and learner of one model, and the channel between them."""
+
+    rollouts: RolloutPool
+    learners: LearnerGroup
+    version: int = 0
+
+    async def publish(self) -> int:
+        self.version += 1
+        await WeightChannel(self.learners, self.rollouts).publish(self.version)
+        return self.version
+
+    async def perturb(self, seed: int) -> int:
+        """Change every weight of the learner, the vision tower's too, by noise of a tenth of its own spread (of 0.02
+        where it has none); returns how many tensors changed."""
+
+        def on_learner(rank: Any) -> int:
+            generator = torch.Generator().manual_seed(seed)
+            weights = dict(rank._learner.policy.named_weights())
+            with torch.no_grad():
+                for weight in weights.values():
+                    spread = float(weight.std()) if weight.numel() > 1 else 0.0
+                    weight.add_(torch.randn(weight.shape, generator=generator) * max(0.1 * spread, 0.02))
+            return len(weights)
+
+        changed: int = await self.learners._actors[0].__ray_call__.remote(on_learner)
+        return changed
+
+    async def on_worker(self, change: Callable[[Any], Any]) -> Any:
+        """Run something inside the (only) rollout worker."""
+        return await self.rollouts._pool._workers[0].actor.__ray_call__.remote(change)
+
+
+@pytest.fixture(scope="session")
+def recipe() -> TrainConfig:
+    """The panels recipe; its paths are relative to the repository."""
+    return load_config(ROOT / "configs" / "panels.yaml")
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    """One asyncio loop for the whole run: pools belong to a loop."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory, recipe: TrainConfig) -> Path:
+    """A random model with tied embeddings, and the tokenizer of the panels policy."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(recipe.learner.model)
+    folder = tmp_path_factory.mktemp("models") / "tied"
+    save_folder(make_model(tokenizer, TinyConfig(tie_embeddings=True), seed=0), make_processor(tokenizer), folder)
+    return folder
+
+
+@dataclass
+class Everything:
+    untied: Stack
+    tied: Stack
+    rewards: RewardPool
+
+
+@pytest.fixture(scope="session")
+def everything(
+    ray_cluster: Cluster, runner: asyncio.Runner, recipe: TrainConfig, tied_model: Path
+) -> Iterator[Everything]:
+    """All engines start at once, which takes about as long as one after the other on two cores, but no longer."""
+
+    async def launch(model: str) -> Stack:
+        rollout = replace(recipe.rollout, engine=replace(recipe.rollout.engine, model=model))
+        rollouts = RolloutPool.launch(ray_cluster, rollout, recipe.episode)
+        learners = await LearnerGroup.launch(
+            ray_cluster, replace(recipe.learner, model=model, freeze_vision=False, threads=1)
+        )
+        await rollouts.ready(START_S)
+        return Stack(rollouts, learners)
+
+    async def launch_all() -> Everything:
+        rewards = RewardPool.launch(ray_cluster, recipe.reward)
+        untied, tied, _ = await asyncio.gather(
+            launch(recipe.learner.model), launch(str(tied_model)), rewards.ready(START_S)
+        )
+        return Everything(untied, tied, rewards)
+
+    started = runner.run(launch_all())
+    yield started
+
+    async def close_all() -> None:
+        for stack in (started.untied, started.tied):
+            await stack.rollouts.close()
+            await stack.learners.close()
+        await started.rewards.close()
+
+    runner.run(close_all())
+
+
+@pytest.fixture(scope="session")
+def untied(everything: Everything) -> Stack:
+    return everything.untied
+
+
+@pytest.fixture(scope="session")
+def tied(everything: Everything) -> Stack:
+    return everything.tied
+
+
+@pytest.fixture(scope="session")
+def rewards(everything: Everything) -> RewardPool:
+    return everything.rewards
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[Question]:
+    """Twenty-four held-out panels questions."""
+    return [question(PanelsConfig(), 0, Split.HELDOUT, index) for index in range(24)]
+
+
+async def differences(stack: Stack, trajectories: tuple[Any, ...]) -> np.ndarray:
+    """|engine - learner| log-prob of every sampled token, nats."""
+    from jobs.proof import mismatch
+
+    return mismatch(trajectories, await stack.learners.logprobs(ray.put(trajectories)))

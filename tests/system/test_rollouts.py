@@ -1,0 +1,136 @@
+"""Rollout workers on a real engine: lengths, log-probs, seeds, bans, refusals, deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.rollout_pool import Rollout
+from actors.rollout_worker import Unplayable
+from episodes.families import family_of, load_tokenizer
+from episodes.types import Question, Trajectory
+from tests.system.conftest import Stack, differences
+
+pytestmark = pytest.mark.system
+
+
+async def play(stack: Stack, question: Question, seed: int, samples: int = 8) -> tuple[Trajectory, ...]:
+    rollout = await stack.rollouts.play(question, seed, samples)
+    assert isinstance(rollout, Rollout), rollout
+    trajectories: tuple[Trajectory, ...] = await rollout.trajectories
+    return trajectories
+
+
+def test_engine_and_learner_agree_on_lengths_and_log_probs(
+    untied: Stack, runner: asyncio.Runner, questions: list[Question]
+) -> None:
+    """Prompt lengths of both turns as vLLM reports them, with one and with two images; log-probs within 1e-5 nats."""
+    from learners.batch import Sample, differs, expand
+
+    async def story() -> None:
+        groups = await asyncio.gather(*(play(untied, one, seed=7) for one in questions[:8]))
+        family, tokenizer = family_of("models/panels-policy"), load_tokenizer("models/panels-policy")
+        pad = tokenizer.convert_tokens_to_ids(family.image_pad)
+        everyone = [one for group in groups for one in group]
+        assert not any(differs(expand(Sample(one, 0.0), family, pad), one) for one in everyone)
+        found = np.concatenate([await differences(untied, group) for group in groups])
+        assert found.mean() <= 1e-5 and found.max() <= 1e-3, (found.mean(), found.max())
+
+    runner.run(story())
+
+
+def test_the_same_seed_plays_the_same_and_another_one_does_not(
+    untied: Stack, runner: asyncio.Runner, questions: list[Question]
+) -> None:
+    async def story() -> None:
+        first, again, other = [await play(untied, questions[0], seed) for seed in (3, 3, 4)]
+        ids = [[one.token_ids.tolist() for one in group] for group in (first, again, other)]
+        assert ids[0] == ids[1]
+        assert ids[0] != ids[2]
+        assert len({tuple(one) for one in ids[0]}) > 1, "samples of one group are seeded apart"
+
+    runner.run(story())
+
+
+def test_vision_tokens_are_never_sampled(tied: Stack, runner: asyncio.Runner, questions: list[Question]) -> None:
+    """A random model samples nearly evenly: without the ban 5 of about 400 ids would come up in 1,500 tokens
+    about 19 times (R1-V #91, verl #3469)."""
+    tokenizer = load_tokenizer("models/panels-policy")
+    banned = set(family_of("models/panels-policy").banned_ids(tokenizer))
+
+    async def story() -> None:
+        groups = await asyncio.gather(*(play(tied, one, seed=1) for one in questions[:6]))
+        sampled = [token for group in groups for one in group for token in one.token_ids[one.loss_mask].tolist()]
+        assert len(sampled) >= 1500
+        assert banned.isdisjoint(sampled) and len(set(sampled)) > 200
+
+    runner.run(story())
+
+
+def test_turn_two_reuses_turn_one(untied: Stack, runner: asyncio.Runner) -> None:
+    """A conversation that grew by a turn finds whole blocks of its beginning in the prefix cache."""
+    tokens = list(range(40, 40 + 96))
+
+    async def story() -> None:
+        answer = await untied.on_worker(_in_worker_loop(tokens))
+        assert answer[0] == 0 and answer[1] >= 96
+
+    runner.run(story())
+
+
+def _in_worker_loop(tokens: list[int]) -> Any:
+    async def twice(worker: Any) -> tuple[int, int]:
+        from cluster.engine import Sampling
+
+        one = await worker._engine.generate(tokens, [], Sampling(max_tokens=40, seed=1))
+        two = await worker._engine.generate([*tokens, *one.token_ids, 41, 42], [], Sampling(max_tokens=4, seed=1))
+        return one.cached_tokens, two.cached_tokens
+
+    return twice
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"image": b"\xff\xd8\xff not a picture"}, "UnreadableImage: not a readable image"),
+        ({"text": "What is <|image_pad|>?"}, r"ReservedText: question .* contains the special token <\|image_pad\|>"),
+        ({"text": "why " * 400}, "EngineRefused: .*512"),
+    ],
+)
+def test_what_cannot_be_played_says_why(
+    change: dict[str, Any], reason: str, untied: Stack, runner: asyncio.Runner, questions: list[Question]
+) -> None:
+    async def story() -> None:
+        bad = replace(questions[0], **change)
+        answer, good = await asyncio.gather(untied.rollouts.play(bad, seed=0), play(untied, questions[1], seed=0))
+        assert isinstance(answer, Unplayable) and answer.question_id == questions[0].id
+        assert len(good) == 8, "others are not disturbed"
+        assert re.search(reason, answer.reason), answer.reason
+
+    runner.run(story())
+
+
+def test_a_dead_worker_is_replaced_with_the_current_weights(
+    untied: Stack, runner: asyncio.Runner, questions: list[Question]
+) -> None:
+    """Killed while it plays: its questions are played again, by a worker that was given the published weights."""
+
+    async def story() -> None:
+        await untied.perturb(seed=9)
+        version = await untied.publish()
+        playing = asyncio.gather(*(play(untied, one, seed=2) for one in questions[:4]))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Exception, match="died|dead|exit"):
+            await untied.on_worker(lambda worker: __import__("os")._exit(1))
+        groups = await playing
+        assert untied.rollouts.restarts == 1
+        assert {turn.policy_version for group in groups for one in group for turn in one.turns} == {version}
+        found = np.concatenate([await differences(untied, group) for group in groups])
+        assert found.mean() <= 1e-5, "the replacement holds the learner's weights"
+
+    runner.run(story())
