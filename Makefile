@@ -43,7 +43,7 @@ lint-only:
 	check "lint" ruff check; \
 	check "formatting" ruff format --check; \
 	check "types" mypy; \
-	check "import contracts" lint-imports; \
+	check "import contracts" lint-imports --no-logo; \
 	exit $$status
 
 format: setup-dev  ## Put the code into the house format

@@ -55,7 +55,6 @@ class Cluster:
         Raises ConnectionError (from Ray) where the address does not answer."""
         joined_already = ray.is_initialized()
         if not joined_already:
-            # `uv run` hooks and the dashboard are of no use to a run on one machine.
             local = config.address is None and "RAY_ADDRESS" not in os.environ
             started_here: dict[str, Any] = {
                 "num_cpus": max(os.cpu_count() or 1, 2),
@@ -66,7 +65,7 @@ class Cluster:
                 address=config.address,
                 namespace=config.namespace,
                 log_to_driver=config.log_to_driver,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,
                 **(started_here if local else {}),
             )
         cluster = cls(config)

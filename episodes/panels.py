@@ -30,6 +30,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (60, 215, 220),
 }
 MARKS = ("cross", "ring", "bar", "dot")
+GENERATOR = 1
+"""Counts up whenever the same seed would give other scenes."""
 VIEW_TOKENS = 36
 """Visual-token budget of the coarse view and of the crop: 168 x 168 pixels for Qwen2.5-VL."""
 PROMPTS = PromptTemplates(system="", coarse="{image}{question}", fine="{image}{question}", verify="{image}{question}")

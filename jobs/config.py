@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from actors.rollout_worker import RolloutConfig
 from cluster.placement import ClusterConfig
@@ -84,6 +85,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             raise ConfigError(f"{override!r} is not an override; write key=value, e.g. total_steps=50")
     try:
         recipe = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    except YAMLError as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from error
+    try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), recipe)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
@@ -92,6 +96,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{error.full_key} has no value: set it in {path} or give {error.full_key}=...") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:  # a package's config refuses its own values
+        raise ConfigError(str(error)) from error
     assert isinstance(config, TrainConfig)
     check(config)
     return config

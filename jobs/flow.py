@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import Unplayable, stable_seed, without_image
 from actors.trajectory_store import Group, TrajectoryStore
-from episodes.questions import BadRow, OnBadRow
-from episodes.types import Question
+from episodes.questions import BadRow, OnBadRow, QuestionStream
+from jobs.metrics import Metrics
 from rewards.reward_pool import RewardPool
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Flow:
 
     def __init__(
         self,
-        questions: Iterator[Question],
+        questions: QuestionStream,
         rollouts: RolloutPool,
         rewards: RewardPool,
         store: TrajectoryStore,
@@ -47,6 +47,16 @@ class Flow:
             task = asyncio.create_task(self._play_and_score(number))
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
+
+    def metrics(self) -> Metrics:
+        """Counts since the start of the run: what was left out, what was replaced, what was too old."""
+        return {
+            "count/bad_rows": float(self._questions.skipped.total()),
+            "count/unplayable": float(self.unplayable),
+            "count/rollout_restarts": float(self._rollouts.restarts),
+            "count/reward_restarts": float(self._rewards.restarts),
+            "count/stale_groups": float(self._store.dropped),
+        }
 
     async def stop(self) -> None:
         for task in self._in_flight:

@@ -13,7 +13,7 @@ from actors.trajectory_store import Group, TrajectoryStore
 from cluster.placement import Cluster
 from cluster.pool import PoolExhausted
 from cluster.weights import WeightChannel
-from episodes.questions import QuestionStream
+from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Score
 from jobs.config import ConfigError, TrainConfig, load_config
 from jobs.flow import Flow, flowing
@@ -28,15 +28,15 @@ from rewards.reward_pool import RewardPool
 
 async def train(config: TrainConfig) -> Path:
     """Run the whole training; returns the run's folder."""
+    questions = QuestionStream(config.questions)  # what is wrong with the data is said before anything starts
+    probe = next(QuestionStream(config.questions))
     with Run.open(config) as run, Cluster.connect(config.cluster) as cluster:
-        questions = QuestionStream(config.questions)
         with run.view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
             rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
             rewards = RewardPool.launch(cluster, config.reward)
             learners = await LearnerGroup.launch(cluster, config.learner)
             await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
         weights = WeightChannel(source=learners, sink=rollouts)
-        probe = next(QuestionStream(config.questions))
         proof = Proof(rollouts, learners, probe, config.proof_replies, config.proof_tolerance)
         store = TrajectoryStore()
 
@@ -51,6 +51,7 @@ async def train(config: TrainConfig) -> Path:
                     with report.timed("rollout"):
                         groups = await store.take(config.groups_per_step, oldest=step - config.max_staleness)
                     report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups))
+                    report.add(flow.metrics())
                     with report.timed("learn"):
                         report.add(await learners.update([to_training(group, config.learner.advantages) for group in groups]))
                     with report.timed("publish"):

@@ -30,7 +30,7 @@ class UpdateReport:
     """Of one optimiser step over all ranks. Means are per token in the loss.
 
     clip_share: tokens whose gradient clipping removed; mismatch: |learner - engine| log-prob, nats;
-    length_mismatches: trajectories whose prompt had another length in the engine; padding: share of the
+    length_mismatches: trajectories left out because a prompt had another length in the engine; padding: share of the
     tokens passed through the model that were padding."""
 
     loss: float
@@ -50,6 +50,18 @@ class UpdateReport:
 
     def metrics(self) -> dict[str, float]:
         return {f"learner/{name}": float(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """Of one optimiser step over all ranks. passes: forward passes that every rank makes; tokens: in the loss."""
+
+    passes: int
+    tokens: int
+    rows: int
+    length_mismatches: int
+    real_tokens: int
+    padded_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,52 +98,47 @@ class Learner:
     def update(self, samples: Sequence[Sample]) -> UpdateReport:
         """One optimiser step on this rank's share. Raises ValueError when no rank has a token to learn from."""
         started = time.perf_counter()
-        plan = self.batcher.plan(samples)
-        sums, micro_batches, shares = self.accumulate(plan)
+        step, sums = self.accumulate(self.batcher.plan(samples))
         lr = self.config.optimizer.learning_rate(self.step)
         grad_norm = self.apply(lr)
-        tokens = sums.tokens.item()
-        real, padded, trajectories, mismatches = shares
         return UpdateReport(
-            loss=sums.loss.item() / tokens,
+            loss=sums.loss.item() / step.tokens,
             grad_norm=grad_norm,
             lr=lr,
-            entropy=sums.entropy.item() / tokens,
-            ratio=sums.ratio.item() / tokens,
-            clip_share=sums.clipped.item() / tokens,
-            mismatch_mean=sums.mismatch.item() / tokens,
+            entropy=sums.entropy.item() / step.tokens,
+            ratio=sums.ratio.item() / step.tokens,
+            clip_share=sums.clipped.item() / step.tokens,
+            mismatch_mean=sums.mismatch.item() / step.tokens,
             mismatch_max=sums.mismatch_max.item(),
-            tokens=round(tokens),
-            trajectories=round(trajectories),
-            length_mismatches=round(mismatches),
-            micro_batches=micro_batches,
-            padding=1 - real / padded,
+            tokens=step.tokens,
+            trajectories=step.rows,
+            length_mismatches=step.length_mismatches,
+            micro_batches=step.passes,
+            padding=1 - step.real_tokens / step.padded_tokens,
             seconds=time.perf_counter() - started,
         )
 
-    def accumulate(self, plan: Plan) -> tuple[TokenSums, int, tuple[float, ...]]:
+    def accumulate(self, plan: Plan) -> tuple[StepSize, TokenSums]:
         """Leaves the gradient of the step's mean token loss in the engine, whatever the micro-batches and ranks.
 
         DeepSpeed averages gradients over ranks and would divide by its accumulation steps; we want the sum over
         both, divided by the tokens of the whole step. So the loss is multiplied by the ranks, and
         ``scale_wrt_gas=False`` keeps the second division out."""
-        passes = self._most(len(plan.bins))
-        totals = self._total([plan.loss_tokens, plan.real_tokens, plan.padded_tokens, len(plan.rows), plan.length_mismatches])
-        tokens, *shares = totals.tolist()
-        if tokens == 0:
-            raise ValueError(f"no token to learn from: {shares[-1]:.0f} trajectories with another length in the engine, the others unscored")
+        step = self._agree(plan)
+        if step.tokens == 0:
+            raise ValueError(f"no token to learn from: nothing is scored ({step.length_mismatches} length mismatches)")
         sums = TokenSums.zero(self.device)
         self.engine.train()
-        for index, batch in enumerate(self.batcher.batches(plan, passes)):
+        for index, batch in enumerate(self.batcher.batches(plan, step.passes)):
             batch = batch.to(self.device)
-            self.engine.set_gradient_accumulation_boundary(index == passes - 1)
+            self.engine.set_gradient_accumulation_boundary(index == step.passes - 1)
             logprobs, entropy = self.engine(batch, self.config.temperature, self.banned_ids)
             loss, new = policy_loss(
                 logprobs, entropy, batch.rollout_logprobs, batch.advantages, batch.loss_mask, self.config.loss
             )
-            self.engine.backward(loss * (self.place.world / tokens), scale_wrt_gas=False)
+            self.engine.backward(loss * (self.place.world / step.tokens), scale_wrt_gas=False)
             sums = sums.plus(new)
-        return self._combined(sums), passes, tuple(shares)
+        return step, self._combined(sums)
 
     def apply(self, lr: float) -> float:
         """The optimiser step; returns the gradient's norm before clipping."""
@@ -156,8 +163,8 @@ class Learner:
         return [found[member] for member in range(len(trajectories))]
 
     def buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights as (name, CPU tensor in the compute precision), in lists of about ``bucket_bytes``. Every rank must run through it;
-        parameters are whole only for the time of their own bucket."""
+        """The weights as (name, CPU tensor in the compute precision), in lists of about ``bucket_bytes``. Every
+        rank must run through it; parameters are whole only for the time of their own bucket."""
         for members in _in_buckets(list(self.policy.named_weights()), self.config.bucket_bytes):
             with _gathered([parameter for _, parameter in members], self.config.zero_stage):
                 bucket = [(name, parameter.detach().to("cpu", copy=True)) for name, parameter in members]
@@ -186,15 +193,13 @@ class Learner:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def _most(self, value: int) -> int:
-        most = torch.tensor([value], device=self.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        return int(most.item())
-
-    def _total(self, values: Sequence[float]) -> Tensor:
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        return total
+    def _agree(self, plan: Plan) -> StepSize:
+        passes = torch.tensor(len(plan.bins), device=self.device)
+        counts = [plan.loss_tokens, len(plan.rows), plan.length_mismatches, plan.real_tokens, plan.padded_tokens]
+        totals = torch.tensor(counts, device=self.device)
+        torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(totals)
+        return StepSize(int(passes), *totals.tolist())
 
     def _combined(self, sums: TokenSums) -> TokenSums:
         total, most = sums.stack(), sums.stack()

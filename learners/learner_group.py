@@ -43,7 +43,7 @@ class TrainingGroup:
 
     def __post_init__(self) -> None:
         if len(self.advantages) != len(self.tokens):
-            raise ValueError(f"question {self.question_id!r}: {len(self.advantages)} advantages, {len(self.tokens)} lengths")
+            raise ValueError(f"{self.question_id!r}: {len(self.advantages)} advantages, {len(self.tokens)} lengths")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +116,9 @@ class LearnerGroup:
         """Reserve places for all ranks together, start them, load the model.
 
         Raises TimeoutError when the cluster cannot hold them, LearnerFailed when one does not come up."""
-        await asyncio.to_thread(cluster.reserve, ROLE, config.ranks, config.resources)
-        actor_class = ray.remote(LearnerRank)
-        group = cls([actor_class.options(**cluster.actor_options(ROLE, rank)).remote(config) for rank in range(config.ranks)])
+        cluster.reserve(ROLE, config.ranks, config.resources)
+        options = [cluster.actor_options(ROLE, rank) for rank in range(config.ranks)]
+        group = cls([ray.remote(LearnerRank).options(**chosen).remote(config) for chosen in options])
         (address, port), *_ = await group._all("start", [group._actors[0].address.remote()])
         await group._all("start", [actor.start.remote(rank, address, port) for rank, actor in enumerate(group._actors)])
         return group
@@ -126,7 +126,8 @@ class LearnerGroup:
     async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
         """One optimiser step; its metrics (``learners.learner.UpdateReport``, as ``learner/...``)."""
         shares = assign(groups, len(self._actors))
-        reports = await self._all("update", [actor.update.remote(share) for actor, share in zip(self._actors, shares, strict=True)])
+        pairs = zip(self._actors, shares, strict=True)
+        reports = await self._all("update", [actor.update.remote(share) for actor, share in pairs])
         return dict(reports[0])
 
     async def logprobs(self, trajectories: ray.ObjectRef) -> list[FloatArray]:
@@ -137,8 +138,8 @@ class LearnerGroup:
     async def weights(self) -> list[ray.ObjectRef]:
         """The current weights as buckets, each ``bytes`` in safetensors format, owned by the caller."""
         sender, *others = self._actors
-        stream = sender.weights.options(num_returns="streaming").remote()
-        buckets, *_ = await self._all("weights", [_collected(stream), *(actor.attend_weights.remote() for actor in others)])
+        sent = _collected(sender.weights.options(num_returns="streaming").remote())
+        buckets, *_ = await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])
         return list(buckets)
 
     async def export(self, path: str | Path) -> None:
@@ -177,16 +178,17 @@ class LearnerGroup:
 
 
 def assign(groups: Sequence[TrainingGroup], ranks: int) -> list[list[Share]]:
-    """Every trajectory to one rank: the whole sequence, in order, cut into ``ranks`` pieces of nearly equal cost. So most
-    groups stay together and their coarse view is fetched and prepared once.
+    """Every trajectory to one rank: all of them in order, cut into ``ranks`` pieces of nearly equal cost. So most
+    groups stay together, and their coarse view is fetched and prepared once.
 
-    What is not scored costs nothing, for it is not run. With fewer trajectories than ranks a rank is given one
-    that leaves the loss, because all ranks must run the same passes."""
+    What is not scored costs nothing, for it is not run. A rank that would get nothing is given one trajectory
+    outside the loss, because all ranks must run the same passes."""
     places = [(group, member) for group in groups for member in range(len(group.advantages))]
     if not places:
         raise ValueError("no trajectories to learn from")
     costs = [0 if math.isnan(group.advantages[member]) else group.tokens[member] for group, member in places]
-    return [_shares([places[index] for index in piece]) or [Share(groups[0].trajectories, (0,), (math.nan,))] for piece in cut(costs, ranks)]
+    idle = [Share(groups[0].trajectories, (0,), (math.nan,))]
+    return [_shares([places[index] for index in piece]) or idle for piece in cut(costs, ranks)]
 
 
 def cut(costs: Sequence[float], parts: int) -> list[range]:

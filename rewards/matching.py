@@ -35,7 +35,7 @@ _MASK = "\x00"  # stands where the words of an option were
 _GOES_ON = r"(?!(?<=[AaIi]) (?!(?:or|and|is|because|as|since)\b)[\w\x00])"
 _LETTER = rf"(?<![\w'.-])([A-Z])(?![\w']|-\w){_GOES_ON}"
 _ANY_CASE_LETTER = rf"(?<![\w'.-])([A-Za-z])(?![\w']|-\w){_GOES_ON}"
-_BARE_LETTER = re.compile(r"(?:option )?[\[( ]*([A-Za-z])[\]).:,; ]*", re.IGNORECASE)
+_BARE_LETTER = re.compile(r"(?:option )?[\[($ ]*([A-Za-z])[\])$.:,; ]*", re.IGNORECASE)
 _STANDING_LETTER = re.compile(_LETTER)
 _COMMITTED_LETTER = tuple(
     re.compile(pattern)
@@ -89,9 +89,10 @@ def choice(said: str, options: Sequence[str]) -> int | None:
 
 def same(said: str, truth: str, tolerance: float = 0.01) -> bool:
     """Free answers: equal as text, as yes or no, or as numbers."""
-    text, right = _without_lead_in(_plain(said)), _plain(truth)
-    if text and (text.casefold() == right.casefold() or (normalise(text) and normalise(text) == normalise(right))):
-        return True
+    right = _plain(truth)
+    for text in (_plain(said), _without_lead_in(_plain(said))):
+        if text and (text.casefold() == right.casefold() or (normalise(text) and normalise(text) == normalise(right))):
+            return True
     if (kind := polarity(right)) is not None and len(normalise(right).split()) == 1:
         return polarity(text) is kind
     if (expected := _quantity(right)) is not None and (got := _quantity(text) or _only_quantity(text)) is not None:
@@ -198,4 +199,4 @@ def _close(got: Quantity, expected: Quantity, tolerance: float) -> bool:
     """Units count only where both are given: a ground truth of "7" is met by "7 cars"."""
     if got[1] and expected[1] and got[1] != expected[1]:
         return False
-    return math.isclose(got[0], expected[0], rel_tol=max(tolerance, 1e-9))
+    return math.isclose(got[0], expected[0], rel_tol=tolerance)

@@ -71,7 +71,9 @@ def test_random_text_reaches_every_outcome() -> None:
     seen: set[BoxOutcome] = set()
 
     @given(REPLIES | st.just("<zoom>[0, 0, 0.2, 56]</zoom>"))
-    @settings(max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(
+        max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+    )
     def collect(reply: str) -> None:
         coarse = View(Box(0, 0, 672, 672), np.zeros((168, 168, 3), np.uint8))
         seen.add(read_box(reply, coarse, FAMILY)[1])

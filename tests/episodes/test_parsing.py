@@ -51,7 +51,7 @@ def test_numbers_that_are_read(written: str, corners: tuple[float, ...]) -> None
         ("<zoom>[1_0, 2, 3, 4]</zoom>", BoxOutcome.MALFORMED),
         ("<zoom>[0x1, 2, 3, 4]</zoom>", BoxOutcome.MALFORMED),
         ("<zoom>[１, ２, ３, ４]</zoom>", BoxOutcome.MALFORMED),  # noqa: RUF001
-        ("<zoom>[١, ٢, ٣, ٤]</zoom>", BoxOutcome.MALFORMED),
+        ("<zoom>[١, ٢, ٣, ٤]</zoom>", BoxOutcome.MALFORMED),  # noqa: RUF001
         (f"<zoom>[1, 2, 3, {'9' * 400}]</zoom>", BoxOutcome.MALFORMED),
         ("<zoom><think>[1, 2, 3, 4]</think></zoom>", BoxOutcome.MALFORMED),
     ],
@@ -85,7 +85,9 @@ def test_answers(reply: str, answer: str | None) -> None:
     assert parse_answer(reply) == answer
 
 
-@given(st.text() | st.lists(st.sampled_from(["<zoom>", "</zoom>", "<answer>", "</answer>", "[1,2,3,4]", "B"])).map("".join))
+@given(
+    st.text() | st.lists(st.sampled_from(["<zoom>", "</zoom>", "<answer>", "</answer>", "[1,2,3,4]", "B"])).map("".join)
+)
 def test_nothing_raises(reply: str) -> None:
     corners, answer = parse_zoom(reply), parse_answer(reply)
     assert isinstance(corners, BoxOutcome) or all(isinstance(number, float) for number in corners)

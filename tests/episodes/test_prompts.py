@@ -62,7 +62,9 @@ def test_a_template_shows_exactly_one_image(template: str) -> None:
         fill(template, question(), FAMILY)
 
 
-WORDS = st.text() | st.lists(st.sampled_from(["{image}", "{question}", "{options}", "<|", "|>", "image_pad", "{", "}"])).map("".join)
+WORDS = st.text() | st.lists(
+    st.sampled_from(["{image}", "{question}", "{options}", "<|", "|>", "image_pad", "{", "}"])
+).map("".join)
 
 
 @given(WORDS, st.lists(WORDS, max_size=3))

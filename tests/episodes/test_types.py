@@ -53,7 +53,11 @@ def test_turn_needs_one_logprob_per_sampled_token() -> None:
 
 def test_trajectory_needs_as_many_views_as_turns() -> None:
     look = turn([1], [2], [-0.5])
-    for views, turns in [((), ()), ((view(Box(0, 0, 9, 9)),), (look, look)), ((view(Box(0, 0, 9, 9)),) * 3, (look,) * 3)]:
+    for views, turns in [
+        ((), ()),
+        ((view(Box(0, 0, 9, 9)),), (look, look)),
+        ((view(Box(0, 0, 9, 9)),) * 3, (look,) * 3),
+    ]:
         with pytest.raises(ValueError, match="as many views as turns"):
             Trajectory("q", 0, views, turns, Outcome.ANSWERED, "ok")
 
@@ -76,7 +80,5 @@ def test_per_token_arrays_of_two_turns_line_up() -> None:
 
 
 def test_a_trajectory_without_a_crop_has_no_area_ratio() -> None:
-    trajectory = Trajectory(
-        "q", 0, (view(Box(0, 0, 9, 9)),), (turn([1], [2], [-1.0]),), Outcome.BAD_BOX, "no_tag"
-    )
+    trajectory = Trajectory("q", 0, (view(Box(0, 0, 9, 9)),), (turn([1], [2], [-1.0]),), Outcome.BAD_BOX, "no_tag")
     assert trajectory.crop is None and trajectory.area_ratio is None

@@ -74,7 +74,10 @@ def test_a_rank_with_nothing_scored_keeps_one_silent_row(batcher: Batcher) -> No
 
 def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
     shared = shared_view(3, 2, 9)
-    some = [trajectory(f"q{n}", n, replies=(4 + n, 3) if n % 2 else (6 + n,), coarse=shared, crop=view(2 + n, 2, n)) for n in range(6)]
+    some = [
+        trajectory(f"q{n}", n, replies=(4 + n, 3) if n % 2 else (6 + n,), coarse=shared, crop=view(2 + n, 2, n))
+        for n in range(6)
+    ]
     plan = batcher.plan([Sample(one, float(n)) for n, one in enumerate(some)])
     batches = list(batcher.batches(plan))
     assert len(batches) > 1
@@ -137,4 +140,6 @@ def test_pack_by_hand() -> None:
 def test_pack_keeps_everything_within_the_budget(lengths: list[int], budget: int) -> None:
     bins = pack(lengths, budget)
     assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
-    assert all(len(members) == 1 or len(members) * max(lengths[index] for index in members) <= budget for members in bins)
+    assert all(
+        len(members) == 1 or len(members) * max(lengths[index] for index in members) <= budget for members in bins
+    )

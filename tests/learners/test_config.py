@@ -5,7 +5,10 @@ from learners.config import LearnerConfig, OptimizerConfig, Schedule
 
 def test_warm_up_then_schedule_by_hand() -> None:
     rates = {
-        schedule: [OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=2, total_steps=6).learning_rate(step) for step in range(8)]
+        schedule: [
+            OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=2, total_steps=6).learning_rate(step)
+            for step in range(8)
+        ]
         for schedule in Schedule
     }
     assert rates[Schedule.CONSTANT] == [0.5, 1, 1, 1, 1, 1, 1, 1]

@@ -32,7 +32,14 @@ def batcher(tiny: Path, policy: Policy) -> Batcher:
 def some() -> list[Trajectory]:
     """One and two turns, views of many shapes, lengths from 15 to 70 tokens."""
     return [
-        trajectory(f"q{n}", n, replies=(3 + 2 * n, 9 - n) if n % 3 else (4 + n,), coarse=view(2 + n, 3, n), crop=view(5 - n % 4, 2 + n, n), seed=n)
+        trajectory(
+            f"q{n}",
+            n,
+            replies=(3 + 2 * n, 9 - n) if n % 3 else (4 + n,),
+            coarse=view(2 + n, 3, n),
+            crop=view(5 - n % 4, 2 + n, n),
+            seed=n,
+        )
         for n in range(6)
     ]
 
@@ -41,7 +48,9 @@ def alone(batcher: Batcher, one: Trajectory) -> Plan:
     return batcher.plan([Sample(one, 1.0)])
 
 
-def reference(policy: Policy, batcher: Batcher, one: Trajectory, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(
+    policy: Policy, batcher: Batcher, one: Trajectory, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs, entropy) of the sampled tokens from the full logits of an unpadded sequence, without our shift."""
     (batch,) = batcher.batches(alone(batcher, one))
     output = policy.vlm.model(
@@ -60,7 +69,9 @@ def reference(policy: Policy, batcher: Batcher, one: Trajectory, temperature: fl
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_the_sampled_distribution(policy: Policy, batcher: Batcher, some: list[Trajectory], temperature: float) -> None:
+def test_logprobs_are_those_of_the_sampled_distribution(
+    policy: Policy, batcher: Batcher, some: list[Trajectory], temperature: float
+) -> None:
     for one in some[:3]:
         (batch,) = batcher.batches(alone(batcher, one))
         logprobs, entropy = policy(batch, temperature, BANNED)

@@ -34,9 +34,7 @@ def played(
 ) -> Trajectory:
     """An episode of two turns."""
     finish = Finish.LENGTH if outcome is Outcome.TRUNCATED else Finish.STOP
-    return Trajectory(
-        "q1", sample, (view(SCENE), view(box)), (turn(look), turn(read, finish)), outcome, box_outcome
-    )
+    return Trajectory("q1", sample, (view(SCENE), view(box)), (turn(look), turn(read, finish)), outcome, box_outcome)
 
 
 def ended_early(look: str, outcome: Outcome, box_outcome: BoxOutcome = BoxOutcome.NO_TAG) -> Trajectory:

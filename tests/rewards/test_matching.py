@@ -22,7 +22,7 @@ def asked(answer: str, *options: str) -> Question:
 @pytest.mark.parametrize(
     "said",
     [
-        "B", "b", "(B)", "(b)", "[B]", "B.", "B)", "B:", " B \n", "**B**", "`B`", '"B"', "\\boxed{B}", "$B$".strip("$"),
+        "B", "b", "(B)", "(b)", "[B]", "B.", "B)", "B:", " B \n", "**B**", "`B`", '"B"', "\\boxed{B}", "$B$",
         "\N{FULLWIDTH LATIN CAPITAL LETTER B}", "Option B", "B) blue", "B. blue", "B: blue", "B - blue", "B blue",
         "(B) blue", "B. The car is blue.", "The answer is B", "The answer is B.", "The answer is (B).", "Answer: B",
         "answer: b", "The correct option is B", "the correct answer is option (B)", "I choose B", "It's B.",
@@ -52,7 +52,14 @@ def test_texts_that_choose_nothing(said: str) -> None:
 
 def test_an_article_is_not_the_letter_a() -> None:
     options = ("a blue car", "a red car")
-    for said in ("a red car", "A red car", "A red car.", "It is a red car", "The answer is a red car", "This is A red car"):
+    for said in (
+        "a red car",
+        "A red car",
+        "A red car.",
+        "It is a red car",
+        "The answer is a red car",
+        "This is A red car",
+    ):
         assert choice(said, options) == 1, said
     for said in ("A", "a", "A.", "A) a blue car", "The answer is A", "A is right", "a blue car"):
         assert choice(said, options) == 0, said
@@ -112,9 +119,9 @@ def test_a_ground_truth_outside_its_options_is_matched_as_text() -> None:
         ("red car", "The red car."), ("red car", "Red  Car!"), ("the red car", "red car"), ("café", "CAFE\u0301"),
         ("ONE WAY", "one way"), ("STOP", "The answer is STOP"), ("?", "?"), ("10:30", "10:30"), ("3/4", "3/4"),
         ("7", "7"), ("7", "7.0"), ("7", "There are 7 cars."), ("7", "about 7"), ("7 cars", "7"),
-        ("1234", "1,234"), ("1,234", "1234"), ("1,000.5", "1000.5"), ("$5", "5 dollars"), ("50%", "50"), ("50%", "50 %"),
-        ("3.14", "3.15"), ("100.0", "100.9"), ("-5", "\N{MINUS SIGN}5"), ("2e3", "2000"), ("12 cm", "12cm"),
-        ("12 cm", "it is 12 cm long"), ("yes", "Yes, it is"), ("No", "no."), ("true", "Yes"), ("no", "No, it isn't"),
+        ("1234", "1,234"), ("1,234", "1234"), ("1,000.5", "1000.5"), ("$5", "5 dollars"), ("50%", "50"),
+        ("50%", "50 %"), ("3.14", "3.15"), ("100.0", "100.9"), ("-5", "\N{MINUS SIGN}5"), ("2e3", "2000"),
+        ("12 cm", "12cm"), ("12 cm", "it is 12 cm long"), ("yes", "Yes, it is"), ("No", "no."), ("true", "Yes"), ("no", "No, it isn't"),
     ],
 )  # fmt: skip
 def test_free_answers_that_match(truth: str, said: str) -> None:
@@ -125,10 +132,11 @@ def test_free_answers_that_match(truth: str, said: str) -> None:
     ("truth", "said"),
     [
         ("red car", "red"), ("red", "red, blue, green"), ("red car", "blue car"), ("?", "!"), ("red", ""),
-        ("7", "8"), ("7", "7 or 8"), ("7", "6, 7, 8"), ("7", "7-8"), ("7", "17"), ("7", "B7"), ("7", "7.5"), ("7", "1,7"),
-        ("1998", "1999"), ("100", "101"), ("3.14", "3.2"), ("100.0", "102"), ("5", "-5"), ("10", "10:30"), ("3", "3/4"),
-        ("12 cm", "12 m"), ("12 cm", "it is 12 m long"), ("50%", "0.5"), ("1e400", "1e500"), ("1.5", "nan"), ("1.5", "inf"),
-        ("yes", "no"), ("no", "I have no idea"), ("yes", "yes and no"), ("no", "There is no car"), ("yes", ""),
+        ("7", "8"), ("7", "7 or 8"), ("7", "6, 7, 8"), ("7", "7-8"), ("7", "17"), ("7", "B7"), ("7", "7.5"),
+        ("7", "1,7"), ("1998", "1999"), ("100", "101"), ("3.14", "3.2"), ("100.0", "102"), ("5", "-5"), ("10", "10:30"),
+        ("3", "3/4"), ("12 cm", "12 m"), ("12 cm", "it is 12 m long"), ("50%", "0.5"), ("1e400", "1e500"), ("1.5", "nan"),
+        ("1.5", "inf"), ("yes", "no"), ("no", "I have no idea"), ("yes", "yes and no"), ("no", "There is no car"),
+        ("yes", ""),
     ],
 )  # fmt: skip
 def test_free_answers_that_do_not_match(truth: str, said: str) -> None:
@@ -146,7 +154,21 @@ def test_normalise_and_polarity() -> None:
     assert (polarity("Yes, sir"), polarity("False"), polarity("maybe"), polarity("")) == (True, False, None, None)
 
 
-PIECES = [*"ABCD(). ,:/-", *COLOURS, "the answer is ", "option ", "not ", " or ", "7", "1e999", "yes", "no", "a ", "**", "\x00"]
+PIECES = [
+    *"ABCD(). ,:/-",
+    *COLOURS,
+    "the answer is ",
+    "option ",
+    "not ",
+    " or ",
+    "7",
+    "1e999",
+    "yes",
+    "no",
+    "a ",
+    "**",
+    "\x00",
+]
 TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 
 
@@ -164,7 +186,14 @@ WORD = st.text(string.ascii_lowercase, min_size=2, max_size=12).filter(lambda wo
 def test_an_option_is_chosen_by_its_letter_and_by_its_text(options: list[str], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(options) - 1))
     letter = string.ascii_uppercase[place]
-    for said in (letter, f"({letter})", f"{letter}.", f"{letter}) {options[place]}", options[place], options[place].upper()):
+    for said in (
+        letter,
+        f"({letter})",
+        f"{letter}.",
+        f"{letter}) {options[place]}",
+        options[place],
+        options[place].upper(),
+    ):
         assert choice(said, options) == place
         assert matches(said, asked(letter, *options)) and matches(said, asked(options[place], *options))
 
@@ -172,7 +201,10 @@ def test_an_option_is_chosen_by_its_letter_and_by_its_text(options: list[str], d
 @given(st.lists(WORD, min_size=2, max_size=8, unique=True))
 def test_listing_every_option_chooses_none(options: list[str]) -> None:
     letters = string.ascii_uppercase[: len(options)]
-    assert choice(" ".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)), options) is None
+    assert (
+        choice(" ".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)), options)
+        is None
+    )
     assert choice(", ".join(letters), options) is None
     assert choice("(" + ") (".join(letters) + ")", options) is None
 
@@ -183,13 +215,14 @@ def test_a_whole_number_matches_itself_with_separators_and_nothing_else(number: 
     assert not same(str(number + 1), str(number))
 
 
-@given(TEXTS)
-def test_a_text_matches_itself_unless_it_is_blank(text: str) -> None:
-    if normalise(text):
-        assert same(text, text) or polarity(text) is not None or "answer" in text.lower()
+@given(TEXTS.filter(normalise))
+def test_a_text_matches_itself(text: str) -> None:
+    assert same(text, text)
 
 
-@pytest.mark.parametrize("piece", ["is ", "A ", "(A", "red ", "red,", "not ", "1,000 ", "1.", "- ", "answer: ", "the answer is "])
+@pytest.mark.parametrize(
+    "piece", ["is ", "A ", "(A", "red ", "red,", "not ", "1,000 ", "1.", "- ", "answer: ", "the answer is "]
+)
 def test_a_long_answer_takes_no_long_time(piece: str) -> None:
     started = time.process_time()
     matches((piece * 2000)[:2000], asked("A", *COLOURS))

@@ -1,0 +1,77 @@
+"""The store: order of questions, staleness, failures."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import ray
+
+from actors.rollout_worker import Played, TrajectoryFacts
+from actors.trajectory_store import Group, TrajectoryStore
+from episodes.types import Outcome, Question, Score
+
+
+def group(number: int, *versions: int) -> Group:
+    facts = tuple(TrajectoryFacts(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (v, v)) for v in versions)
+    question = Question(f"q{number}", b"", "?", "ring")
+    scores = tuple(Score(1.0) for _ in versions)
+    return Group(number, question, Played(question.id, facts), scores, ray.ObjectRef.nil())
+
+
+def test_groups_come_in_the_order_of_their_questions() -> None:
+    async def story() -> None:
+        store = TrajectoryStore()
+        for number in (2, 0, 1):
+            await store.add(group(number, 0, 0))
+        assert [one.number for one in await store.take(3, oldest=0)] == [0, 1, 2]
+        assert store.next_number == 3 and len(store) == 0
+
+    asyncio.run(story())
+
+
+def test_take_waits_for_what_is_still_playing_and_passes_over_what_was_skipped() -> None:
+    async def story() -> None:
+        store = TrajectoryStore()
+        await store.add(group(2, 0, 0))
+        taking = asyncio.create_task(store.take(2, oldest=0))
+        await asyncio.sleep(0)
+        assert not taking.done()
+        await store.skip(1)
+        await store.add(group(0, 0, 0))
+        assert [one.number for one in await taking] == [0, 2]
+
+    asyncio.run(story())
+
+
+def test_what_is_too_old_is_dropped_and_counted() -> None:
+    """A group is as old as its oldest turn."""
+
+    async def story() -> None:
+        store = TrajectoryStore()
+        for number, versions in enumerate([(3, 2), (4, 4), (3, 3)]):
+            await store.add(group(number, *versions))
+        assert [one.number for one in await store.take(2, oldest=3)] == [1, 2]
+        assert store.dropped == 1
+
+    asyncio.run(story())
+
+
+def test_a_failure_reaches_whoever_waits() -> None:
+    async def story() -> None:
+        store = TrajectoryStore()
+        taking = asyncio.create_task(store.take(1, oldest=0))
+        await asyncio.sleep(0)
+        await store.fail(ValueError("the reward model is gone"))
+        with pytest.raises(ValueError, match="the reward model is gone"):
+            await taking
+        with pytest.raises(ValueError, match="the reward model is gone"):
+            await store.take(1, oldest=0)
+
+    asyncio.run(story())
+
+
+def test_a_group_has_one_score_per_trajectory() -> None:
+    one = group(0, 0, 0)
+    with pytest.raises(ValueError, match="2 trajectories but 1 scores"):
+        Group(0, one.question, one.played, (Score(1.0),), one.trajectories)

@@ -1,0 +1,263 @@
+"""The reward model behind a URL, over real HTTP, and the worker that scores with it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from episodes.families import Qwen25VL
+from episodes.parsing import BoxOutcome
+from episodes.types import Box, Outcome, Question, Score, Trajectory, Unscored, Verdict, View
+from rewards.config import Backend, EndpointConfig, RewardConfig, VerifierConfig
+from rewards.endpoint_verifier import EndpointVerifier
+from rewards.reward_worker import RewardWorker
+from rewards.verifier import VerifierUnavailable, blind, refit
+from tests.rewards.builders import GOOD_BOX, QUESTION, SCENE, ended_early, played, view
+from tests.rewards.conftest import Endpoint, fails, says
+
+
+def configured(url: str, **changes: Any) -> RewardConfig:
+    endpoint = EndpointConfig(
+        **{"url": url, "model": "judge", "retries": 2, "backoff_s": 0.01, "timeout_s": 5.0, **changes}
+    )
+    return RewardConfig(verifier=VerifierConfig(backend=Backend.ENDPOINT, endpoint=endpoint, max_tokens=32))
+
+
+def ask(url: str, crop: View | None = None, **changes: Any) -> str:
+    async def one() -> str:
+        verifier = EndpointVerifier(configured(url, **changes).verifier)
+        try:
+            return await verifier.answer(blind(QUESTION), crop or view(GOOD_BOX))
+        finally:
+            await verifier.close()
+
+    return asyncio.run(one())
+
+
+def score(url: str, *trajectories: Trajectory, **changes: Any) -> tuple[Verdict, ...]:
+    async def all_of_them() -> tuple[Verdict, ...]:
+        worker = RewardWorker(configured(url, **changes))
+        await worker.start()
+        return await worker.score(QUESTION, trajectories)
+
+    return asyncio.run(all_of_them())
+
+
+def images_in(body: dict[str, Any]) -> list[np.ndarray]:
+    found = []
+    for message in body["messages"]:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image_url":
+                kind, _, data = part["image_url"]["url"].partition(",")
+                assert kind == "data:image/png;base64"
+                found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+    return found
+
+
+def test_a_reply_is_given_back_as_it_is(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda body: says("hm <answer>B</answer>")
+    assert ask(endpoint.url) == "hm <answer>B</answer>"
+    assert ask(endpoint.url + "/") == "hm <answer>B</answer>"
+    assert set(endpoint.paths) == {"/v1/chat/completions"}
+
+
+def test_the_request_holds_the_crop_and_the_question_and_nothing_else(endpoint: Endpoint) -> None:
+    crop = View(GOOD_BOX, np.random.default_rng(0).integers(0, 256, (84, 112, 3), np.uint8))
+    ask(endpoint.url, crop)
+    (body,) = endpoint.bodies
+    (image,) = images_in(body)
+    assert image.shape == (84, 112, 3) and (image == crop.pixels).all()  # pixel by pixel: nothing was lost on the way
+    system, user = body["messages"]
+    assert (system["role"], user["role"]) == ("system", "user")
+    words = "".join(part["text"] for part in user["content"] if part["type"] == "text")
+    assert words.startswith("Which mark is on the red panel?\nA. cross\nB. ring\nC. bar\nD. dot\n")
+    assert "{" not in words and "<|" not in words
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0.0, 32)
+
+
+def test_the_reward_model_never_gets_answer_original_or_boxes() -> None:
+    knowing = Question("q", b"the original", "Which?", "the truth", ("a", "b"), (Box(0, 0, 1, 1),), "source")
+    assert blind(knowing) == Question("q", b"", "Which?", "", ("a", "b"), (), "source")
+
+
+def test_a_ground_truth_in_words_is_not_in_the_request(endpoint: Endpoint) -> None:
+    async def one() -> None:
+        worker = RewardWorker(configured(endpoint.url))
+        await worker.start()
+        await worker.score(Question("q", b"the original", "How many?", "forty-two"), (played(),))
+
+    asyncio.run(one())
+    assert "How many?" in json.dumps(endpoint.bodies[-1])
+    assert "forty-two" not in json.dumps(endpoint.bodies[-1])
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429, 408])
+def test_a_passing_failure_is_tried_again(endpoint: Endpoint, status: int) -> None:
+    endpoint.script = [fails(status), fails(status)]
+    assert ask(endpoint.url) == "<answer>B</answer>"
+    assert len(endpoint.bodies) == 3
+
+
+def test_back_off_doubles_and_heeds_retry_after(endpoint: Endpoint) -> None:
+    endpoint.script = [fails(500), fails(500)]
+    started = time.monotonic()
+    ask(endpoint.url, backoff_s=0.1)
+    assert 0.3 <= time.monotonic() - started < 2.0  # 0.1 + 0.2
+    endpoint.script = [fails(429, Retry_After="1")]
+    started = time.monotonic()
+    ask(endpoint.url, max_backoff_s=0.4)
+    assert 0.4 <= time.monotonic() - started < 1.0  # as long as the config allows
+
+
+def test_attempts_end(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda body: fails(500)
+    with pytest.raises(VerifierUnavailable, match="status 500, 3 attempts"):
+        ask(endpoint.url)
+    assert len(endpoint.bodies) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_lasting_failure_is_not_tried_again(endpoint: Endpoint, status: int) -> None:
+    endpoint.answer = lambda body: fails(status)
+    with pytest.raises(VerifierUnavailable, match=f"status {status}: .*error"):
+        ask(endpoint.url)
+    assert len(endpoint.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "reply", [(200, b"no json", {}), (200, b"{}", {}), (200, b"[]", {}), (200, b'{"choices": []}', {}), says(None)]
+)
+def test_a_reply_that_is_no_completion_is_named(endpoint: Endpoint, reply: Any) -> None:
+    endpoint.answer = lambda body: reply
+    with pytest.raises(VerifierUnavailable, match=r"not a chat completion|without text"):
+        ask(endpoint.url)
+
+
+def test_a_slow_endpoint_times_out(endpoint: Endpoint) -> None:
+    def slow(body: dict[str, Any]) -> Any:
+        time.sleep(0.5)
+        return says("B")
+
+    endpoint.answer = slow
+    with pytest.raises(VerifierUnavailable, match="ReadTimeout, 1 attempts"):
+        ask(endpoint.url, timeout_s=0.1, retries=0)
+
+
+def dead_url() -> str:
+    """Nobody listens on a port that was just given back."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+
+
+def test_a_dead_port_is_unavailable() -> None:
+    with pytest.raises(VerifierUnavailable, match=r"ConnectError.* 3 attempts"):
+        ask(dead_url())
+
+
+def test_no_more_requests_in_flight_than_configured(endpoint: Endpoint) -> None:
+    def answer(body: dict[str, Any]) -> Any:
+        time.sleep(0.05)
+        return says("B")
+
+    endpoint.answer = answer
+
+    async def many() -> None:
+        verifier = EndpointVerifier(configured(endpoint.url, concurrency=3).verifier)
+        await asyncio.gather(*(verifier.answer(QUESTION, view(GOOD_BOX)) for _ in range(12)))
+
+    asyncio.run(many())
+    assert len(endpoint.bodies) == 12 and endpoint.most_in_flight == 3
+
+
+def test_the_key_comes_from_the_named_variable_only(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "not this one")
+    ask(endpoint.url)
+    assert "Authorization" not in endpoint.headers[-1]
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    ask(endpoint.url, api_key_env="JUDGE_KEY")
+    assert endpoint.headers[-1]["Authorization"] == "Bearer s3cret"
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ValueError, match="api_key_env names JUDGE_KEY, which is not set"):
+        ask(endpoint.url, api_key_env="JUDGE_KEY")
+
+
+def test_an_endpoint_needs_a_url_and_a_model() -> None:
+    with pytest.raises(ValueError, match="needs url and model"):
+        EndpointVerifier(configured("").verifier)
+
+
+# --- the worker --------------------------------------------------------------------------------------------------
+
+
+def test_a_group_is_scored_with_every_part(endpoint: Endpoint) -> None:
+    verdicts = score(
+        endpoint.url,
+        played(),
+        played(box=SCENE, sample=1),
+        ended_early("left", Outcome.BAD_BOX),
+        played(box=SCENE, box_outcome=BoxOutcome.NO_TAG, look="left"),
+    )
+    assert [verdict.total for verdict in verdicts if isinstance(verdict, Score)] == [3.5, 3.0, 0.0, 1.0]
+    assert len(endpoint.bodies) == 3  # the probe, and one for each of two regions
+
+
+def test_equal_crops_are_verified_once_and_different_ones_each(endpoint: Endpoint) -> None:
+    boxes = [Box(0, 0, 10, 10), Box(0, 0, 20, 20)]
+    answers = {int(view(box).pixels[0, 0, 0]): letter for box, letter in zip(boxes, "BC", strict=True)}
+    endpoint.answer = lambda body: says(answers.get(int(images_in(body)[0][0, 0, 0]), "?"))
+    verdicts = score(endpoint.url, *(played(box=boxes[sample % 2], sample=sample) for sample in range(8)))
+    assert [verdict.parts["region"] for verdict in verdicts if isinstance(verdict, Score)] == [1, 0] * 4
+    assert len(endpoint.bodies) == 1 + 2
+
+
+def test_an_endpoint_that_fails_later_gives_unscored_never_zero(endpoint: Endpoint) -> None:
+    endpoint.script = [says("grey"), *[fails(500)] * 3]
+    lost = ended_early("left", Outcome.BAD_BOX)
+    first, second, third = score(endpoint.url, played(), lost, played(sample=2))
+    reason = f"region: {endpoint.url}/chat/completions: status 500, 3 attempts"
+    assert first == third == Unscored(reason)
+    assert isinstance(second, Score) and second.total == 0  # needed no reward model
+
+
+def test_a_reward_model_that_cannot_answer_ends_the_launch(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda body: fails(404)
+    with pytest.raises(VerifierUnavailable, match="status 404"):
+        score(endpoint.url, played())
+    with pytest.raises(VerifierUnavailable, match="ConnectError"):
+        score(dead_url(), played())
+
+
+def test_a_bug_rises(endpoint: Endpoint) -> None:
+    with pytest.raises(ValueError, match="'nonsense' is not a valid BoxOutcome"):
+        score(endpoint.url, played(box_outcome="nonsense"))  # type: ignore[arg-type]
+
+
+# --- crops for another family ------------------------------------------------------------------------------------
+
+
+def test_a_crop_for_the_same_family_is_left_alone() -> None:
+    crop = view(GOOD_BOX, 168)
+    assert refit(crop, Qwen25VL(), 16384) is crop
+
+
+def test_a_crop_over_the_reward_models_budget_or_of_another_unit_is_resized() -> None:
+    crop = view(GOOD_BOX, 168)
+    smaller = refit(crop, Qwen25VL(), 16)
+    assert (smaller.width, smaller.height, smaller.box) == (112, 112, GOOD_BOX)
+
+    class Patch16(Qwen25VL):
+        patch_size = 16
+
+    other = refit(crop, Patch16(), 16384)
+    assert (other.width, other.height) == (160, 160)  # 168 / 32 = 5.25
+    assert refit(other, Patch16(), 16384) is other
