@@ -45,7 +45,10 @@ class RolloutConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryFacts:
-    """What the driver needs to know of a trajectory without ever holding its pixels."""
+    """What the driver needs to know of a trajectory without ever holding its pixels.
+
+    prompt_tokens: everything but the replies; engine_prompt_tokens, cached_tokens: of all turns' prompts together, as
+    the engine saw them (turn 2 begins with turn 1), and how much of them its prefix cache held."""
 
     outcome: Outcome
     box_outcome: str
@@ -54,6 +57,8 @@ class TrajectoryFacts:
     prompt_tokens: int
     reply_tokens: tuple[int, ...]
     policy_versions: tuple[int, ...]
+    engine_prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +148,8 @@ def facts_of(trajectory: Trajectory) -> TrajectoryFacts:
         prompt_tokens=turns[-1].engine_prompt_length - sum(len(turn.completion_ids) for turn in turns[:-1]),
         reply_tokens=tuple(len(turn.completion_ids) for turn in turns),
         policy_versions=tuple(turn.policy_version for turn in turns),
+        engine_prompt_tokens=sum(turn.engine_prompt_length for turn in turns),
+        cached_tokens=sum(turn.engine_cached_tokens for turn in turns),
     )
 
 

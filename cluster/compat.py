@@ -30,11 +30,21 @@ _declared: list[torch.library.Library] = []  # torch drops the operators when th
 def hook_torchvision() -> None:
     """Before this interpreter first imports torchvision, declare the operators if its library cannot be loaded.
 
-    The set-up script calls this at the start of every interpreter of an environment that needs it (a ``.pth`` file):
-    vLLM starts processes that import torchvision before they load plugins. It imports nothing by itself, and where
-    the library loads the hook does nothing."""
-    if not any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path):
+    It imports nothing by itself, and where the library loads the hook does nothing."""
+    # By name: the other one may come from another copy of this module (see ``hook_interpreter``).
+    if not any(type(finder).__name__ == _BeforeTorchvision.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _BeforeTorchvision())
+
+
+def hook_interpreter() -> None:
+    """``hook_torchvision`` at the start of every interpreter of an environment, from a ``.pth`` file that the set-up
+    script writes where it is needed: vLLM starts processes that import torchvision before they load plugins.
+
+    Afterwards this module goes by another name, because `cluster` must come from where the process looks first: a
+    Ray job ships its own copy as the working directory, and would get the installed one."""
+    hook_torchvision()
+    sys.modules["_ergo_rl_hook"] = sys.modules.pop(__name__)
+    del sys.modules["cluster"]
 
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):

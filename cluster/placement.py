@@ -46,6 +46,7 @@ class Cluster:
     config: ClusterConfig
     _gangs: dict[str, PlacementGroup] = field(default_factory=dict)
     _resources: dict[str, Resources] = field(default_factory=dict)
+    _reserved: list[PlacementGroup] = field(default_factory=list)
 
     @classmethod
     @contextmanager
@@ -72,7 +73,7 @@ class Cluster:
         try:
             yield cluster
         finally:
-            for gang in cluster._gangs.values():
+            for gang in cluster._reserved:
                 remove_placement_group(gang)
             if not joined_already:
                 ray.shutdown()
@@ -86,7 +87,8 @@ class Cluster:
 
         Raises TimeoutError with the numbers when the cluster cannot hold them within ``wait_s``."""
         bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-        gang = placement_group([bundle] * count, strategy="PACK", name=f"ergo-rl-{role}")
+        gang = placement_group([bundle] * count, strategy="PACK")
+        self._reserved.append(gang)
         self._gangs[role], self._resources[role] = gang, resources
         deadline = time.monotonic() + self.config.wait_s
         while not gang.wait(timeout_seconds=min(10.0, self.config.wait_s)):

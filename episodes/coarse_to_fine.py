@@ -111,4 +111,5 @@ def _turn(prompt: Sequence[int], reply: Completion) -> Turn:
         finish=Finish.STOP if reply.stopped else Finish.LENGTH,
         engine_prompt_length=reply.prompt_length,
         policy_version=reply.weight_version,
+        engine_cached_tokens=reply.cached_tokens,
     )

@@ -149,7 +149,7 @@ _MARGIN = 4
 
 def _place(config: PanelsConfig, rng: np.random.Generator) -> list[Box]:
     wanted = config.panels + config.blank_panels
-    for _ in range(200):  # a layout that got stuck is thrown away as a whole
+    for _ in range(20):  # a layout that got stuck is thrown away as a whole
         boxes: list[Box] = []
         for _ in range(50 * wanted):
             width, height = (int(side) for side in rng.integers(config.smallest_panel, config.largest_panel + 1, 2))

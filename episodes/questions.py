@@ -56,7 +56,7 @@ class QuestionsConfig:
     paths: list[str] = field(default_factory=list)
     """Parquet files; their rows are one data set."""
     image_root: str = ""
-    """Folder that image paths are relative to; empty: the folder of the Parquet file. A path that leaves it is a bad row."""
+    """Folder that image paths are relative to and may not leave; empty: the folder of the Parquet file."""
     seed: int = 0
     """Seed of the order."""
     shuffle: bool = True
@@ -83,7 +83,7 @@ class _BadCell(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where a stream stands: ``position`` rows of epoch ``epoch`` are behind it, bad ones and other shards' included."""
+    """Where a stream stands: ``position`` rows of an epoch are behind it, bad ones and other shards' included."""
 
     epoch: int = 0
     position: int = 0
@@ -219,7 +219,9 @@ class QuestionStream(Iterator[Question]):
         self.reasons.append(message)
         count = self.skipped.total()
         if count <= _WARNINGS:
-            logger.warning("bad row skipped: %s%s", message, "; further ones are only counted" if count == _WARNINGS else "")
+            logger.warning(
+                "bad row skipped: %s%s", message, "; further ones are only counted" if count == _WARNINGS else ""
+            )
 
 
 def write_questions(path: Path, questions: Iterator[Question], rows_per_group: int = 64) -> int:

@@ -107,6 +107,8 @@ class Completion(Protocol):
     def prompt_length(self) -> int: ...
     @property
     def weight_version(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +119,7 @@ class Turn:
     completion_ids: int32[T], exactly as sampled (the end-of-turn token included when it was sampled).
     logprobs: float32[T], of the sampled tokens under the sampling distribution (nats).
     engine_prompt_length: length of the *whole* prompt of this turn as the engine saw it, placeholders expanded.
+    engine_cached_tokens: how much of that prompt the engine had in its prefix cache.
     policy_version: version of the weights that sampled this turn.
     """
 
@@ -127,6 +130,7 @@ class Turn:
     finish: Finish
     engine_prompt_length: int
     policy_version: int
+    engine_cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         if len(self.completion_ids) != len(self.logprobs):

@@ -38,6 +38,8 @@ def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
         "rollout/prompt_tokens": _mean([float(facts.prompt_tokens) for facts in everyone]),
         "rollout/reply_tokens": _mean([float(sum(facts.reply_tokens)) for facts in everyone]),
     }
+    if prompted := sum(facts.engine_prompt_tokens for facts in everyone):
+        metrics["rollout/cached_prompt_share"] = sum(facts.cached_tokens for facts in everyone) / prompted
     if ratios:
         metrics["rollout/area_ratio"] = _mean(ratios)
     if located:

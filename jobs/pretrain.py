@@ -108,7 +108,9 @@ class Pretraining:
                 self._album = fill_album(visual, pages, lambda done: progress.update(task, completed=done))
         return self._album
 
-    def _fit(self, name: str, module: Any, loss: Any, make: Callable[[int], Any], schedule: Schedule, file: str) -> float:
+    def _fit(
+        self, name: str, module: Any, loss: Any, make: Callable[[int], Any], schedule: Schedule, file: str
+    ) -> float:
         log = self.work / f"{name.replace(' ', '_')}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         with self._progress() as progress, log.open("a") as lines:
@@ -121,7 +123,9 @@ class Pretraining:
                     lines.write(json.dumps({"step": step, **figures}) + "\n")
                     lines.flush()
 
-            return fit(module, loss, lambda first: stream(make, first, schedule.steps), schedule, self.work / file, report)
+            return fit(
+                module, loss, lambda first: stream(make, first, schedule.steps), schedule, self.work / file, report
+            )
 
     def _progress(self) -> Progress:
         return Progress(
@@ -138,9 +142,9 @@ def model_card(role: str, command: str, seconds: Mapping[str, float], scores: Ma
     """The README.md of a folder."""
     title = {"policy": "panels-policy", "reward": "panels-reward"}[role]
     what = {
-        "policy": "The policy before reinforcement learning: it knows where a panel is, but points badly (boxes too tight "
-        "and jittered), so that there is something left to learn.",
-        "reward": "The frozen reward model: reads the mark on the asked panel from a crop, and guesses where it cannot.",
+        "policy": "The policy before reinforcement learning: it knows where a panel is, but points badly (boxes too "
+        "tight and jittered), so that there is something left to learn.",
+        "reward": "The frozen reward model: reads the mark on the asked panel from a crop; guesses where it cannot.",
     }[role]
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items() if name != "questions")
     minutes = ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
@@ -170,7 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("models"), help="where the two folders go (default: models)")
     parser.add_argument("--only", choices=["policy", "reward"], help="make only one of the two models")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every lesson (default: 1)")
+    parser.add_argument(
+        "--steps-scale", type=float, default=1.0, help="multiplies the steps of every lesson (default: 1)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the lessons of an interrupted run")
     parser.add_argument("--work", type=Path, help="checkpoints and logs (default: <out>/.pretrain-<seed>)")
     options = parser.parse_args(argv)
@@ -200,8 +206,15 @@ def main(argv: list[str] | None = None) -> int:
         spent = {"tower": tower_seconds, "language part": seconds, "scores": time.monotonic() - started}
         folder = options.out / f"panels-{role}"
         card = model_card(role, command, spent, scores)
-        record = {"command": command, "seed": options.seed, "seconds": {k: round(v) for k, v in spent.items()}, "scores": scores}
-        save_folder(model, lessons.processor, folder, {"README.md": card, "scores.json": json.dumps(record, indent=2) + "\n"})
+        record = {
+            "command": command,
+            "seed": options.seed,
+            "seconds": {k: round(v) for k, v in spent.items()},
+            "scores": scores,
+        }
+        save_folder(
+            model, lessons.processor, folder, {"README.md": card, "scores.json": json.dumps(record, indent=2) + "\n"}
+        )
         console.print(f"wrote {folder}")
     return 0
 

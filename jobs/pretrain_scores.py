@@ -13,7 +13,7 @@ import torch
 
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
 from episodes.families import ModelFamily, Tokenizer
-from episodes.lessons import LEGIBLE_AREA, crop_anywhere, crop_view, crop_with, legible
+from episodes.lessons import LEGIBLE_AREA, crop_anywhere, crop_view, crop_with
 from episodes.panels import PROMPTS, VIEW_TOKENS, PanelsConfig, Split, ask, question, scene
 from episodes.parsing import parse_answer
 from episodes.prompts import fill
@@ -75,7 +75,9 @@ class PlainGenerate:
         longest = max(map(len, prompts))
         input_ids = torch.tensor([[ids("<|endoftext|>")] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        pixels, grids = self.family.image_inputs(self.image_processor, [view for _, views in requests for view in views])
+        pixels, grids = self.family.image_inputs(
+            self.image_processor, [view for _, views in requests for view in views]
+        )
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
@@ -117,14 +119,21 @@ def play_all(generate: PlainGenerate, questions: Sequence[Question]) -> list[Tra
     return asyncio.run(play())
 
 
-def policy_scores(model: Any, tokenizer: Tokenizer, family: ModelFamily, image_processor: Any, number: int) -> dict[str, float]:
+def policy_scores(
+    model: Any, tokenizer: Tokenizer, family: ModelFamily, image_processor: Any, number: int
+) -> dict[str, float]:
     """Greedy: coverage (the crop contains the mark's box), legible coverage (and is at most 16.5 % of the scene), mean
     area ratio, accuracy, accuracy where the mark is legible or not covered; well-formed replies greedy and at
     temperature 1. Shares of ``number`` held-out questions."""
     questions = [question(PanelsConfig(), 0, Split.HELDOUT, index) for index in range(number)]
     generate = PlainGenerate(model, tokenizer, family, image_processor)
     played = play_all(generate, questions)
-    covered = np.array([(crop := path.crop) is not None and crop.box.contains(one.boxes[0]) for path, one in zip(played, questions, strict=True)])
+    covered = np.array(
+        [
+            (crop := path.crop) is not None and crop.box.contains(one.boxes[0])
+            for path, one in zip(played, questions, strict=True)
+        ]
+    )
     right = np.array([_answer(path) == one.answer for path, one in zip(played, questions, strict=True)])
     ratios = np.array([path.area_ratio if path.area_ratio is not None else np.nan for path in played])
     readable = covered & (ratios <= LEGIBLE_AREA)
@@ -132,7 +141,8 @@ def policy_scores(model: Any, tokenizer: Tokenizer, family: ModelFamily, image_p
     generate.temperature = 1.0
     sampled = play_all(generate, questions)
     sampled_covered = [
-        (crop := path.crop) is not None and crop.box.contains(one.boxes[0]) for path, one in zip(sampled, questions, strict=True)
+        (crop := path.crop) is not None and crop.box.contains(one.boxes[0])
+        for path, one in zip(sampled, questions, strict=True)
     ]
     return {
         "questions": number,
@@ -153,10 +163,14 @@ def _answer(path: Trajectory) -> str | None:
 
 
 def _well_formed(path: Trajectory) -> bool:
-    return len(path.turns) == 2 and all(form.fullmatch(turn.text) for form, turn in zip(_TURNS, path.turns, strict=True))
+    return len(path.turns) == 2 and all(
+        form.fullmatch(turn.text) for form, turn in zip(_TURNS, path.turns, strict=True)
+    )
 
 
-def reward_scores(model: Any, tokenizer: Tokenizer, family: ModelFamily, image_processor: Any, number: int) -> dict[str, float]:
+def reward_scores(
+    model: Any, tokenizer: Tokenizer, family: ModelFamily, image_processor: Any, number: int
+) -> dict[str, float]:
     """Greedy accuracy by what the crop shows: the mark, legible (tight boxes to 16.5 % of the scene); nothing of it
     (another panel, or anywhere); a part of it; all of it in more than a quarter of the scene; the whole scene. Each on
     ``number`` held-out scenes; chance is 0.25."""
@@ -170,7 +184,9 @@ def reward_scores(model: Any, tokenizer: Tokenizer, family: ModelFamily, image_p
                 drawn = scene(PanelsConfig(), 0, Split.HELDOUT, index)
                 view = crop_view(drawn, _crop(name, drawn, np.random.default_rng([1, index])), family)
                 text = fill(PROMPTS.verify, Question("", b"", ask(drawn.target.colour), drawn.target.mark), family)
-                requests.append((tokenizer.encode(family.first_prompt(PROMPTS.system, text), add_special_tokens=False), [view]))
+                requests.append(
+                    (tokenizer.encode(family.first_prompt(PROMPTS.system, text), add_special_tokens=False), [view])
+                )
                 answers.append(drawn.target.mark)
             replies = generate.run(requests)
             right += [parse_answer(reply.text) == answer for reply, answer in zip(replies, answers, strict=True)]
@@ -192,6 +208,8 @@ def _crop(kind: str, drawn: Any, rng: np.random.Generator) -> Box:
             box = crop_with(others[int(rng.integers(len(others)))], side, 0.0017, LEGIBLE_AREA, rng)
         else:
             box = crop_anywhere(side, rng)
-        shared = max(0, min(box.x2, mark.x2) - max(box.x1, mark.x1)) * max(0, min(box.y2, mark.y2) - max(box.y1, mark.y1))
+        shared = max(0, min(box.x2, mark.x2) - max(box.x1, mark.x1)) * max(
+            0, min(box.y2, mark.y2) - max(box.y1, mark.y1)
+        )
         if (0 < shared < mark.area) if kind == "cut" else shared == 0:
             return box

@@ -41,7 +41,7 @@ TEXTS = tuple(
     for colour in COLOURS
     for mark in MARKS
     for text in (
-        f"<|im_start|>user\n{ask(colour)}<|im_end|>\n<|im_start|>assistant\n<think>{colour} panel, row 1 column 2</think>",
+        f"<|im_start|>user\n{ask(colour)}<|im_end|>\n<|im_start|>assistant\n<think>{colour} panel, row 1 column 2",
         f"<|im_start|>system\n<|im_end|>\n<think>a {mark}</think><answer>{mark}</answer><zoom>[1,2,3,4]</zoom>",
     )
 )
@@ -86,7 +86,9 @@ class TowerLessons:
             rng = np.random.default_rng([self.seed, step, place])
             whole = coarse_view(drawn, self.family)
             crops = [
-                crop_view(drawn, crop_to_read(drawn, drawn.panels[int(rng.integers(len(drawn.panels)))], rng), self.family)
+                crop_view(
+                    drawn, crop_to_read(drawn, drawn.panels[int(rng.integers(len(drawn.panels)))], rng), self.family
+                )
                 for _ in range(self.crops)
             ]
             views += [whole, *crops]
@@ -94,7 +96,8 @@ class TowerLessons:
             labels += [token_labels(drawn, crop, self.family).without_edges() for crop in crops]
         pixels, grids = self.family.image_inputs(self.image_processor, views)
         colour, mark, edges = (
-            torch.from_numpy(np.concatenate([getattr(label, name) for label in labels])) for name in ("colour", "mark", "edges")
+            torch.from_numpy(np.concatenate([getattr(label, name) for label in labels]))
+            for name in ("colour", "mark", "edges")
         )
         return DenseBatch(pixels, grids, colour, mark, edges)
 
@@ -205,7 +208,11 @@ class ReplyLessons:
         panel = seen.panels[crop.asked]
         prompt, reply = self._turn_1(panel, crop.box)
         fine = self.family.next_prompt(fill(PROMPTS.fine, _question(panel), self.family))
-        parts = [(prompt + reply, False), (fine, False), (read_reply(self._answer(crop, panel, rng), self.family), True)]
+        parts = [
+            (prompt + reply, False),
+            (fine, False),
+            (read_reply(self._answer(crop, panel, rng), self.family), True),
+        ]
         return self._row(parts, [seen.coarse, crop.features], [grid(self.family, _COARSE), crop.grid])
 
     def verify(self, seen: Seen, rng: np.random.Generator) -> Row:
@@ -223,7 +230,9 @@ class ReplyLessons:
     def _answer(crop: Crop, panel: Panel, rng: np.random.Generator) -> str:
         return panel.mark if crop.legible else MARKS[int(rng.integers(len(MARKS)))]
 
-    def _row(self, parts: list[tuple[str, bool]], features: list[Tensor | None], grids: list[tuple[int, int, int]]) -> Row:
+    def _row(
+        self, parts: list[tuple[str, bool]], features: list[Tensor | None], grids: list[tuple[int, int, int]]
+    ) -> Row:
         ids: list[int] = []
         taught: list[bool] = []
         for text, learn in parts:  # encoded one by one, as an episode does

@@ -65,6 +65,7 @@ class TinyConfig:
 
 def make_tokenizer(texts: Iterable[str], family: ModelFamily | None = None, vocabulary: int = 400) -> Any:
     """A Qwen2 tokenizer (byte-level BPE, digits one by one) trained on ``texts``, with Qwen's special tokens."""
+    repair_torchvision()
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -194,6 +195,8 @@ def save_folder(model: Any, processor: Any, folder: Path, extra: dict[str, str] 
     processor.save_pretrained(fresh)
     for name, text in (extra or {}).items():
         (fresh / name).write_text(text)
+    for file in fresh.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner may read
     if folder.exists():
         os.rename(folder, old)
     os.rename(fresh, folder)

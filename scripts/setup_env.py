@@ -30,7 +30,7 @@ LOG = VENV / "setup.log"
 BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)  # not .venv's own, should that one be active
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # One line that Python runs whenever an interpreter of the environment starts; cluster/compat.py explains why.
-TORCHVISION_HOOK = "import cluster.compat; cluster.compat.hook_torchvision()\n"
+TORCHVISION_HOOK = "import cluster.compat; cluster.compat.hook_interpreter()\n"
 FREE_GIB = {"cpu": 6, "gpu": 16}
 COST = {"cpu": "2 to 5 minutes and 4 GB of disk", "gpu": "5 to 10 minutes and 12 GB of disk"}
 # Optional for vLLM and transformers, which only ask whether they are installed and then fail on a broken one.

@@ -40,6 +40,29 @@ def test_every_interpreter_of_this_environment_imports_torchvision() -> None:
     assert run_fresh("import torchvision.transforms.v2 as v2; print(v2.functional.resize.__name__)") == "resize"
 
 
+def test_hooking_an_interpreter_leaves_the_choice_of_packages_open() -> None:
+    # Afterwards `cluster` is imported afresh, from wherever the process looks first, and a second hook is not added.
+    code = """
+        import cluster.compat
+
+        cluster.compat.hook_interpreter()
+        print([name for name in ("cluster", "cluster.compat", "torch") if name in sys.modules])
+        repair_torchvision()
+        import cluster.compat
+
+        cluster.compat.repair_torchvision()
+        print(sum(type(finder).__name__ == "_BeforeTorchvision" for finder in sys.meta_path))
+        import gc
+        import torchvision
+
+        gc.collect()
+        import torch
+
+        print(torch.ops.torchvision.nms.default.name())
+    """
+    assert run_fresh(UNHOOKED + textwrap.dedent(code)).splitlines() == ["[]", "1", "torchvision::nms"]
+
+
 def test_the_repair_imports_nothing_by_itself() -> None:
     code = "repair_torchvision(); print([name for name in ('torch', 'torchvision') if name in sys.modules])"
     assert run_fresh(UNHOOKED + code) == "[]"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from episodes.prompts import ReservedText
 from episodes.types import Box, Finish, Outcome, Question, Trajectory, View
 
 FAMILY = Qwen25VL()
+DOCUMENT = Path(__file__).parents[2] / "docs" / "boxes.md"
 
 # --- the box contract --------------------------------------------------------------------------------------------
 
@@ -66,20 +69,18 @@ def test_the_box_contract_holds_for_any_text(reply: str, scene: tuple[int, int, 
         assert fitted[0] * fitted[1] <= 36 * FAMILY.multiple**2
 
 
-def test_random_text_reaches_every_outcome() -> None:
-    """Were the grammar above too tame, the property above would say little."""
-    seen: set[BoxOutcome] = set()
-
-    @given(REPLIES | st.just("<zoom>[0, 0, 0.2, 56]</zoom>"))
-    @settings(
-        max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
-    )
-    def collect(reply: str) -> None:
-        coarse = View(Box(0, 0, 672, 672), np.zeros((168, 168, 3), np.uint8))
-        seen.add(read_box(reply, coarse, FAMILY)[1])
-
-    collect()
-    assert seen == set(BoxOutcome)
+def test_the_examples_of_the_documentation_are_true() -> None:
+    documented, coarse = set(), View(Box(0, 0, 672, 672), np.zeros((168, 168, 3), np.uint8))
+    rows = [line.split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    outcome = ""
+    for name, _, examples, box_column in (row for row in rows if len(row) == 4 and "`" in row[2]):
+        outcome = name.strip("| `") or outcome
+        for example in re.findall(r"`(.+?)`", examples):
+            box, found = read_box(example, coarse, FAMILY)
+            corners = "none" if box is None else f"({box.x1}, {box.y1}, {box.x2}, {box.y2})"
+            assert (found, corners) == (outcome, box_column.strip(" |")), example
+        documented.add(outcome)
+    assert documented == {str(outcome) for outcome in BoxOutcome}
 
 
 # --- the episode -------------------------------------------------------------------------------------------------
@@ -94,6 +95,7 @@ class Reply:
     stopped: bool = True
     prompt_length: int = 0
     weight_version: int = 3
+    cached_tokens: int = 0
 
     @property
     def logprobs(self) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ from episodes.lessons import (
     point,
     token_labels,
 )
-from episodes.panels import COLOURS, MARKS, PanelsConfig, PanelScene, Split, scene
+from episodes.panels import COLOURS, MARKS, PanelScene, PanelsConfig, Split, scene
 from episodes.types import Box
 
 FAMILY = Qwen25VL()
@@ -79,7 +79,9 @@ def test_the_reply_parses_back_to_the_box_that_was_taught() -> None:
     coarse = coarse_view(drawn, FAMILY)
     taught = Box(100, 200, 220, 332)  # multiples of the 4 pixels of a coarse pixel
     reply = look_reply(drawn.target, coarse, taught, FAMILY)
-    assert re.fullmatch(r"<think>\w+ panel, row [1-6] column [1-6]</think><zoom>\[25,50,55,83\]</zoom><\|im_end\|>", reply)
+    assert re.fullmatch(
+        r"<think>\w+ panel, row [1-6] column [1-6]</think><zoom>\[25,50,55,83\]</zoom><\|im_end\|>", reply
+    )
     box, outcome = read_box(reply, coarse, FAMILY)
     assert box == taught and outcome.usable
 

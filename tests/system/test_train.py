@@ -1,0 +1,94 @@
+"""The training command, whole: on bad data it goes on and counts, on a bad set-up it says one clear thing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from episodes.panels import PanelsConfig, Split, question
+from episodes.questions import write_questions
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.system
+TIMEOUT_S = 420
+
+
+def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.train", "configs/panels.yaml", "embedded.panels=null", *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
+    """Three steps of 3 x 4 trajectories from 12 rows, 3 of them bad: one image is no picture, one is cut off behind its
+    header, one text holds a special token. ZeRO-3 on two ranks."""
+    rows = [question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(12)]
+    image = rows[3].image
+    assert isinstance(image, bytes)
+    rows[3] = replace(rows[3], image=image[: len(image) // 2])
+    rows[5] = replace(rows[5], image=b"no picture at all")
+    rows[7] = replace(rows[7], text="What is <|image_pad|>?")
+    write_questions(tmp_path / "questions.parquet", iter(rows))
+
+    done = ergo_rl_train(
+        "name=bad-rows", f"runs_dir={tmp_path}", f"questions.paths=[{tmp_path / 'questions.parquet'}]",
+        "total_steps=3", "groups_per_step=4", "rollout.group_size=3", "samples_every=2",
+        "learner.ranks=2", "learner.zero_stage=3", "learner.threads=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.rstrip().splitlines()[-1].startswith("Done. Look at the curves: tensorboard --logdir")
+
+    run = tmp_path / "bad-rows"
+    steps: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in steps] == [0, 1, 2]
+    for one in steps:
+        assert one["rollout/trajectories"] == 12
+        assert one["learner/length_mismatches"] == 0 and one["reward/unscored"] == 0
+        assert one["learner/mismatch_mean"] <= 1e-5 and one["learner/mismatch_max"] <= 1e-3
+        assert one["proof/mismatch_mean"] <= 1e-5 and one["proof/mismatch_max"] <= 1e-3
+    # 12 questions are played; the 9 good rows are not enough, so each bad one was met once at least
+    assert steps[-1]["count/bad_rows"] + steps[-1]["count/unplayable"] >= 3 and steps[-1]["count/unplayable"] >= 1
+    log = (run / "run.log").read_text()
+    for bad in (3, 5, 7):
+        assert rows[bad].id in log
+    assert "<|image_pad|>" in log
+
+    assert {path.name for path in (run / "samples").iterdir()} == {"step-000000", "step-000002"}
+    sample = json.loads((run / "samples" / "step-000000" / "trajectories.jsonl").read_text().splitlines()[0])
+    assert sample["policy_versions"][0] == 0 and sample["replies"]
+    assert list((run / "tensorboard").iterdir()) and (run / "config.yaml").is_file()
+
+    from transformers import AutoModelForImageTextToText
+
+    AutoModelForImageTextToText.from_pretrained(run / "policy")  # loads as an ordinary folder
+
+
+def test_a_misspelt_key_is_named() -> None:
+    done = ergo_rl_train("learner.optimizer.learning_rate=1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "unknown key 'learner.optimizer.learning_rate'" in done.stderr
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    table = pa.table({"id": ["a"], "image": [b"x"], "text": ["?"], "options": [[]]})
+    pq.write_table(table, tmp_path / "bad.parquet")
+    done = ergo_rl_train(f"questions.paths=[{tmp_path / 'bad.parquet'}]", f"runs_dir={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "bad.parquet" in done.stderr and "answer" in done.stderr
+
+
+def test_a_bad_row_is_refused_when_told_so(tmp_path: Path) -> None:
+    bad = replace(question(PanelsConfig(), 0, Split.TRAIN, 0), id="the-bad-one", text="What is <|image_pad|>?")
+    write_questions(tmp_path / "questions.parquet", iter([bad]))
+    done = ergo_rl_train(
+        f"questions.paths=[{tmp_path / 'questions.parquet'}]", "questions.on_bad_row=error", f"runs_dir={tmp_path}"
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the-bad-one" in done.stderr and "<|image_pad|>" in done.stderr
