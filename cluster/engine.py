@@ -161,7 +161,9 @@ class Engine:
             prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in images]}
         version, final = self.weight_version, None
         try:
-            async for output in self._llm.generate(prompt, params, request_id=f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"):
+            async for output in self._llm.generate(
+                prompt, params, request_id=f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"
+            ):
                 final = output
         except EngineDeadError as error:
             raise EngineDied(str(error)) from error

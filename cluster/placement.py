@@ -94,7 +94,9 @@ class Cluster:
         while not gang.wait(timeout_seconds=min(10.0, self.config.wait_s)):
             message = f"{count} x {bundle} for role {role!r}; free now: {self.free()}"
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the cluster did not offer {message} within {self.config.wait_s:.0f} s (cluster.wait_s)")
+                raise TimeoutError(
+                    f"the cluster did not offer {message} within {self.config.wait_s:.0f} s (cluster.wait_s)"
+                )
             logger.warning("waiting for %s", message)
 
     def actor_options(self, role: str, index: int) -> dict[str, Any]:

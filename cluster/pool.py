@@ -38,7 +38,9 @@ class Pool:
     A worker's death is no caller's business: the worker is replaced and the call is made again, until the
     budget of ``restarts`` is spent (PoolExhausted). What a method raises rises here as it was raised."""
 
-    def __init__(self, spawn: Spawn, size: int, restarts: int = 3, name: str = "workers", prepare: Prepare | None = None):
+    def __init__(
+        self, spawn: Spawn, size: int, restarts: int = 3, name: str = "workers", prepare: Prepare | None = None
+    ):
         if size < 1:
             raise ValueError(f"a pool of {name} needs at least one worker, got {size}")
         self._spawn, self._prepare, self.name = spawn, prepare, name
@@ -94,7 +96,7 @@ class Pool:
         """Grow or shrink. New workers take calls once started and prepared; removed ones finish what they hold."""
         if size < 1:
             raise ValueError(f"a pool of {self.name} needs at least one worker, got {size}")
-        added = []
+        added: list[_Worker] = []
         while len(self._workers) + len(added) < size:
             added.append(_Worker(self._next_index, self._spawn(self._next_index)))
             self._next_index += 1

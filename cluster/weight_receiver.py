@@ -56,10 +56,11 @@ class FileWeightTransferEngine(WeightTransferEngine[NoInit, BucketFile]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: BucketFile) -> None:
+        model: Any = self.model
         with safe_open(update_info.path, framework="pt", device="cpu") as bucket:
             names = list(bucket.keys())
             # Cloned: the mapping goes away, while layers wait for their remaining weights.
-            self.model.load_weights((name, bucket.get_tensor(name).clone()) for name in names)
+            model.load_weights((name, bucket.get_tensor(name).clone()) for name in names)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

@@ -305,7 +305,8 @@ def _size(image: bytes | Path, max_pixels: int) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
             width, height = picture.size
-            turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            # Asked only where the header has it: for a PNG without it Pillow would decode the whole picture.
+            turned = "exif" in picture.info and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
         raise _BadCell("image", f"does not decode: {error}") from error
     if width * height > max_pixels:

@@ -106,7 +106,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def check(config: TrainConfig) -> None:
     """Refuse combinations that cannot work, naming the keys. Nothing is changed on the quiet."""
     rollout, learner, episode = config.rollout, config.learner, config.episode
-    longest = episode.coarse_tokens + episode.fine_tokens + rollout.sampling.coarse_max_tokens + rollout.sampling.fine_max_tokens
+    longest = (
+        episode.coarse_tokens
+        + episode.fine_tokens
+        + rollout.sampling.coarse_max_tokens
+        + rollout.sampling.fine_max_tokens
+    )
     problems = [
         (config.total_steps < 1, "total_steps must be at least 1"),
         (config.groups_per_step < 1, "groups_per_step must be at least 1"),

@@ -39,15 +39,18 @@ class Proof:
         differences = []
         for worker, trajectories in enumerate(plays):
             if stale := {turn.policy_version for one in trajectories for turn in one.turns} - {version}:
-                raise WeightsDiffer(f"rollout worker {worker} played for versions {sorted(stale)} after version {version}")
+                raise WeightsDiffer(
+                    f"rollout worker {worker} played for versions {sorted(stale)} after version {version}"
+                )
             ours = await self._learners.logprobs(ray.put(trajectories))
             differences.append(mismatch(trajectories, ours))
         every = np.concatenate(differences)
         mean, most = float(every.mean()), float(every.max())
         if not mean <= self._tolerance:  # NaN must not pass
             raise WeightsDiffer(
-                f"after publishing version {version} the engines' log-probs differ from the learner's by {mean:.2e} nats on "
-                f"average ({most:.2e} at most), more than proof_tolerance = {self._tolerance:.0e}: stale weights or caches"
+                f"after publishing version {version} the engines' log-probs differ from the learner's by {mean:.2e} nats "
+                f"on average ({most:.2e} at most), more than proof_tolerance = {self._tolerance:.0e}: "
+                "stale weights or caches"
             )
         return {"proof/mismatch_mean": mean, "proof/mismatch_max": most, "proof/tokens": float(every.size)}
 

@@ -117,13 +117,17 @@ def _readable(group: Group, trajectory: Trajectory, score: object) -> dict[str, 
 def _draw_boxes(trajectories: tuple[Trajectory, ...], scale: int = 3) -> Image.Image:
     """The coarse view, enlarged, with the box of every trajectory on it."""
     coarse: View = trajectories[0].views[0]
-    picture = Image.fromarray(coarse.pixels).resize((coarse.width * scale, coarse.height * scale), Image.Resampling.NEAREST)
+    picture = Image.fromarray(coarse.pixels).resize(
+        (coarse.width * scale, coarse.height * scale), Image.Resampling.NEAREST
+    )
     draw = ImageDraw.Draw(picture)
     sx, sy = picture.width / coarse.box.width, picture.height / coarse.box.height
     for crop in (trajectory.crop for trajectory in trajectories):
         if crop is not None:
             box = crop.box
-            draw.rectangle((box.x1 * sx, box.y1 * sy, box.x2 * sx - 1, box.y2 * sy - 1), outline=(255, 255, 255), width=2)
+            draw.rectangle(
+                (box.x1 * sx, box.y1 * sy, box.x2 * sx - 1, box.y2 * sy - 1), outline=(255, 255, 255), width=2
+            )
     return picture
 
 

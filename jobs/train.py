@@ -31,7 +31,9 @@ async def train(config: TrainConfig) -> Path:
     questions = QuestionStream(config.questions)  # what is wrong with the data is said before anything starts
     probe = next(QuestionStream(config.questions))
     with Run.open(config) as run, Cluster.connect(config.cluster) as cluster:
-        with run.view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
+        with run.view.waiting(
+            "starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"
+        ):
             rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
             rewards = RewardPool.launch(cluster, config.reward)
             learners = await LearnerGroup.launch(cluster, config.learner)
@@ -53,7 +55,9 @@ async def train(config: TrainConfig) -> Path:
                     report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups))
                     report.add(flow.metrics())
                     with report.timed("learn"):
-                        report.add(await learners.update([to_training(group, config.learner.advantages) for group in groups]))
+                        report.add(
+                            await learners.update([to_training(group, config.learner.advantages) for group in groups])
+                        )
                     with report.timed("publish"):
                         await weights.publish(version=step + 1)
                     with report.timed("proof"):
@@ -98,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ergo-rl train: stopped by hand", file=sys.stderr)
         return 130
-    print(f"Done. Look at the curves: tensorboard --logdir {folder / 'tensorboard'}   (numbers: {folder / 'metrics.jsonl'}, "
-          f"samples: {folder / 'samples'}, policy: {folder / 'policy'})")
+    print(
+        f"Done: {folder} holds metrics.jsonl, samples/ and policy/. Curves: tensorboard --logdir {folder}/tensorboard"
+    )
     return 0
 
 

@@ -49,9 +49,9 @@ def run(model: str, place: Rank, stage: int, budget: int) -> dict[str, object]:
         mine = mine[FIRST_RANK:] if place.rank else mine[:FIRST_RANK]
     found: dict[str, object] = {}
     plan = learner.batcher.plan(mine)
-    sums, found["passes"], _ = learner.accumulate(plan)
-    found["own_passes"] = len(plan.bins)
-    found["loss"], found["tokens"] = sums.loss.item(), sums.tokens.item()
+    step, sums = learner.accumulate(plan)
+    found["own_passes"], found["passes"], found["tokens"] = len(plan.bins), step.passes, step.tokens
+    found["loss"] = sums.loss.item() / step.tokens
     found["first"] = gradients(learner)
     found["norm"] = learner.apply(lr=1e-3)
     found["weights"] = {name: tensor for bucket in learner.buckets() for name, tensor in bucket}

@@ -117,7 +117,7 @@ def test_a_dead_worker_is_replaced_with_the_current_weights(
         version = await untied.publish()
         playing = asyncio.gather(*(play(untied, one, seed=2) for one in questions[:4]))
         await asyncio.sleep(0.05)
-        with pytest.raises(Exception, match="died|dead|exit"):
+        with pytest.raises(Exception, match=r"died|dead|exit"):
             await untied.on_worker(lambda worker: __import__("os")._exit(1))
         groups = await playing
         assert untied.rollouts.restarts == 1

@@ -26,6 +26,7 @@ def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
+@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
     """Three steps of 3 x 4 trajectories from 12 rows, 3 of them bad: one image is no picture, one is cut off behind its
     header, one text holds a special token. ZeRO-3 on two ranks."""
@@ -43,7 +44,7 @@ def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
         "learner.ranks=2", "learner.zero_stage=3", "learner.threads=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.rstrip().splitlines()[-1].startswith("Done. Look at the curves: tensorboard --logdir")
+    assert done.stdout.rstrip().splitlines()[-1].startswith(f"Done: {tmp_path / 'bad-rows'} holds")
 
     run = tmp_path / "bad-rows"
     steps: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -54,7 +55,7 @@ def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
         assert one["learner/mismatch_mean"] <= 1e-5 and one["learner/mismatch_max"] <= 1e-3
         assert one["proof/mismatch_mean"] <= 1e-5 and one["proof/mismatch_max"] <= 1e-3
     # 12 questions are played; the 9 good rows are not enough, so each bad one was met once at least
-    assert steps[-1]["count/bad_rows"] + steps[-1]["count/unplayable"] >= 3 and steps[-1]["count/unplayable"] >= 1
+    assert steps[-1]["count/bad_rows"] + steps[-1]["count/unplayable"] >= 3
     log = (run / "run.log").read_text()
     for bad in (3, 5, 7):
         assert rows[bad].id in log
