@@ -27,7 +27,7 @@ _TURNS = (
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A ``Completion`` without log-probs' worth: only what an episode needs."""
+    """A ``Completion`` as far as an episode needs it; its log-probs are zeros."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -35,6 +35,7 @@ class Reply:
     prompt_length: int
     logprobs: tuple[float, ...] = ()
     weight_version: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass

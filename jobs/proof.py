@@ -7,15 +7,20 @@ packed head changes the engine's log-probs by 0.05 to 0.1 nats, while its parame
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 import ray
 
 from actors.rollout_pool import RolloutPool
+from actors.rollout_worker import Unplayable
+from episodes.questions import DatasetError
 from episodes.types import Question, Trajectory
 from jobs.metrics import Metrics
 from learners.learner_group import LearnerGroup
+
+MOST_TRIED = 64
 
 
 class WeightsDiffer(RuntimeError):
@@ -30,6 +35,25 @@ class Proof:
     ) -> None:
         self._rollouts, self._learners, self._question = rollouts, learners, question
         self._replies, self._tolerance = replies, tolerance
+
+    @classmethod
+    async def prepare(
+        cls,
+        rollouts: RolloutPool,
+        learners: LearnerGroup,
+        questions: Iterable[Question],
+        replies: int,
+        tolerance: float,
+    ) -> Proof:
+        """With the first of ``questions`` that can be played. Raises DatasetError where none of the first 64 can."""
+        for question in islice(questions, MOST_TRIED):
+            answer = await rollouts.play(question, seed=0, samples=1)
+            if not isinstance(answer, Unplayable):
+                return cls(rollouts, learners, question, replies, tolerance)
+        raise DatasetError(
+            f"none of the first {MOST_TRIED} questions could be played; "
+            f"the last one, {answer.question_id!r}: {answer.reason}"
+        )
 
     async def measure(self, version: int) -> Metrics:
         """Mean and largest absolute difference (nats) per sampled token, over all engines.
@@ -48,8 +72,8 @@ class Proof:
         mean, most = float(every.mean()), float(every.max())
         if not mean <= self._tolerance:  # NaN must not pass
             raise WeightsDiffer(
-                f"after publishing version {version} the engines' log-probs differ from the learner's by {mean:.2e} nats "
-                f"on average ({most:.2e} at most), more than proof_tolerance = {self._tolerance:.0e}: "
+                f"after publishing version {version} the engines' log-probs differ from the learner's by {mean:.2e} "
+                f"nats on average ({most:.2e} at most), more than proof_tolerance = {self._tolerance:.0e}: "
                 "stale weights or caches"
             )
         return {"proof/mismatch_mean": mean, "proof/mismatch_max": most, "proof/tokens": float(every.size)}

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from actors.rollout_pool import RolloutPool
@@ -28,8 +29,8 @@ from rewards.reward_pool import RewardPool
 
 async def train(config: TrainConfig) -> Path:
     """Run the whole training; returns the run's folder."""
-    questions = QuestionStream(config.questions)  # what is wrong with the data is said before anything starts
-    probe = next(QuestionStream(config.questions))
+    questions, probes = QuestionStream(config.questions), QuestionStream(config.questions)
+    first = next(probes)  # what is wrong with the data is said before anything starts
     with Run.open(config) as run, Cluster.connect(config.cluster) as cluster:
         with run.view.waiting(
             "starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"
@@ -39,10 +40,12 @@ async def train(config: TrainConfig) -> Path:
             learners = await LearnerGroup.launch(cluster, config.learner)
             await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
         weights = WeightChannel(source=learners, sink=rollouts)
-        proof = Proof(rollouts, learners, probe, config.proof_replies, config.proof_tolerance)
         store = TrajectoryStore()
 
         await weights.publish(version=0)
+        proof = await Proof.prepare(
+            rollouts, learners, chain([first], probes), config.proof_replies, config.proof_tolerance
+        )
         await proof.measure(version=0)
         flow = Flow(questions, rollouts, rewards, store, config.seed, config.questions.on_bad_row)
         async with flowing(flow):

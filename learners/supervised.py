@@ -195,12 +195,13 @@ def reply_loss(model: Any, batch: ReplyBatch) -> tuple[Tensor, Mapping[str, floa
     """Mean cross-entropy (nats) over the taught tokens of a Qwen2.5-VL whose tower's output is given."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+    features: Any = batch.features
     hidden = model.model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         image_grid_thw=batch.grids,
         mm_token_type_ids=batch.token_types,
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=batch.features)},
+        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
         use_cache=False,
     ).last_hidden_state
     next_token = batch.labels[:, 1:]

@@ -86,9 +86,10 @@ def make_tokenizer(texts: Iterable[str], family: ModelFamily | None = None, voca
     )
     bpe.train_from_iterator(_without(texts, (*special, *REPLY_TAGS)), trainer)
     learnt = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        merges=merges,
         eos_token=family.turn_end,
         pad_token="<|endoftext|>",
         model_max_length=4096,
