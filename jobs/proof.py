@@ -46,14 +46,13 @@ class Proof:
         tolerance: float,
     ) -> Proof:
         """With the first of ``questions`` that can be played. Raises DatasetError where none of the first 64 can."""
+        why = "there are none"
         for question in islice(questions, MOST_TRIED):
             answer = await rollouts.play(question, seed=0, samples=1)
             if not isinstance(answer, Unplayable):
                 return cls(rollouts, learners, question, replies, tolerance)
-        raise DatasetError(
-            f"none of the first {MOST_TRIED} questions could be played; "
-            f"the last one, {answer.question_id!r}: {answer.reason}"
-        )
+            why = f"the last one, {answer.question_id!r}: {answer.reason}"
+        raise DatasetError(f"none of the first {MOST_TRIED} questions could be played; {why}")
 
     async def measure(self, version: int) -> Metrics:
         """Mean and largest absolute difference (nats) per sampled token, over all engines.

@@ -181,3 +181,18 @@ def test_expanded_lengths_are_what_the_processor_would_make(batcher: Batcher, so
         row = expand(Sample(one, 1.0), FAMILY, IMAGE_PAD)
         (batch,) = batcher.batches(alone(batcher, one))
         assert int(row.image_mask.sum()) == int(batch.image_grid_thw.prod(-1).sum()) // FAMILY.merge_size**2
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    tiny: Path, policy: Policy, batcher: Batcher, some: list[Trajectory]
+) -> None:
+    (batch,) = batcher.batches(batcher.plan([Sample(one, 1.0) for one in some]))
+    recomputing = Policy(LearnerConfig(model=str(tiny), gradient_checkpointing=True))
+    gradients = []
+    for network in (policy.train(), recomputing.train()):
+        network.zero_grad()
+        network(batch, 1.0, BANNED)[0].sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in network.named_weights()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5)
+    assert recomputing.vlm.is_gradient_checkpointing
