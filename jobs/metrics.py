@@ -48,15 +48,23 @@ def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
 
 
 def reward_metrics(groups: Sequence[Group]) -> Metrics:
-    """Means over what was scored; what could not be scored is counted, never averaged in."""
+    """Means over what was scored; what could not be scored is counted, never averaged in. ``equal_groups``: share of
+    groups whose rewards are all the same, from which GRPO learns nothing."""
     scores = [score for group in groups for score in group.scores if isinstance(score, Score)]
     everyone = sum(len(group.scores) for group in groups)
-    metrics = {"reward/unscored": float(everyone - len(scores))}
+    metrics = {
+        "reward/unscored": float(everyone - len(scores)),
+        "reward/equal_groups": _share(len({round(total, 6) for total in _totals(group)}) <= 1 for group in groups),
+    }
     if scores:
         metrics["reward/total"] = _mean([score.total for score in scores])
         for part in sorted({name for score in scores for name in score.parts}):
             metrics[f"reward/{part}"] = _mean([score.parts[part] for score in scores if part in score.parts])
     return metrics
+
+
+def _totals(group: Group) -> list[float]:
+    return [score.total for score in group.scores if isinstance(score, Score)]
 
 
 def _covers(group: Group, facts: TrajectoryFacts) -> bool:

@@ -44,6 +44,9 @@ def test_coverage_is_of_questions_that_say_where() -> None:
 
 def test_rewards_average_over_what_was_scored() -> None:
     scores: list[Verdict] = [Score(3.5, {"region": 1.0}), Score(0.5, {"region": 0.0}), Unscored("timeout")]
-    found = reward_metrics([group([facts(RIGHT)] * 3, scores)])
-    assert found == {"reward/total": 2.0, "reward/region": 0.5, "reward/unscored": 1.0}
-    assert reward_metrics([group([facts(RIGHT)], [Unscored("timeout")])]) == {"reward/unscored": 1.0}
+    found = reward_metrics(
+        [group([facts(RIGHT)] * 3, scores), group([facts(RIGHT)] * 2, [Score(2.0, {"region": 0.5})] * 2)]
+    )
+    assert found == {"reward/total": 2.0, "reward/region": 0.5, "reward/unscored": 1.0, "reward/equal_groups": 0.5}
+    nothing = reward_metrics([group([facts(RIGHT)], [Unscored("timeout")])])
+    assert nothing == {"reward/unscored": 1.0, "reward/equal_groups": 1.0}
