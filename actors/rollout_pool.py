@@ -12,7 +12,7 @@ from actors.rollout_worker import Played, RolloutConfig, RolloutWorker, Sampling
 from cluster.placement import Cluster
 from cluster.pool import Pool
 from episodes.coarse_to_fine import EpisodeConfig
-from episodes.types import Question, Trajectory
+from episodes.types import Box, Question, Trajectory
 
 ROLE = "rollout"
 
@@ -53,11 +53,17 @@ class RolloutPool:
         await self._pool.ready(deadline_s)
 
     async def play(
-        self, question: Question, seed: int, samples: int | None = None, sampling: SamplingConfig | None = None
+        self,
+        question: Question,
+        seed: int,
+        samples: int | None = None,
+        sampling: SamplingConfig | None = None,
+        box: Box | None = None,
     ) -> Rollout | Unplayable:
-        """Play ``question`` (``group_size`` times unless told otherwise) on the least loaded worker."""
+        """Play ``question`` (``group_size`` times unless told otherwise) on the least loaded worker; ``box`` is used
+        in place of the policy's own."""
         count = range(self.config.group_size if samples is None else samples)
-        played, reference = await self._pool.call("play", question, tuple(count), seed, sampling, num_returns=2)
+        played, reference = await self._pool.call("play", question, tuple(count), seed, sampling, box, num_returns=2)
         return played if isinstance(played, Unplayable) else Rollout(played, reference)
 
     async def play_everywhere(self, question: Question, seed: int, samples: int) -> list[tuple[Trajectory, ...]]:

@@ -94,10 +94,16 @@ class RolloutWorker:
         self._engine = await Engine.start(self._config.engine)
 
     async def play(
-        self, question: Question, samples: Sequence[int], seed: int, sampling: SamplingConfig | None = None
+        self,
+        question: Question,
+        samples: Sequence[int],
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        box: Box | None = None,
     ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
         """Play one question ``len(samples)`` times at once. Turn 2 of a sample starts the moment its turn 1
-        ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same."""
+        ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same. ``box`` is
+        used in place of the policy's own (evaluation)."""
         sampling = sampling or self._config.sampling
         limits = (sampling.coarse_max_tokens, sampling.fine_max_tokens)
         try:
@@ -114,7 +120,7 @@ class RolloutWorker:
                     )
                     return await self._engine.generate(token_ids, [view.pixels for view in views], how)
 
-                return await self._episodes.play(scene, sample, generate)
+                return await self._episodes.play(scene, sample, generate, box)
 
             trajectories = tuple(await asyncio.gather(*(one(sample) for sample in samples)))
         except (UnreadableImage, ReservedText, EngineRefused) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -68,15 +69,21 @@ class CoarseToFine:
         second = self.family.next_prompt(fill(config.prompts.fine, question, self.family))
         return Scene(question, pixels, coarse, self._encode(first), self._encode(second))
 
-    async def play(self, scene: Scene, sample: int, generate: Generate) -> Trajectory:
-        """Look at the small copy, say where to look, read only that part, answer."""
+    async def play(self, scene: Scene, sample: int, generate: Generate, box: Box | None = None) -> Trajectory:
+        """Look at the small copy, say where to look, read only that part, answer.
+
+        ``box`` puts another box into the policy's mouth (baselines of an evaluation). Such a trajectory was not
+        sampled: the log-probs of its first turn are NaN, so that nothing can be learnt from it."""
         coarse = scene.coarse
-        reply = await generate(scene.coarse_prompt, [coarse], 0)
+        reply: Completion = await generate(scene.coarse_prompt, [coarse], 0)
+        if box is not None:
+            reply = self._with_box(reply, box, coarse)
         look = _turn(scene.coarse_prompt, reply)
         if not reply.stopped:
             return Trajectory(scene.question.id, sample, (coarse,), (look,), Outcome.TRUNCATED, BoxOutcome.NO_TAG)
 
-        box, box_outcome = read_box(reply.text, coarse, self.family)
+        named, box_outcome = read_box(reply.text, coarse, self.family)
+        box = box or named
         if box is None and self.config.on_bad_box is OnBadBox.WHOLE_IMAGE:
             box = coarse.box
         if box is None:
@@ -89,6 +96,13 @@ class CoarseToFine:
         outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
         return Trajectory(scene.question.id, sample, (coarse, crop), (look, read), outcome, box_outcome)
 
+    def _with_box(self, reply: Completion, box: Box, coarse: View) -> Completion:
+        corners = ", ".join(map(str, self.family.write_corners(box, coarse)))
+        thought = reply.text.partition("<zoom>")[0]
+        text = f"{thought}<zoom>[{corners}]</zoom>"
+        ids = self._encode(text + self.family.turn_end)
+        return _Spoken(ids, text, reply.prompt_length, reply.weight_version, reply.cached_tokens)
+
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
@@ -100,6 +114,22 @@ def read_box(reply: str, coarse: View, family: ModelFamily) -> tuple[Box | None,
     if isinstance(corners, BoxOutcome):
         return None, corners
     return images.locate(corners, coarse, family)
+
+
+@dataclass(frozen=True, slots=True)
+class _Spoken:
+    """A reply that nobody sampled."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    prompt_length: int
+    weight_version: int
+    cached_tokens: int
+    stopped: bool = True
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        return (math.nan,) * len(self.token_ids)
 
 
 def _turn(prompt: Sequence[int], reply: Completion) -> Turn:

@@ -47,6 +47,25 @@ def decode(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> Pixels:
         raise UnreadableImage(f"not a readable image: {error}") from error
 
 
+_EXIF_ORIENTATION = 274
+
+
+def size(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) as shown, from the header alone.
+
+    Raises UnreadableImage for a missing, unknown or oversized image."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+            width, height = picture.size
+            # Asked only where the header has it: for a PNG without it Pillow would decode the whole picture.
+            turned = "exif" in picture.info and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
+        raise UnreadableImage(f"does not decode: {error}") from error
+    if width * height > max_pixels:
+        raise UnreadableImage(f"{width} x {height} is more than the limit of {max_pixels} pixels")
+    return (height, width) if turned else (width, height)
+
+
 def whole(pixels: Pixels) -> Box:
     return Box(0, 0, int(pixels.shape[1]), int(pixels.shape[0]))
 

@@ -7,7 +7,6 @@ Columns: ``id`` (text or whole number), ``image`` (encoded bytes, a path, or Hug
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 from collections import Counter, deque
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
+from episodes import images
 from episodes.families import FAMILIES, ModelFamily
 from episodes.images import MAX_PIXELS
 from episodes.types import Box, Question
@@ -297,21 +296,11 @@ def _image(value: object, root: Path) -> bytes | Path:
     return path
 
 
-_EXIF_ORIENTATION = 274
-
-
 def _size(image: bytes | Path, max_pixels: int) -> tuple[int, int]:
-    """(width, height) as shown, from the header alone."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
-            width, height = picture.size
-            # Asked only where the header has it: for a PNG without it Pillow would decode the whole picture.
-            turned = "exif" in picture.info and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
-        raise _BadCell("image", f"does not decode: {error}") from error
-    if width * height > max_pixels:
-        raise _BadCell("image", f"{width} x {height} is more than the limit of {max_pixels} pixels")
-    return (height, width) if turned else (width, height)
+        return images.size(image, max_pixels)
+    except images.UnreadableImage as error:
+        raise _BadCell("image", str(error)) from error
 
 
 def _box(corners: object, width: int, height: int) -> Box:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 # command -> (module with `main(argv: list[str]) -> int`, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("jobs.train", "Train a policy; overrides as key=value"),
+    "evaluate": ("jobs.evaluate", "Measure a policy on held-out questions, beside baselines"),
     "prepare": ("jobs.prepare", "Make or convert a data set to the Parquet layout that training reads"),
     "pretrain": ("jobs.pretrain", "Make the small policy and reward model that the default run starts from"),
 }

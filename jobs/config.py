@@ -19,6 +19,7 @@ from actors.rollout_worker import RolloutConfig
 from cluster.placement import ClusterConfig
 from episodes.coarse_to_fine import EpisodeConfig
 from episodes.questions import QuestionsConfig
+from jobs.evaluation import EvaluationConfig
 from jobs.metrics import MetricsConfig
 from learners.config import LearnerConfig
 from rewards.config import RewardConfig
@@ -42,6 +43,17 @@ class EmbeddedData:
 
 
 @dataclass
+class ProofConfig:
+    """Each publish is proved: every engine plays a question it has seen before, the learner computes the log-probs."""
+
+    tolerance: float = 1.0e-2
+    """Largest mean difference in nats; above it the run stops, because the engine does not hold the learner's weights.
+    About 1e-6 is normal in float32, 1e-2 in bfloat16."""
+    replies: int = 4
+    """Replies of each engine."""
+
+
+@dataclass
 class TrainConfig:
     name: str = MISSING
     """Name of the run and of its folder."""
@@ -55,12 +67,6 @@ class TrainConfig:
     """How many policy versions a trajectory may be older than the update that uses it; 0 is on-policy."""
     start_deadline_s: float = 600.0
     """Workers that are not up by then end the run."""
-    proof_tolerance: float = 1.0e-2
-    """Largest mean difference (nats) between an engine's log-probs and the learner's, measured on a probe right
-    after each publish; above it the run stops, because the engine does not hold the learner's weights. About
-    1e-6 is normal in float32, 1e-2 in bfloat16."""
-    proof_replies: int = 4
-    """Replies that each engine gives to the probe question after a publish."""
     samples_every: int = 5
     """Write the trajectories of one group (text and pictures) every so many steps; 0: never."""
     embedded: EmbeddedData = field(default_factory=EmbeddedData)
@@ -69,6 +75,8 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    proof: ProofConfig = field(default_factory=ProofConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from actors.rollout_worker import TrajectoryFacts
 from actors.trajectory_store import Group
 from episodes.parsing import BoxOutcome
-from episodes.types import Outcome, Score
+from episodes.types import Outcome, Question, Score
 
 Metrics = dict[str, float]
 
@@ -43,7 +43,7 @@ def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
     if ratios:
         metrics["rollout/area_ratio"] = _mean(ratios)
     if located:
-        metrics["rollout/coverage"] = _share(_covers(group, facts) for group, facts in located)
+        metrics["rollout/coverage"] = _share(covers(group.question, facts) for group, facts in located)
     return metrics
 
 
@@ -67,8 +67,9 @@ def _totals(group: Group) -> list[float]:
     return [score.total for score in group.scores if isinstance(score, Score)]
 
 
-def _covers(group: Group, facts: TrajectoryFacts) -> bool:
-    return facts.crop is not None and all(facts.crop.contains(box) for box in group.question.boxes)
+def covers(question: Question, facts: TrajectoryFacts) -> bool:
+    """Whether the crop holds every target box."""
+    return facts.crop is not None and all(facts.crop.contains(box) for box in question.boxes)
 
 
 def _within(facts: TrajectoryFacts, low: float, high: float) -> bool:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from episodes.panels import GENERATOR, PanelsConfig, Split, question
 from episodes.questions import write_questions
 from episodes.types import Question
+from jobs.config import EmbeddedData
 
 MANIFEST = "manifest.json"
 
@@ -58,6 +59,12 @@ def prepare_panels(
             os.replace(fresh, path)
     (out / MANIFEST).write_text(json.dumps(settings, indent=2) + "\n")
     return paths
+
+
+def prepare_embedded(config: EmbeddedData, console: Console | None = None) -> None:
+    """Make the embedded data set where a recipe asks for it and it is absent."""
+    if config.panels is not None:
+        prepare_panels(Path(config.panels), config.train, config.heldout, config.seed, console=console)
 
 
 def _manifest(out: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import Unplayable
 from episodes.questions import DatasetError
 from episodes.types import Question, Trajectory
+from jobs.config import ProofConfig
 from jobs.metrics import Metrics
 from learners.learner_group import LearnerGroup
 
@@ -28,13 +29,10 @@ class WeightsDiffer(RuntimeError):
 
 
 class Proof:
-    """One probe question, played ``replies`` times by every engine after each publish."""
+    """One probe question, played a few times by every engine after each publish."""
 
-    def __init__(
-        self, rollouts: RolloutPool, learners: LearnerGroup, question: Question, replies: int, tolerance: float
-    ) -> None:
-        self._rollouts, self._learners, self._question = rollouts, learners, question
-        self._replies, self._tolerance = replies, tolerance
+    def __init__(self, rollouts: RolloutPool, learners: LearnerGroup, question: Question, config: ProofConfig) -> None:
+        self._rollouts, self._learners, self._question, self._config = rollouts, learners, question, config
 
     @classmethod
     async def prepare(
@@ -42,15 +40,14 @@ class Proof:
         rollouts: RolloutPool,
         learners: LearnerGroup,
         questions: Iterable[Question],
-        replies: int,
-        tolerance: float,
+        config: ProofConfig,
     ) -> Proof:
         """With the first of ``questions`` that can be played. Raises DatasetError where none of the first 64 can."""
         why = "there are none"
         for question in islice(questions, MOST_TRIED):
             answer = await rollouts.play(question, seed=0, samples=1)
             if not isinstance(answer, Unplayable):
-                return cls(rollouts, learners, question, replies, tolerance)
+                return cls(rollouts, learners, question, config)
             why = f"the last one, {answer.question_id!r}: {answer.reason}"
         raise DatasetError(f"none of the first {MOST_TRIED} questions could be played; {why}")
 
@@ -58,7 +55,7 @@ class Proof:
         """Mean and largest absolute difference (nats) per sampled token, over all engines.
 
         Raises WeightsDiffer above the tolerance, or when an engine plays for another version."""
-        plays = await self._rollouts.play_everywhere(self._question, seed=version, samples=self._replies)
+        plays = await self._rollouts.play_everywhere(self._question, seed=version, samples=self._config.replies)
         differences = []
         for worker, trajectories in enumerate(plays):
             if stale := {turn.policy_version for one in trajectories for turn in one.turns} - {version}:
@@ -69,10 +66,10 @@ class Proof:
             differences.append(mismatch(trajectories, ours))
         every = np.concatenate(differences)
         mean, most = float(every.mean()), float(every.max())
-        if not mean <= self._tolerance:  # NaN must not pass
+        if not mean <= self._config.tolerance:  # NaN must not pass
             raise WeightsDiffer(
                 f"after publishing version {version} the engines' log-probs differ from the learner's by {mean:.2e} "
-                f"nats on average ({most:.2e} at most), more than proof_tolerance = {self._tolerance:.0e}: "
+                f"nats on average ({most:.2e} at most), more than proof.tolerance = {self._config.tolerance:.0e}: "
                 "stale weights or caches"
             )
         return {"proof/mismatch_mean": mean, "proof/mismatch_max": most, "proof/tokens": float(every.size)}

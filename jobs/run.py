@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from actors.trajectory_store import Group
 from episodes.types import Score, Trajectory, View
 from jobs.config import ConfigError, TrainConfig
+from jobs.evaluation import Evaluation
 from jobs.metrics import Metrics
 from jobs.view import View as TerminalView
 
@@ -47,6 +48,7 @@ class Run:
 
         self.folder, self.config, self.view = folder, config, view
         self._events = SummaryWriter(str(folder / "tensorboard"))
+        self._evaluations: list[Metrics] = []
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
     @classmethod
@@ -78,6 +80,31 @@ class Run:
         for name, value in report.metrics.items():
             self._events.add_scalar(name, value, step)
         self.view.show(step, report.metrics)
+
+    def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Of the policy after ``step`` updates; a line of ``evaluations.jsonl``."""
+        metrics = evaluation.metrics(self.config.metrics)
+        for bad in evaluation.unplayable:
+            logger.warning("held-out question %r cannot be played: %s", bad.question_id, bad.reason)
+        with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+        self.view.show_evaluation(step, metrics)
+        self._evaluations.append(metrics)
+
+    def summary(self) -> str:
+        """What the run changed on the held-out questions, in one line."""
+        if len(self._evaluations) < 2:
+            return "The run had no evaluation (evaluation.paths, evaluation.every)."
+        before, after = self._evaluations[0], self._evaluations[-1]
+        shown = [("target coverage", "coverage"), ("accuracy", "accuracy"), ("mean crop area", "area_ratio")]
+        changes = [
+            f"{title} {before[f'eval/{name}']:.1%} -> {after[f'eval/{name}']:.1%}"
+            for title, name in shown
+            if f"eval/{name}" in before and f"eval/{name}" in after
+        ]
+        return "Held-out questions, before -> after: " + ", ".join(changes)
 
     def due_samples(self, step: int) -> bool:
         return self.config.samples_every > 0 and step % self.config.samples_every == 0

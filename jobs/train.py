@@ -17,11 +17,14 @@ from cluster.weights import WeightChannel
 from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Score
 from jobs.config import ConfigError, TrainConfig, load_config
+from jobs.evaluate import heldout
+from jobs.evaluation import evaluate
 from jobs.flow import Flow, flowing
 from jobs.metrics import reward_metrics, rollout_metrics
-from jobs.prepare import prepare_panels
+from jobs.prepare import prepare_embedded
 from jobs.proof import Proof, WeightsDiffer
 from jobs.run import Run
+from jobs.view import View
 from learners.advantages import AdvantageConfig, group_advantages
 from learners.learner_group import LearnerFailed, LearnerGroup, TrainingGroup
 from rewards.reward_pool import RewardPool
@@ -29,25 +32,19 @@ from rewards.reward_pool import RewardPool
 
 async def train(config: TrainConfig) -> Path:
     """Run the whole training; returns the run's folder."""
-    questions, probes = QuestionStream(config.questions), QuestionStream(config.questions)
+    questions, probes, held = QuestionStream(config.questions), QuestionStream(config.questions), heldout(config)
     first = next(probes)  # what is wrong with the data is said before anything starts
     with Run.open(config) as run, Cluster.connect(config.cluster) as cluster:
-        with run.view.waiting(
-            "starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"
-        ):
-            rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
-            rewards = RewardPool.launch(cluster, config.reward)
-            learners = await LearnerGroup.launch(cluster, config.learner)
-            await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+        rollouts, rewards, learners = await launch(cluster, config, run.view)
         weights = WeightChannel(source=learners, sink=rollouts)
         store = TrajectoryStore()
+        flow = Flow(questions, rollouts, rewards, store, config.seed, config.questions.on_bad_row)
 
         await weights.publish(version=0)
-        proof = await Proof.prepare(
-            rollouts, learners, chain([first], probes), config.proof_replies, config.proof_tolerance
-        )
+        proof = await Proof.prepare(rollouts, learners, chain([first], probes), config.proof)
         await proof.measure(version=0)
-        flow = Flow(questions, rollouts, rewards, store, config.seed, config.questions.on_bad_row)
+        if config.evaluation.due(0, config.total_steps):
+            run.log_evaluation(0, await evaluate(held, rollouts, rewards, config.evaluation))
         async with flowing(flow):
             flow.allow(config.groups_per_step * config.max_staleness)
             for step in range(config.total_steps):
@@ -55,21 +52,31 @@ async def train(config: TrainConfig) -> Path:
                     flow.allow(config.groups_per_step)
                     with report.timed("rollout"):
                         groups = await store.take(config.groups_per_step, oldest=step - config.max_staleness)
-                    report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups))
-                    report.add(flow.metrics())
+                    report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups) | flow.metrics())
                     with report.timed("learn"):
-                        report.add(
-                            await learners.update([to_training(group, config.learner.advantages) for group in groups])
-                        )
+                        batch = [to_training(group, config.learner.advantages) for group in groups]
+                        report.add(await learners.update(batch))
                     with report.timed("publish"):
                         await weights.publish(version=step + 1)
                     with report.timed("proof"):
                         report.add(await proof.measure(version=step + 1))
                 if run.due_samples(step):
                     run.write_samples(step, groups[0], await groups[0].trajectories)
-        with run.view.waiting("exporting the policy"):
-            await learners.export(str(run.folder / "policy"))
+                if config.evaluation.due(step + 1, config.total_steps):
+                    run.log_evaluation(step + 1, await evaluate(held, rollouts, rewards, config.evaluation))
+        await learners.export(run.folder / "policy")
+        run.view.say(run.summary())
         return run.folder
+
+
+async def launch(cluster: Cluster, config: TrainConfig, view: View) -> tuple[RolloutPool, RewardPool, LearnerGroup]:
+    """All three roles at once; the slowest decides when training can begin."""
+    with view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
+        rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
+        rewards = RewardPool.launch(cluster, config.reward)
+        learners = await LearnerGroup.launch(cluster, config.learner)
+        await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+    return rollouts, rewards, learners
 
 
 def to_training(group: Group, config: AdvantageConfig) -> TrainingGroup:
@@ -97,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe, overrides = parser.get_default("recipe"), [recipe, *overrides]
     try:
         config = load_config(Path(recipe), overrides)
-        prepare_embedded(config)
+        prepare_embedded(config.embedded)
         folder = asyncio.run(train(config))
     except (ConfigError, DatasetError, WeightsDiffer, PoolExhausted, LearnerFailed, TimeoutError) as error:
         print(f"ergo-rl train: {type(error).__name__}: {error}", file=sys.stderr)
@@ -109,13 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Done: {folder} holds metrics.jsonl, samples/ and policy/. Curves: tensorboard --logdir {folder}/tensorboard"
     )
     return 0
-
-
-def prepare_embedded(config: TrainConfig) -> None:
-    """Make the embedded data set where it is asked for and absent."""
-    if config.embedded.panels is not None:
-        data = config.embedded
-        prepare_panels(Path(config.embedded.panels), train=data.train, heldout=data.heldout, seed=data.seed)
 
 
 if __name__ == "__main__":

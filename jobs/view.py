@@ -28,6 +28,8 @@ _SHOWN = (
     ("area", "rollout/area_ratio"),
     ("bad boxes", "rollout/bad_box_rate"),
     ("whole image", "rollout/full_image_rate"),
+    ("held-out coverage", "eval/coverage"),
+    ("held-out accuracy", "eval/accuracy"),
     ("entropy", "learner/entropy"),
     ("mismatch", "proof/mismatch_mean"),
     ("step s", "time/step_s"),
@@ -92,6 +94,13 @@ class View:
         if not self.console.is_terminal:
             shown = [f"{label} {metrics[name]:.3g}" for label, name in _SHOWN if name in metrics]
             self.say(f"step {step + 1:4d}  " + "  ".join(shown))
+
+    def show_evaluation(self, step: int, metrics: Metrics) -> None:
+        for label, name in (("held-out coverage", "eval/coverage"), ("held-out accuracy", "eval/accuracy")):
+            if name in metrics:
+                self._history.setdefault(name, []).append(metrics[name])
+                if not self.console.is_terminal:
+                    self.say(f"after {step} steps: {label} {metrics[name]:.1%}")
 
     def _render(self) -> Group:
         table = Table(box=None, padding=(0, 2), show_header=False)

@@ -22,7 +22,15 @@ TIMEOUT_S = 420
 
 
 def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.train", "configs/panels.yaml", "embedded.panels=null", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.train",
+        "configs/panels.yaml",
+        "embedded.panels=null",
+        "evaluation.paths=[]",
+        *overrides,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
@@ -41,10 +49,11 @@ def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
     done = ergo_rl_train(
         "name=bad-rows", f"runs_dir={tmp_path}", f"questions.paths=[{tmp_path / 'questions.parquet'}]",
         "total_steps=3", "groups_per_step=4", "rollout.group_size=3", "samples_every=2",
+        f"evaluation.paths=[{tmp_path / 'questions.parquet'}]", "evaluation.questions=4", "evaluation.every=2",
         "learner.ranks=2", "learner.zero_stage=3", "learner.threads=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.rstrip().splitlines()[-1].startswith(f"Done: {tmp_path / 'bad-rows'} holds")
+    assert done.stdout.rstrip().splitlines()[-1].startswith(f"Done. {tmp_path / 'bad-rows'}/ holds")
 
     run = tmp_path / "bad-rows"
     steps: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -56,6 +65,11 @@ def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
         assert one["proof/mismatch_mean"] <= 1e-5 and one["proof/mismatch_max"] <= 1e-3
     # 12 questions are played; the 9 good rows are not enough, so each bad one was met once at least
     assert steps[-1]["count/bad_rows"] + steps[-1]["count/unplayable"] >= 3
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in evaluations] == [0, 2, 3]
+    assert all(one["eval/trajectories"] == 4 and 0 <= one["eval/coverage"] <= 1 for one in evaluations)
+    assert "Held-out questions, before -> after: target coverage" in done.stdout
+
     log = (run / "run.log").read_text()
     for bad in (3, 5, 7):
         assert rows[bad].id in log

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from episodes.types import Question
+from jobs.config import ProofConfig
 from jobs.proof import Proof, WeightsDiffer
 from tests.system.conftest import Everything, Stack, differences
 
@@ -59,7 +60,7 @@ def test_the_proof_notices_a_forgotten_cache(
         delattr(worker._engine._llm, forgotten)
 
     async def story() -> None:
-        proof = Proof(untied.rollouts, untied.learners, questions[0], replies=4, tolerance=1e-3)
+        proof = Proof(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-3))
         await untied.publish()
         fresh = await proof.measure(untied.version)
         assert fresh["proof/mismatch_mean"] <= 1e-5

@@ -1,0 +1,133 @@
+"""``ergo-rl evaluate``: a policy on held-out questions, beside the baselines whole image, random box, oracle box."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.rollout_pool import RolloutPool
+from cluster.placement import Cluster
+from cluster.pool import PoolExhausted
+from episodes.questions import DatasetError, QuestionStream
+from episodes.types import Question
+from jobs.config import ConfigError, TrainConfig, load_config
+from jobs.evaluation import BoxSource, Evaluation, evaluate, wilson
+from jobs.metrics import Metrics
+from jobs.prepare import prepare_embedded
+from rewards.reward_pool import RewardPool
+
+_SHARES = {
+    "coverage": "target coverage",
+    "accuracy": "accuracy",
+    "region": "r_region",
+    "full_image_rate": "whole image",
+    "bad_box_rate": "bad box",
+}
+_MEANS = {"area_ratio": "area", "region_precision": "region precision", "region_recall": "region recall"}
+
+
+def heldout(config: TrainConfig) -> list[Question]:
+    """The questions of an evaluation, in the order of their files; none where no files are named.
+
+    Raises DatasetError."""
+    evaluation = config.evaluation
+    if not evaluation.paths:
+        return []
+    stream = QuestionStream(replace(config.questions, paths=evaluation.paths, shuffle=False))
+    return list(islice(stream, min(evaluation.questions or len(stream), len(stream))))
+
+
+async def compare(config: TrainConfig, sources: Sequence[BoxSource], console: Console) -> dict[str, Metrics]:
+    """The metrics of each source of boxes, on the same questions and engines."""
+    questions = heldout(config)
+    if not questions:
+        raise DatasetError("evaluation.paths is empty; name at least one Parquet file of held-out questions")
+    found: dict[str, Metrics] = {}
+    with Cluster.connect(config.cluster) as cluster:
+        with console.status("starting engines (20 to 60 s on a CPU)"):
+            rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
+            rewards = RewardPool.launch(cluster, config.reward)
+            await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+        for source in sources:
+            with console.status(f"{len(questions)} questions, boxes from: {source}"):
+                evaluation = await evaluate(questions, rollouts, rewards, config.evaluation, source)
+            for bad in evaluation.unplayable:
+                console.print(f"could not play {bad.question_id!r}: {bad.reason}", highlight=False)
+            found[source] = with_intervals(evaluation, evaluation.metrics(config.metrics))
+    return found
+
+
+def with_intervals(evaluation: Evaluation, metrics: Metrics) -> Metrics:
+    """Every share with its 95 % interval, as ``NAME_low`` and ``NAME_high``."""
+    played = len(evaluation.groups)
+    shares = {name: metrics[f"eval/{name}"] for name in _SHARES if f"eval/{name}" in metrics}
+    bounds = {name: wilson(share * played, played) for name, share in shares.items()}
+    lows = {f"eval/{name}_low": low for name, (low, _) in bounds.items()}
+    return metrics | lows | {f"eval/{name}_high": high for name, (_, high) in bounds.items()}
+
+
+def as_table(found: dict[str, Metrics]) -> Table:
+    """A row per figure, a column per source of boxes."""
+    table = Table(title="held-out questions, greedy decoding; shares with 95 % intervals")
+    table.add_column("")
+    for source in found:
+        table.add_column(f"box: {source}", justify="right")
+    for name, title in _SHARES.items():
+        key = f"eval/{name}"
+        cells = [
+            f"{one[key]:.1%} [{one[key + '_low']:.0%}-{one[key + '_high']:.0%}]" if key in one else "-"
+            for one in found.values()
+        ]
+        table.add_row(title, *cells)
+    for name, title in _MEANS.items():
+        table.add_row(
+            title, *(f"{one[f'eval/{name}']:.3f}" if f"eval/{name}" in one else "-" for one in found.values())
+        )
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ergo-rl evaluate",
+        description="Measure a policy on held-out questions, beside baselines that put another box into its mouth: the "
+        "whole image at the same token budget, a random box, the target's own box.",
+        epilog="example: ergo-rl evaluate --model runs/panels/policy --out after.json",
+    )
+    parser.add_argument("recipe", nargs="?", default="configs/panels.yaml", help="YAML recipe (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe's")
+    parser.add_argument("--model", help="Hugging Face folder or hub name of the policy (default: the recipe's)")
+    sources = [str(source) for source in BoxSource]
+    parser.add_argument("--boxes", nargs="+", choices=sources, default=sources, help="whose boxes (default: all four)")
+    parser.add_argument("--questions", type=int, default=0, help="how many questions (default: all)")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    options = parser.parse_args(argv)
+    recipe, overrides = options.recipe, options.overrides
+    if "=" in recipe:  # only overrides were given
+        recipe, overrides = parser.get_default("recipe"), [recipe, *overrides]
+    model = [f"rollout.engine.model={options.model}", f"learner.model={options.model}"] if options.model else []
+    console = Console()
+    try:
+        config = load_config(Path(recipe), [*overrides, *model, f"evaluation.questions={options.questions}"])
+        prepare_embedded(config.embedded)
+        found = asyncio.run(compare(config, [BoxSource(source) for source in options.boxes], console))
+    except (ConfigError, DatasetError, PoolExhausted, TimeoutError, ValueError) as error:
+        print(f"ergo-rl evaluate: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    console.print(as_table(found))
+    if options.out is not None:
+        options.out.write_text(json.dumps({"model": config.rollout.engine.model, **found}, indent=2) + "\n")
+        console.print(f"figures: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

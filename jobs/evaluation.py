@@ -1,0 +1,134 @@
+"""How well a policy looks and reads: held-out questions, greedy decoding, every figure with its interval."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from actors.rollout_pool import RolloutPool
+from actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, without_image
+from actors.trajectory_store import Group
+from episodes import images
+from episodes.types import Box, Question, Score
+from jobs.metrics import Metrics, MetricsConfig, covers, reward_metrics, rollout_metrics
+from rewards.reward_pool import RewardPool
+
+
+class BoxSource(StrEnum):
+    """Who says where to look: the policy, or a baseline that puts a box into its mouth."""
+
+    POLICY = "policy"
+    WHOLE = "whole"
+    RANDOM = "random"
+    ORACLE = "oracle"
+
+
+@dataclass
+class EvaluationConfig:
+    paths: list[str] = field(default_factory=list)
+    """Parquet files of held-out questions; empty: no evaluation during training."""
+    questions: int = 128
+    """How many of them, from the first; 0: all."""
+    every: int = 0
+    """Evaluate before the first step, after every so many steps, and after the last; 0: never."""
+    in_flight: int = 64
+    """Questions played at once."""
+    oracle_margin: float = 1.0
+    """The oracle's box is the target's, grown on each side by this share of its longer side."""
+    random_area: float = 0.1
+    """Area of a random box as a share of the image."""
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Before step 0, 1, ... and, as step ``total_steps``, after the last one."""
+        return bool(self.paths) and self.every > 0 and (step % self.every == 0 or step == total_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Every question was played once; what could not be played is counted and named, never left out in silence."""
+
+    groups: tuple[Group, ...]
+    unplayable: tuple[Unplayable, ...]
+
+    def metrics(self, config: MetricsConfig) -> Metrics:
+        """As ``eval/...``; shares are of the questions that were played."""
+        found = rollout_metrics(self.groups, config) | reward_metrics(self.groups) if self.groups else {}
+        kept = {f"eval/{name.partition('/')[2]}": value for name, value in found.items() if "equal_groups" not in name}
+        return kept | self.agreement() | {"eval/unplayable": float(len(self.unplayable))}
+
+    def agreement(self) -> Metrics:
+        """Of r_region with coverage: precision (paid crops that hold the target), recall (crops that hold the target
+        that were paid)."""
+        pairs = [
+            (covers(group.question, facts), score.parts["region"] > 0.5)
+            for group in self.groups
+            for facts, score in zip(group.played.facts, group.scores, strict=True)
+            if group.question.boxes and isinstance(score, Score) and "region" in score.parts
+        ]
+        both, paid, covered = (sum(map(choose, pairs)) for choose in (all, lambda pair: pair[1], lambda pair: pair[0]))
+        return ({"eval/region_precision": both / paid} if paid else {}) | (
+            {"eval/region_recall": both / covered} if covered else {}
+        )
+
+
+async def evaluate(
+    questions: Sequence[Question],
+    rollouts: RolloutPool,
+    rewards: RewardPool,
+    config: EvaluationConfig,
+    source: BoxSource = BoxSource.POLICY,
+) -> Evaluation:
+    """Play every question once, greedily, and score it. Raises ValueError where the oracle has no box to show."""
+    places = asyncio.Semaphore(config.in_flight)
+    greedy: SamplingConfig = replace(rollouts.config.sampling, temperature=0.0)
+
+    async def one(number: int, question: Question) -> Group | Unplayable:
+        async with places:
+            box = await asyncio.to_thread(choose_box, question, source, config)
+            rollout = await rollouts.play(question, seed=0, samples=1, sampling=greedy, box=box)
+            if isinstance(rollout, Unplayable):
+                return rollout
+            seen = without_image(question)
+            scores = await rewards.score(seen, rollout.trajectories)
+            return Group(number, seen, rollout.played, scores, rollout.trajectories)
+
+    answers = await asyncio.gather(*(one(number, question) for number, question in enumerate(questions)))
+    return Evaluation(
+        tuple(answer for answer in answers if isinstance(answer, Group)),
+        tuple(answer for answer in answers if isinstance(answer, Unplayable)),
+    )
+
+
+def choose_box(question: Question, source: BoxSource, config: EvaluationConfig) -> Box | None:
+    """The box of a baseline in original pixels; None for the policy's own."""
+    if source is BoxSource.POLICY:
+        return None
+    width, height = images.size(question.image)
+    if source is BoxSource.WHOLE:
+        return Box(0, 0, width, height)
+    if source is BoxSource.RANDOM:
+        draw = random.Random(stable_seed("random box", question.id))
+        side = math.sqrt(config.random_area)
+        w, h = max(1, round(width * side)), max(1, round(height * side))
+        x, y = draw.randint(0, width - w), draw.randint(0, height - h)
+        return Box(x, y, x + w, y + h)
+    if not question.boxes:
+        raise ValueError(f"question {question.id!r} has no boxes; an oracle needs them")
+    x1, y1 = min(box.x1 for box in question.boxes), min(box.y1 for box in question.boxes)
+    x2, y2 = max(box.x2 for box in question.boxes), max(box.y2 for box in question.boxes)
+    margin = round(config.oracle_margin * max(x2 - x1, y2 - y1))
+    return Box(max(0, x1 - margin), max(0, y1 - margin), min(width, x2 + margin), min(height, y2 + margin))
+
+
+def wilson(hits: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    z, share = 1.959964, hits / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
