@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import ray
 
 from cluster.engine import Completion, Engine, EngineConfig, EngineDied, EngineRefused, Sampling
-from cluster.placement import Resources
+from cluster.resources import Resources
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
 from episodes.families import family_of, load_tokenizer
 from episodes.images import UnreadableImage

@@ -14,6 +14,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.resources import Resources
+
 logger = logging.getLogger(__name__)
 
 
@@ -29,14 +31,6 @@ class ClusterConfig:
     """How long to wait for resources before giving up, with the numbers."""
     log_to_driver: bool = False
     """Print the workers' output between ours (it is always in Ray's own log files)."""
-
-
-@dataclass
-class Resources:
-    """What one actor of a role asks Ray for. Shares of a core are fine: threads are bounded per role."""
-
-    cpus: float = 0.25
-    gpus: float = 0.0
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,9 +56,8 @@ class Pool:
 
     async def ready(self, deadline_s: float) -> None:
         """Wait until every worker has started. Raises TimeoutError with what is free in the cluster."""
-        starting = asyncio.gather(*(self._start(worker) for worker in self._workers))
         try:
-            await asyncio.wait_for(starting, deadline_s)
+            await asyncio.wait_for(together(*(self._start(worker) for worker in self._workers)), deadline_s)
         except TimeoutError:
             up = sum(worker.ready.is_set() for worker in self._workers)
             free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
@@ -159,6 +158,16 @@ class Pool:
         while worker.load:
             await asyncio.sleep(0.1)
         ray.kill(worker.actor)
+
+
+async def together(*work: Coroutine[Any, Any, Any]) -> None:
+    """Wait for all; the first error cancels the others and rises as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def _original(error: RayTaskError) -> Exception:

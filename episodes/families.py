@@ -148,8 +148,13 @@ class Qwen25VL(ModelFamily):
 FAMILIES: dict[str, type[ModelFamily]] = {family.model_type: family for family in (Qwen25VL,)}
 
 
+class UnknownFamily(ValueError):
+    """The model belongs to no family in FAMILIES."""
+
+
 def family_of(model: str) -> ModelFamily:
-    """The family of a local folder or a hub name. Raises ValueError for a family we do not know."""
+    """The family of a local folder or a hub name. Raises UnknownFamily for a family we do not know,
+    OSError for a model that is not there."""
     config = Path(model) / "config.json"
     if config.is_file():
         model_type = json.loads(config.read_text())["model_type"]
@@ -158,7 +163,7 @@ def family_of(model: str) -> ModelFamily:
 
         model_type = AutoConfig.from_pretrained(model).model_type
     if model_type not in FAMILIES:
-        raise ValueError(f"{model} is a {model_type!r} model; known families: {', '.join(sorted(FAMILIES))}")
+        raise UnknownFamily(f"{model} is a {model_type!r} model; known families: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]()
 
 

@@ -23,6 +23,7 @@ from jobs.evaluation import EvaluationConfig
 from jobs.metrics import MetricsConfig
 from learners.config import LearnerConfig
 from rewards.config import RewardConfig
+from rewards.tce import weights_of
 
 
 class ConfigError(ValueError):
@@ -141,6 +142,10 @@ def check(config: TrainConfig) -> None:
             "visual-token budgets and both reply limits, with room for the prompts' text",
         ),
     ]
+    try:
+        weights_of(config.reward)
+    except ValueError as error:
+        problems.append((True, str(error)))
     if wrong := [message for is_wrong, message in problems if is_wrong]:
         raise ConfigError("; ".join(wrong))
 

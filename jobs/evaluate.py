@@ -16,7 +16,7 @@ from rich.table import Table
 
 from actors.rollout_pool import RolloutPool
 from cluster.placement import Cluster
-from cluster.pool import PoolExhausted
+from cluster.pool import PoolExhausted, together
 from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Question
 from jobs.config import ConfigError, TrainConfig, load_config
@@ -56,7 +56,7 @@ async def compare(config: TrainConfig, sources: Sequence[BoxSource], console: Co
         with console.status("starting engines (20 to 60 s on a CPU)"):
             rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
             rewards = RewardPool.launch(cluster, config.reward)
-            await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+            await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
         for source in sources:
             with console.status(f"{len(questions)} questions, boxes from: {source}"):
                 evaluation = await evaluate(questions, rollouts, rewards, config.evaluation, source)

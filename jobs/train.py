@@ -12,8 +12,9 @@ from pathlib import Path
 from actors.rollout_pool import RolloutPool
 from actors.trajectory_store import Group, TrajectoryStore
 from cluster.placement import Cluster
-from cluster.pool import PoolExhausted
+from cluster.pool import PoolExhausted, together
 from cluster.weights import WeightChannel
+from episodes.families import UnknownFamily, family_of
 from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Score
 from jobs.config import ConfigError, TrainConfig, load_config
@@ -27,7 +28,22 @@ from jobs.run import Run
 from jobs.view import View
 from learners.advantages import AdvantageConfig, group_advantages
 from learners.learner_group import LearnerFailed, LearnerGroup, TrainingGroup
+from rewards.config import Backend
 from rewards.reward_pool import RewardPool
+from rewards.verifier import VerifierUnavailable
+
+EXPECTED = (
+    ConfigError,
+    DatasetError,
+    LearnerFailed,
+    OSError,  # a model or file that is not there, a Ray address that does not answer
+    PoolExhausted,
+    TimeoutError,
+    UnknownFamily,
+    VerifierUnavailable,
+    WeightsDiffer,
+)
+"""What can go wrong without a bug of ours: the message says it all, a traceback would only hide it."""
 
 
 async def train(config: TrainConfig) -> Path:
@@ -71,11 +87,14 @@ async def train(config: TrainConfig) -> Path:
 
 async def launch(cluster: Cluster, config: TrainConfig, view: View) -> tuple[RolloutPool, RewardPool, LearnerGroup]:
     """All three roles at once; the slowest decides when training can begin."""
+    family_of(config.learner.model)  # a model that is not there is said now, not by a worker in a minute
+    if config.reward.verifier.backend is Backend.ENGINE:
+        family_of(config.reward.verifier.engine.model)
     with view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
         rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
         rewards = RewardPool.launch(cluster, config.reward)
         learners = await LearnerGroup.launch(cluster, config.learner)
-        await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+        await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
     return rollouts, rewards, learners
 
 
@@ -106,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(Path(recipe), overrides)
         prepare_embedded(config.embedded)
         folder = asyncio.run(train(config))
-    except (ConfigError, DatasetError, WeightsDiffer, PoolExhausted, LearnerFailed, TimeoutError) as error:
+    except EXPECTED as error:
         print(f"ergo-rl train: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

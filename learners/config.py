@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.placement import Resources
+from cluster.resources import Resources
 from learners.advantages import AdvantageConfig
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.engine import EngineConfig
-from cluster.placement import Resources
+from cluster.resources import Resources
 from episodes.prompts import PromptTemplates
 
 

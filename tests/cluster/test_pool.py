@@ -152,7 +152,8 @@ def test_ready_gives_up_with_the_numbers(ray_cluster: Cluster) -> None:
 
 
 def test_a_gang_that_cannot_be_held_is_refused_with_the_numbers(ray_cluster: Cluster) -> None:
-    from cluster.placement import ClusterConfig, Resources
+    from cluster.placement import ClusterConfig
+    from cluster.resources import Resources
 
     with pytest.raises(TimeoutError, match=r"did not offer 2 x \{'CPU': 5000.*free now: \{'CPU'"):
         Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000))

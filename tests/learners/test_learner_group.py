@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Cluster, Resources
+from cluster.placement import Cluster
+from cluster.resources import Resources
 from episodes.types import Trajectory
 from learners.config import LearnerConfig, OptimizerConfig
 from learners.learner_group import LearnerFailed, LearnerGroup, Share, TrainingGroup, assign, cut

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import pytest
 import ray
 
-from cluster.placement import Cluster, Resources
+from cluster.placement import Cluster
 from cluster.pool import Pool
+from cluster.resources import Resources
 from episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
 from rewards.config import RewardConfig
 from rewards.reward_pool import RewardPool

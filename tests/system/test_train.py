@@ -107,3 +107,26 @@ def test_a_bad_row_is_refused_when_told_so(tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "the-bad-one" in done.stderr and "<|image_pad|>" in done.stderr
+
+
+def test_an_unreachable_reward_endpoint_is_named(tmp_path: Path) -> None:
+    """Before the first step, not as a reward of 0."""
+    write_questions(tmp_path / "questions.parquet", iter([question(PanelsConfig(), 0, Split.TRAIN, 0)]))
+    done = ergo_rl_train(
+        f"questions.paths=[{tmp_path / 'questions.parquet'}]", f"runs_dir={tmp_path}",
+        "reward.verifier.backend=endpoint",
+        "reward.verifier.endpoint.url=http://127.0.0.1:9/v1", "reward.verifier.endpoint.model=x",
+        "reward.verifier.endpoint.retries=1", "reward.verifier.endpoint.backoff_s=0.1",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "VerifierUnavailable" in done.stderr and "http://127.0.0.1:9/v1" in done.stderr
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write_questions(tmp_path / "questions.parquet", iter([question(PanelsConfig(), 0, Split.TRAIN, 0)]))
+    done = ergo_rl_train(
+        f"questions.paths=[{tmp_path / 'questions.parquet'}]", f"runs_dir={tmp_path}",
+        "learner.model=models/no-such-policy", "rollout.engine.model=models/no-such-policy",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "models/no-such-policy" in done.stderr
