@@ -158,6 +158,8 @@ def family_of(model: str) -> ModelFamily:
     config = Path(model) / "config.json"
     if config.is_file():
         model_type = json.loads(config.read_text())["model_type"]
+    elif Path(model).parent.name and Path(model).parent.is_dir():  # `folder/name` of a folder that is here: no hub name
+        raise FileNotFoundError(f"there is no model at {model}: {config} is missing")
     else:
         from transformers import AutoConfig
 

@@ -135,11 +135,17 @@ def token_labels(scene: PanelScene, view: View, family: ModelFamily) -> TokenLab
         mine = (inside > 0.12) & (inside > share)
         share[mine] = inside[mine]
         colour[mine] = 1 + list(COLOURS).index(panel.colour)
-        edges[mine] = np.floor(_in_view(panel.box, view) / EDGE_BIN).astype(np.int64).clip(0, None)
+        edges[mine] = edge_bins(panel.box, view)
         if panel.mark_box is not None and legible(view, panel.mark_box):
             ink = _overlap(panel.mark_box, view, rows, columns, family.multiple)
             mark[ink > 0.15 * ink.sum()] = 1 + MARKS.index(panel.mark)
     return TokenLabels(colour, mark, edges)
+
+
+def edge_bins(box: Box, view: View) -> tuple[int, int, int, int]:
+    """x1, y1, x2, y2 of a box in bins of the view."""
+    x1, y1, x2, y2 = (max(0, int(corner // EDGE_BIN)) for corner in _in_view(box, view))
+    return x1, y1, x2, y2
 
 
 def coarse_view(scene: PanelScene, family: ModelFamily) -> View:

@@ -26,7 +26,7 @@ from episodes.lessons import Pointing
 from episodes.panels import COLOURS, MARKS
 from jobs.pretrain_scores import policy_scores, reward_scores
 from learners.curriculum import EDGE_BINS, TEXTS, AlbumPages, ReplyLessons, Seen, TowerLessons, fill_album, stream
-from learners.supervised import DenseTower, Schedule, fit, reply_loss
+from learners.supervised import DenseTower, Grounded, Schedule, fit
 from learners.tiny import TinyConfig, make_model, make_processor, make_tokenizer, save_folder
 
 
@@ -42,7 +42,7 @@ class PretrainConfig:
     """The policy's language part."""
     reward: Schedule = field(default_factory=lambda: Schedule(steps=1500, rate=2e-3))
     """The reward model's language part."""
-    album_pages: int = 1500
+    album_pages: int = 1200
     """Pages of eight scenes that both language parts learn from."""
     looks: int = 40
     """Lessons in pointing in each of the policy's batches."""
@@ -97,7 +97,8 @@ class Pretraining:
         lessons = ReplyLessons(
             self.album(visual), self.tokenizer, self.family, config.seed, schedule.steps, config.pointing, **mix
         )
-        seconds = self._fit(role, model, lambda batch: reply_loss(model, batch), lessons, schedule, f"{role}.pt")
+        grounded = Grounded(model, TinyConfig().hidden, EDGE_BINS)
+        seconds = self._fit(role, grounded, grounded.loss, lessons, schedule, f"{role}.pt")
         return model, seconds
 
     def album(self, visual: Any) -> list[Seen]:

@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ergo-rl train: stopped by hand", file=sys.stderr)
         return 130
     print(
-        f"Done: {folder} holds metrics.jsonl, samples/ and policy/. Curves: tensorboard --logdir {folder}/tensorboard"
+        f"Done. {folder}/ holds metrics.jsonl, samples/ and policy/; curves: tensorboard --logdir {folder}/tensorboard"
     )
     return 0
 

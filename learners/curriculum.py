@@ -23,6 +23,7 @@ from episodes.lessons import (
     coarse_view,
     crop_to_read,
     crop_view,
+    edge_bins,
     legible,
     look_reply,
     point,
@@ -201,7 +202,9 @@ class ReplyLessons:
     def look(self, seen: Seen, rng: np.random.Generator) -> Row:
         panel = seen.panels[int(rng.integers(len(seen.panels)))]
         prompt, reply = self._turn_1(panel, point(panel.box, self.pointing, _COARSE.box.width, rng))
-        return self._row([(prompt, False), (reply, True)], [seen.coarse], [grid(self.family, _COARSE)])
+        row = self._row([(prompt, False), (reply, True)], [seen.coarse], [grid(self.family, _COARSE)])
+        (colour,) = self.tokenizer.encode(f" {panel.colour}", add_special_tokens=False)
+        return replace(row, word=row.ids.index(colour), edges=edge_bins(panel.box, _COARSE))
 
     def read(self, seen: Seen, rng: np.random.Generator) -> Row:
         crop = seen.crops[int(rng.integers(len(seen.crops)))]

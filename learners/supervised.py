@@ -139,18 +139,22 @@ def _accuracy(logits: Tensor, labels: Tensor, within: int = 0) -> float:
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """One conversation: ``ids`` with one placeholder per image, ``taught`` says which of them are the loss;
-    ``features`` float[visual tokens, width] and ``grids`` (t, h, w in patches) of its images."""
+    ``features`` float[visual tokens, width] and ``grids`` (t, h, w in patches) of its images. ``word`` is the place in
+    ``ids`` of the word that names the thing asked about, ``edges`` the bins of that thing's box (see ``Grounded``)."""
 
     ids: Sequence[int]
     taught: Sequence[bool]
     features: Sequence[Tensor]
     grids: Sequence[tuple[int, int, int]]
+    word: int | None = None
+    edges: tuple[int, int, int, int] = (-100, -100, -100, -100)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplyBatch:
     """Rows with placeholders expanded, padded on the right. ``input_ids``, ``attention_mask``, ``token_types`` (1 on
-    visual tokens) and ``labels`` (-100 where not taught) int64[B, S]; ``features`` one tensor per image."""
+    visual tokens) and ``labels`` (-100 where not taught) int64[B, S]; ``features`` one tensor per image; ``words``
+    int64[W, 2] (row, place) of the words that name the things asked about, ``edges`` int64[W, 4] their boxes' bins."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -158,6 +162,8 @@ class ReplyBatch:
     labels: Tensor
     grids: Tensor
     features: tuple[Tensor, ...]
+    words: Tensor
+    edges: Tensor
 
 
 def pack(rows: Sequence[Row], image_id: int, pad_id: int) -> ReplyBatch:
@@ -165,6 +171,7 @@ def pack(rows: Sequence[Row], image_id: int, pad_id: int) -> ReplyBatch:
     length = max(len(ids) for ids, _ in expanded)
     input_ids = torch.full((len(rows), length), pad_id)
     labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
+    grounded = [number for number, row in enumerate(rows) if row.word is not None]
     for number, (ids, taught) in enumerate(expanded):
         row = torch.tensor(ids)
         input_ids[number, : len(ids)] = row
@@ -177,7 +184,16 @@ def pack(rows: Sequence[Row], image_id: int, pad_id: int) -> ReplyBatch:
         labels,
         torch.tensor([grid for row in rows for grid in row.grids]),
         tuple(feature for row in rows for feature in row.features),
+        torch.tensor([[number, _shifted(rows[number], image_id)] for number in grounded]).view(-1, 2),
+        torch.tensor([rows[number].edges for number in grounded]).view(-1, 4),
     )
+
+
+def _shifted(row: Row, image_id: int) -> int:
+    """Where ``row.word`` is once the placeholders before it are expanded."""
+    before = list(row.ids[: row.word])
+    images = before.count(image_id)
+    return len(before) + sum(len(feature) - 1 for feature in row.features[:images])
 
 
 def _expand(row: Row, image_id: int) -> tuple[list[int], list[bool]]:
@@ -191,21 +207,38 @@ def _expand(row: Row, image_id: int) -> tuple[list[int], list[bool]]:
     return ids, taught
 
 
-def reply_loss(model: Any, batch: ReplyBatch) -> tuple[Tensor, Mapping[str, float]]:
-    """Mean cross-entropy (nats) over the taught tokens of a Qwen2.5-VL whose tower's output is given."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
+class Grounded(nn.Module):
+    """A Qwen2.5-VL whose tower's output is given, and a linear head (thrown away afterwards) on the first layer: there
+    the word that names a thing has to know where that thing is. From the replies alone a small model finds this link
+    between word and place only after a plateau of many hundred steps."""
 
-    features: Any = batch.features
-    hidden = model.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        image_grid_thw=batch.grids,
-        mm_token_type_ids=batch.token_types,
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-        use_cache=False,
-    ).last_hidden_state
-    next_token = batch.labels[:, 1:]
-    taught = next_token >= 0
-    logits = model.lm_head(hidden[:, :-1][taught])  # only where there is something to learn
-    value = F.cross_entropy(logits, next_token[taught])
-    return value, {"accuracy": _accuracy(logits, next_token[taught])}
+    def __init__(self, model: Any, width: int, bins: int) -> None:
+        super().__init__()
+        self.model, self.bins = model, bins
+        self.edges = nn.Linear(width, 4 * bins)
+
+    def loss(self, batch: ReplyBatch) -> tuple[Tensor, Mapping[str, float]]:
+        """Mean cross-entropy (nats) over the taught tokens, and half of the grounding's."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        features: Any = batch.features
+        output = self.model.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            image_grid_thw=batch.grids,
+            mm_token_type_ids=batch.token_types,
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        next_token = batch.labels[:, 1:]
+        taught = next_token >= 0
+        logits = self.model.lm_head(output.last_hidden_state[:, :-1][taught])  # only where there is something to learn
+        value = F.cross_entropy(logits, next_token[taught])
+        figures = {"accuracy": _accuracy(logits, next_token[taught])}
+        if len(batch.words):
+            words = output.hidden_states[1][batch.words[:, 0], batch.words[:, 1]]
+            edges = self.edges(words).view(-1, self.bins)
+            value = value + 0.5 * F.cross_entropy(edges, batch.edges.flatten())
+            figures["grounded"] = _accuracy(edges, batch.edges.flatten(), within=1)
+        return value, figures

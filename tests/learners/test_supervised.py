@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from episodes.families import Qwen25VL
-from episodes.lessons import Pointing
+from episodes.lessons import Pointing, coarse_view
+from episodes.panels import COLOURS, PanelsConfig, Split, scene
 from learners.curriculum import EDGE_BINS, TEXTS, AlbumPages, ReplyLessons, Seen, TowerLessons, fill_album
-from learners.supervised import DenseTower, Row, Schedule, fit, pack, reply_loss
+from learners.supervised import DenseTower, Grounded, Row, Schedule, fit, pack
 from learners.tiny import TinyConfig, make_model, make_processor, make_tokenizer
 
 FAMILY = Qwen25VL()
@@ -129,13 +132,10 @@ def test_only_replies_are_taught(tiny: Any, album: list[Seen], mix: dict[str, in
 
 def test_the_loss_from_stored_features_is_the_models_own(tiny: Any, album: list[Seen]) -> None:
     """The album's shortcut (features instead of pixels) against a plain forward pass from pixels."""
-    from episodes.lessons import coarse_view
-    from episodes.panels import PanelsConfig, Split, scene
-
     model, processor = tiny
-    row = lessons(album, processor).look(album[0], __import__("numpy").random.default_rng(0))
+    row = replace(lessons(album, processor).look(album[0], np.random.default_rng(0)), word=None)
     batch = pack([row], processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"), 0)
-    ours, _ = reply_loss(model, batch)
+    ours, _ = Grounded(model, SMALL.hidden, EDGE_BINS).loss(batch)
     view = coarse_view(scene(PanelsConfig(panels=1), 0, Split.ALBUM, 0), FAMILY)
     pixels, grids = FAMILY.image_inputs(processor.image_processor, [view])
     plain = model(
@@ -147,6 +147,17 @@ def test_the_loss_from_stored_features_is_the_models_own(tiny: Any, album: list[
         labels=batch.labels,
     ).loss
     assert ours.item() == pytest.approx(plain.item(), rel=2e-3)  # the album keeps 16 bits
+
+
+def test_the_grounded_word_is_the_colour_that_is_asked_about(tiny: Any, album: list[Seen]) -> None:
+    tokenizer = tiny[1].tokenizer
+    batch = lessons(album, tiny[1], looks=8, reads=2)(9)
+    assert len(batch.words) == 8  # lessons in pointing only
+    for (row, place), edges in zip(batch.words.tolist(), batch.edges.tolist(), strict=True):
+        words = tokenizer.decode(batch.input_ids[row, : place + 1])
+        assert words.split()[-1] in COLOURS and words.endswith(f"on the {words.split()[-1]}")
+        x1, y1, x2, y2 = (4 * edge for edge in edges)  # bins of 4 pixels of the coarse view
+        assert 20 <= x2 - x1 <= 40 and 20 <= y2 - y1 <= 40  # panels are 22 to 38 of them
 
 
 def test_batches_depend_on_the_step_alone(tiny: Any, album: list[Seen]) -> None:
