@@ -151,7 +151,9 @@ def check(config: TrainConfig) -> None:
 
 
 def _unknown_key(key: str, path: Path) -> str:
-    near = difflib.get_close_matches(key, _all_keys(TrainConfig()), n=1, cutoff=0.5)
+    known, leaf = _all_keys(TrainConfig()), key.rpartition(".")[2]
+    same_leaf = [one for one in known if one.rpartition(".")[2] == leaf]  # right name, wrong place
+    near = difflib.get_close_matches(key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown key {key!r} (in {path} or an override){hint}"
 

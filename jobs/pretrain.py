@@ -124,9 +124,10 @@ class Pretraining:
                     lines.write(json.dumps({"step": step, **figures}) + "\n")
                     lines.flush()
 
-            return fit(
-                module, loss, lambda first: stream(make, first, schedule.steps), schedule, self.work / file, report
-            )
+            checkpoint = self.work / file
+            seconds = fit(module, loss, lambda step: stream(make, step, schedule.steps), schedule, checkpoint, report)
+            progress.update(task, completed=schedule.steps)
+            return seconds
 
     def _progress(self) -> Progress:
         return Progress(

@@ -39,6 +39,7 @@ def test_the_panels_recipe_plays_what_was_pretrained() -> None:
         ("total_step=7", r"unknown key 'total_step'.*did you mean 'total_steps'"),
         ("learner.optimiser.lr=1", r"unknown key 'learner.optimiser'.*did you mean 'learner.optimizer'"),
         ("rollout.engine.dtyp=x", r"unknown key 'rollout.engine.dtyp'.*did you mean 'rollout.engine.dtype'"),
+        ("learner.lr=1", r"unknown key 'learner.lr'.*did you mean 'learner.optimizer.lr'"),
         ("total_steps=many", r"total_steps: .*many.*could not be converted"),
         ("learner.zero_stage=4", "zero_stage is 4; known: 1, 2, 3"),
         ("questions.on_bad_row=perhaps", "questions.on_bad_row: .*perhaps"),
