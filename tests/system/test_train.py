@@ -63,11 +63,14 @@ def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
         assert one["learner/length_mismatches"] == 0 and one["reward/unscored"] == 0
         assert one["learner/mismatch_mean"] <= 1e-5 and one["learner/mismatch_max"] <= 1e-3
         assert one["proof/mismatch_mean"] <= 1e-5 and one["proof/mismatch_max"] <= 1e-3
-    # 12 questions are played; the 9 good rows are not enough, so each bad one was met once at least
-    assert steps[-1]["count/bad_rows"] + steps[-1]["count/unplayable"] >= 3
+    # 12 questions are played; the 9 good rows are not enough, so each bad one was met once at least. Two are seen to be
+    # bad when the row is read, the image that is cut off behind its header only when it is decoded.
+    assert steps[-1]["count/bad_rows"] >= 2 and steps[-1]["count/unplayable"] >= 1
     evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [one["step"] for one in evaluations] == [0, 2, 3]
-    assert all(one["eval/trajectories"] == 4 and 0 <= one["eval/coverage"] <= 1 for one in evaluations)
+    # of the first four rows, in the order of the file, the last is the one that is cut off
+    assert all(one["eval/trajectories"] == 3 and one["eval/unplayable"] == 1 for one in evaluations)
+    assert all(0 <= one["eval/coverage"] <= 1 for one in evaluations)
     assert "Held-out questions, before -> after: target coverage" in done.stdout
 
     log = (run / "run.log").read_text()

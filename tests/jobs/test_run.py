@@ -1,0 +1,80 @@
+"""The run directory and the terminal view."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from actors.rollout_worker import facts_of
+from actors.trajectory_store import Group, Played
+from episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, Unscored, View
+from jobs.config import ConfigError, TrainConfig, load_config
+from jobs.run import Run
+from jobs.view import sparkline
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return load_config(ROOT / "configs" / "panels.yaml", [f"runs_dir={tmp_path}", "name=story", "samples_every=2"])
+
+
+def test_a_name_that_is_taken_gets_a_number(config: TrainConfig, tmp_path: Path) -> None:
+    for folder in ("story", "story-2", "story-3"):
+        with Run.open(config) as run:
+            assert run.folder == tmp_path / folder
+    with pytest.raises(ConfigError, match="cannot be a folder name"), Run.open(replace(config, name="../story")):
+        pass
+
+
+def test_the_saved_config_is_the_one_that_ran(config: TrainConfig) -> None:
+    with Run.open(config) as run:
+        assert load_config(run.folder / "config.yaml") == config
+
+
+def test_a_step_is_written_when_it_is_over_and_not_when_it_failed(config: TrainConfig) -> None:
+    with Run.open(config) as run:
+        with run.step(0) as report:
+            with report.timed("learn"):
+                pass
+            report.add({"reward/total": 1.5})
+        with pytest.raises(RuntimeError, match="in the middle"), run.step(1) as report:
+            report.add({"reward/total": 9.0})
+            raise RuntimeError("in the middle")
+        (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["step"] == 0 and found["reward/total"] == 1.5 and found["time/step_s"] >= found["time/learn_s"] >= 0
+    assert any((run.folder / "tensorboard").iterdir())
+
+
+def test_samples_show_every_box_and_every_part(config: TrainConfig) -> None:
+    coarse = View(Box(0, 0, 560, 560), np.zeros((56, 56, 3), np.uint8))
+    crop = View(Box(280, 280, 420, 420), np.full((56, 56, 3), 200, np.uint8))
+    one = np.zeros(1, np.int32)
+    turn = Turn(one, one, np.zeros(1, np.float32), "<zoom>[28, 28, 42, 42]</zoom>", Finish.STOP, 5, 3)
+    found = Trajectory("q", 0, (coarse, crop), (turn, turn), Outcome.ANSWERED, "ok")
+    lost = Trajectory("q", 1, (coarse,), (turn,), Outcome.BAD_BOX, "no_tag")
+    scores = (Score(2.5, {"region": 1.0}), Unscored("timeout"))
+    played = Played("q", (facts_of(found), facts_of(lost)))
+    group = Group(0, Question("q", b"", "Which?", "ring"), played, scores, ray.ObjectRef.nil())
+    with Run.open(config) as run:
+        assert [step for step in range(5) if run.due_samples(step)] == [0, 2, 4]
+        run.write_samples(2, group, (found, lost))
+        folder = run.folder / "samples" / "step-000002"
+        first, second = map(json.loads, (folder / "trajectories.jsonl").read_text().splitlines())
+    assert first["crop"] == {"x1": 280, "y1": 280, "x2": 420, "y2": 420} and first["area_ratio"] == 0.0625
+    assert first["total"] == 2.5 and first["parts"] == {"region": 1.0} and first["policy_versions"] == [3, 3]
+    assert second["crop"] is None and second["total"] is None and second["unscored"] == "timeout"
+    assert {path.name for path in folder.iterdir()} == {"coarse.png", "crop-00.png", "trajectories.jsonl"}
+
+
+def test_sparklines() -> None:
+    assert sparkline([0.0, 1.0]) == "▁█"
+    assert sparkline([0.0, 3.0, 7.0]) == "▁▄█"
+    assert sparkline([2.0, 2.0]) == "▁▁", "no change, no slope"
+    assert len(sparkline([float(n) for n in range(100)], width=40)) == 40
