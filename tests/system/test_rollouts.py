@@ -14,6 +14,7 @@ from actors.rollout_pool import Rollout
 from actors.rollout_worker import Unplayable
 from episodes.families import family_of, load_tokenizer
 from episodes.types import Question, Trajectory
+from jobs.config import TrainConfig
 from tests.system.conftest import Stack, differences
 
 pytestmark = pytest.mark.system
@@ -40,6 +41,30 @@ def test_engine_and_learner_agree_on_lengths_and_log_probs(
         assert not any(differs(expand(Sample(one, 0.0), family, pad), one) for one in everyone)
         found = np.concatenate([await differences(untied, group) for group in groups])
         assert found.mean() <= 1e-5 and found.max() <= 1e-3, (found.mean(), found.max())
+
+    runner.run(story())
+
+
+def test_log_probs_are_of_the_distribution_that_was_sampled(
+    untied: Stack, runner: asyncio.Runner, recipe: TrainConfig, questions: list[Question]
+) -> None:
+    """At temperature 0.7 vLLM's log-probs are the learner's at 0.7 (TRL #4159), and far from those at 1."""
+
+    def at(temperature: float) -> Any:
+        return lambda rank: setattr(rank._learner.config, "temperature", temperature)
+
+    async def story() -> None:
+        cool = replace(recipe.rollout.sampling, temperature=0.7)
+        rollout = await untied.rollouts.play(questions[0], 7, 8, cool)
+        assert isinstance(rollout, Rollout)
+        group = await rollout.trajectories
+        learner = untied.learners._actors[0]
+        await learner.__ray_call__.remote(at(0.7))
+        same = await differences(untied, group)
+        await learner.__ray_call__.remote(at(1.0))
+        other = await differences(untied, group)
+        assert same.mean() <= 1e-5 and same.max() <= 1e-3
+        assert other.mean() > 1e-2
 
     runner.run(story())
 
