@@ -23,7 +23,7 @@ def phases(run: Path) -> dict[str, float]:
     def median(name: str) -> float:
         return statistics.median(step[name] for step in steps)
 
-    found = {name: median(name) for name in steps[0] if name.startswith("time/")}
+    found = {name: median(name) for name in steps[0] if name.startswith("time/") and "slowest" not in name}
     whole = found["time/step_s"]
     shares = {
         f"share/{name.removeprefix('time/').removesuffix('_s')}": value / whole

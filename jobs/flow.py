@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import Unplayable, stable_seed, without_image
@@ -37,6 +38,7 @@ class Flow:
         self._started = self._allowed = store.next_number
         self._in_flight: set[asyncio.Task[None]] = set()
         self._unplayable_in_a_row = 0
+        self._slowest: dict[str, float] = {}
         self.unplayable = 0
 
     def allow(self, groups: int) -> None:
@@ -49,8 +51,11 @@ class Flow:
             task.add_done_callback(self._in_flight.discard)
 
     def metrics(self) -> Metrics:
-        """Counts since the start of the run: what was left out, what was replaced, what was too old."""
-        return {
+        """Counts since the start of the run (what was left out, what was replaced, what was too old), and the longest
+        that a group was played and scored since the last call."""
+        slowest = {f"time/slowest_{what}_s": seconds for what, seconds in self._slowest.items()}
+        self._slowest.clear()
+        return slowest | {
             "count/bad_rows": float(self._questions.skipped.total()),
             "count/unplayable": float(self.unplayable),
             "count/rollout_restarts": float(self._rollouts.restarts),
@@ -66,16 +71,24 @@ class Flow:
     async def _play_and_score(self, number: int) -> None:
         try:
             question = next(self._questions)
-            rollout = await self._rollouts.play(question, stable_seed(self._seed, number))
+            with self._timed("play"):
+                rollout = await self._rollouts.play(question, stable_seed(self._seed, number))
             if isinstance(rollout, Unplayable):
                 await self._set_aside(number, rollout)
                 return
             self._unplayable_in_a_row = 0
             seen = without_image(question)
-            scores = await self._rewards.score(seen, rollout.trajectories)
+            with self._timed("score"):
+                scores = await self._rewards.score(seen, rollout.trajectories)
             await self._store.add(Group(number, seen, rollout.played, scores, rollout.trajectories))
         except Exception as error:  # to whoever waits at the store: a task's error would be lost here
             await self._store.fail(error)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._slowest[what] = max(self._slowest.get(what, 0.0), time.monotonic() - started)
 
     async def _set_aside(self, number: int, question: Unplayable) -> None:
         """Count a question that cannot be played and let another one take its place."""

@@ -10,9 +10,10 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,6 @@ class Pretraining:
         self, name: str, module: Any, loss: Any, make: Callable[[int], Any], schedule: Schedule, file: str
     ) -> float:
         log = self.work / f"{name.replace(' ', '_')}.jsonl"
-        log.parent.mkdir(parents=True, exist_ok=True)
         with self._progress() as progress, log.open("a") as lines:
             task = progress.add_task(name, total=schedule.steps, figures="")
 
@@ -170,6 +170,17 @@ Measured with greedy decoding on {int(scores["questions"])} held-out scenes (`sc
 """
 
 
+def _continues(work: Path, config: PretrainConfig, resume: bool) -> bool:
+    """Prepare the work folder: as it is where a run goes on, else empty. False where its run had other settings."""
+    settings, kept = json.loads(json.dumps(asdict(config))), work / "settings.json"
+    if resume and kept.exists():
+        return bool(json.loads(kept.read_text()) == settings)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    kept.write_text(json.dumps(settings, indent=2) + "\n")
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ergo-rl pretrain", description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", choices=["panels"])
@@ -186,8 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--steps-scale must be above 0")
     config = replace(PretrainConfig(), seed=options.seed).scaled(options.steps_scale)
     work = options.work or options.out / f".pretrain-{options.seed}"
-    if work.exists() and not options.resume:
-        shutil.rmtree(work)
+    if not _continues(work, config, options.resume):
+        print(f"ergo-rl pretrain: {work} holds a run with other settings; leave out --resume", file=sys.stderr)
+        return 1
     command = f"ergo-rl pretrain panels --seed {options.seed}"
     if options.steps_scale != 1:
         command += f" --steps-scale {options.steps_scale:g}"

@@ -111,7 +111,7 @@ class View:
         times = "  ".join(
             f"{name.removeprefix('time/').removesuffix('_s')} {value:.2f} s"
             for name, value in self._latest.items()
-            if name.startswith("time/")
+            if name.startswith("time/") and "slowest" not in name
         )
         body = Group(table, Text(times, style="dim")) if self._history else Text("starting", style="dim")
         return Group(Panel(body, title=f"ERGO · {self._name}", subtitle=str(self._folder)), self._progress)
