@@ -9,7 +9,7 @@ import importlib.abc
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,48 @@ def _declare_torchvision_operators() -> None:
     for schema in _SCHEMAS:
         library.define(schema)
     _declared.append(library)
+
+
+# --- seeded sampling on vLLM's CPU backend ----------------------------------------------------------------------------
+# Where a prompt is prefilled in parts, vLLM samples a token after each part, throws it away, and winds the request's
+# random generator back by an offset that only CUDA generators have: on CPU the engine core dies of "CPU Generator does
+# not use offset" (the same in a fork: RBLN-SW/vllm-rbln #1025). It takes a seeded request and a busy engine.
+# Remove when vLLM's CPUModelRunner keeps the state of generators whose token is discarded.
+
+
+def keep_discarded_draws() -> None:
+    """Make vLLM's CPU workers restore a generator's state after a discarded token; does nothing on other platforms."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    sample, bookkeeping = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+    if sample.__module__ == __name__:
+        return
+
+    def discarded(runner: Any) -> dict[int, torch.Generator]:
+        flags = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+        return {index: one for index, one in runner.input_batch.generators.items() if flags[index]}
+
+    def sample_and_restore(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        states = [(one, one.get_state()) for one in discarded(runner).values()]
+        output = sample(runner, *args, **kwargs)
+        for one, state in states:
+            one.set_state(state)
+        return output
+
+    def bookkeeping_without_them(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        generators, hidden = runner.input_batch.generators, discarded(runner)
+        for index in hidden:
+            del generators[index]
+        try:
+            return bookkeeping(runner, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = sample_and_restore, bookkeeping_without_them
 
 
 # --- vLLM's processes ------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from cluster.compat import keep_discarded_draws
+
 BACKEND = "ergo_rl_files"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 
@@ -91,7 +93,8 @@ def register() -> None:
 
 
 class WorkerExtension:
-    """Nothing but the import: loading this class registers the transfer engine in a vLLM worker."""
+    """Nothing but the import: loading this class prepares a vLLM worker (transfer engine, repairs)."""
 
 
 register()
+keep_discarded_draws()

@@ -29,7 +29,7 @@ EDGE_BIN = 4
 class Pointing:
     """How badly the pretrained policy points: each edge of the panel moves inwards, pixels of the scene."""
 
-    inset: float = 16.0
+    inset: float = 19.0
     """Mean of the move."""
     jitter: float = 14.0
     """Standard deviation of the move, each edge for itself."""
@@ -69,18 +69,31 @@ def crop_anywhere(side: int, rng: np.random.Generator) -> Box:
     return Box(x, y, x + width, y + height)
 
 
+def crop_cutting(target: Box, side: int, rng: np.random.Generator, margin: int = 5) -> Box:
+    """A box with one edge through ``target``, at least ``margin`` pixels inside it."""
+    around = crop_with(target, side, 0.004, 0.18, rng)
+    corners = [around.x1, around.y1, around.x2, around.y2]
+    edge = int(rng.integers(4))
+    low = target.x1 if edge % 2 == 0 else target.y1
+    high = target.x2 if edge % 2 == 0 else target.y2
+    corners[edge] = int(rng.integers(low + margin, high - margin + 1))
+    return Box(*corners)
+
+
 def crop_to_read(scene: PanelScene, target: Panel, rng: np.random.Generator) -> Box:
-    """Crops for lessons in reading: mostly with the target, legible; some too large, some of other places, some that
-    cut the mark."""
+    """Crops for lessons in reading: mostly with the target, legible; some that cut the mark, some too large, some of
+    other places."""
     assert target.mark_box is not None
     side, kind = scene.pixels.shape[0], rng.random()
-    if kind < 0.65:
+    if kind < 0.55:
         return crop_with(target.mark_box, side, 0.0017, 0.18, rng)
-    if kind < 0.73:
+    if kind < 0.77:
+        return crop_cutting(target.mark_box, side, rng)
+    if kind < 0.83:
         return crop_with(target.mark_box, side, 0.18, 1.0, rng)
-    if kind < 0.85:
+    if kind < 0.89:
         return point(target.box, Pointing(), side, rng)
-    if kind < 0.93:
+    if kind < 0.95:
         other = scene.panels[int(rng.integers(len(scene.panels)))]
         return crop_with(other.mark_box or other.box, side, 0.0017, 0.18, rng)
     return crop_anywhere(side, rng)

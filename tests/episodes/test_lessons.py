@@ -15,6 +15,7 @@ from episodes.lessons import (
     Pointing,
     coarse_view,
     crop_anywhere,
+    crop_cutting,
     crop_to_read,
     crop_view,
     crop_with,
@@ -53,6 +54,16 @@ def test_crops_contain_their_target(seed: int, x: int, y: int) -> None:
     assert Box(0, 0, 672, 672).contains(crop_anywhere(672, rng))
 
 
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**6), x=st.integers(0, 646), y=st.integers(0, 646))
+def test_a_cutting_crop_shows_a_part_of_its_target(seed: int, x: int, y: int) -> None:
+    mark = Box(x, y, x + 26, y + 26)
+    crop = crop_cutting(mark, 672, np.random.default_rng(seed))
+    wide = min(crop.x2, mark.x2) - max(crop.x1, mark.x1)
+    high = min(crop.y2, mark.y2) - max(crop.y1, mark.y1)
+    assert (wide == 26) != (high == 26) and 5 <= min(wide, high) <= 21
+
+
 def test_lessons_in_reading_are_mostly_legible_and_never_only() -> None:
     rng = np.random.default_rng(0)
     shown = []
@@ -61,7 +72,7 @@ def test_lessons_in_reading_are_mostly_legible_and_never_only() -> None:
         view = crop_view(drawn, crop_to_read(drawn, drawn.target, rng), FAMILY)
         assert FAMILY.visual_tokens(view) <= 36 and drawn.target.mark_box is not None
         shown.append(legible(view, drawn.target.mark_box))
-    assert 0.55 < np.mean(shown) < 0.85
+    assert 0.45 < np.mean(shown) < 0.75
 
 
 def test_the_whole_scene_is_not_legible_and_a_cut_mark_neither() -> None:

@@ -99,8 +99,9 @@ def everything(
 ) -> Iterator[Everything]:
     """All engines start at once, which takes about as long as one after the other on two cores, but no longer."""
 
-    async def launch(model: str) -> Stack:
-        rollout = replace(recipe.rollout, engine=replace(recipe.rollout.engine, model=model))
+    async def launch(model: str, **extra: Any) -> Stack:
+        engine = replace(recipe.rollout.engine, model=model, extra=recipe.rollout.engine.extra | extra)
+        rollout = replace(recipe.rollout, engine=engine)
         rollouts = RolloutPool.launch(ray_cluster, rollout, recipe.episode)
         learners = await LearnerGroup.launch(
             ray_cluster, replace(recipe.learner, model=model, freeze_vision=False, threads=1)
@@ -111,7 +112,10 @@ def everything(
     async def launch_all() -> Everything:
         rewards = RewardPool.launch(ray_cluster, recipe.reward)
         untied, tied, _ = await asyncio.gather(
-            launch(recipe.learner.model), launch(str(tied_model)), rewards.ready(START_S)
+            launch(recipe.learner.model),
+            # so few tokens a step that most prompts are prefilled in parts
+            launch(str(tied_model), max_num_batched_tokens=96),
+            rewards.ready(START_S),
         )
         return Everything(untied, tied, rewards)
 
