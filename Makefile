@@ -20,7 +20,7 @@ help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 train: setup  ## Set up, then train (ARGS="seed=3" overrides the config)
-	$(IN_VENV) ergo-rl train $(ARGS)
+	@$(IN_VENV) ergo-rl train $(ARGS)
 
 test: setup-dev  ## Set up, then lint, types, import contracts and all tests (ARGS go to pytest)
 	@$(MAKE) lint-only
