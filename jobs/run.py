@@ -152,9 +152,9 @@ def _draw_boxes(trajectories: tuple[Trajectory, ...], scale: int = 3) -> Image.I
     for crop in (trajectory.crop for trajectory in trajectories):
         if crop is not None:
             box = crop.box
-            draw.rectangle(
-                (box.x1 * sx, box.y1 * sy, box.x2 * sx - 1, box.y2 * sy - 1), outline=(255, 255, 255), width=2
-            )
+            edges = (box.x1 * sx, box.y1 * sy, box.x2 * sx - 1, box.y2 * sy - 1)
+            draw.rectangle(edges, outline="black", width=4)  # white on black is seen on any background
+            draw.rectangle(edges, outline="white", width=2)
     return picture
 
 
