@@ -43,7 +43,8 @@ def hook_interpreter() -> None:
     Afterwards this module goes by another name, because `cluster` must come from where the process looks first: a
     Ray job ships its own copy as the working directory, and would get the installed one."""
     hook_torchvision()
-    sys.modules["_ergo_rl_hook"] = sys.modules.pop(__name__)
+    # An interpreter may read its .pth files twice. The first copy holds the finder, and what it declares: it stays.
+    sys.modules.setdefault("_ergo_rl_hook", sys.modules.pop(__name__))
     del sys.modules["cluster"]
 
 
@@ -73,10 +74,10 @@ def repair_torchvision() -> None:
 
 
 def _declare_torchvision_operators() -> None:
-    if _declared:
-        return
     import torch
 
+    if hasattr(torch.ops.torchvision, "nms"):  # by another copy of this module
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
         library.define(schema)

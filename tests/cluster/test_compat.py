@@ -78,3 +78,22 @@ def test_a_missing_torchvision_is_reported_as_missing() -> None:
             print(error)
     """
     assert run_fresh(UNHOOKED + textwrap.dedent(code)) == "No module named 'torchvision'"
+
+
+def test_an_interpreter_hooked_twice_keeps_what_was_declared() -> None:
+    """Python may read a .pth file twice; then somebody only asks whether torchvision is there, and imports it later."""
+    code = """
+import gc, importlib.util, sys
+sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != "_BeforeTorchvision"]
+sys.modules.pop("_ergo_rl_hook", None)
+for _ in range(2):
+    import cluster.compat
+    cluster.compat.hook_interpreter()
+    del cluster
+assert importlib.util.find_spec("torchvision")
+gc.collect()
+from cluster.compat import repair_torchvision
+repair_torchvision()
+import torchvision
+"""
+    run_fresh(code)
