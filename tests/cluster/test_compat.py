@@ -90,10 +90,10 @@ for _ in range(2):
     import cluster.compat
     cluster.compat.hook_interpreter()
     del cluster
-assert importlib.util.find_spec("torchvision")
-gc.collect()
 from cluster.compat import repair_torchvision
 repair_torchvision()
+assert importlib.util.find_spec("torchvision")
+gc.collect()
 import torchvision
 """
     run_fresh(code)
