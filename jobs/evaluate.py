@@ -14,16 +14,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actors.rollout_pool import RolloutPool
 from cluster.placement import Cluster
-from cluster.pool import PoolExhausted, together
+from cluster.pool import together
 from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Question
-from jobs.config import ConfigError, TrainConfig, load_config
+from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
+from jobs.config import TrainConfig, load_config
 from jobs.evaluation import BoxSource, Evaluation, evaluate, wilson
 from jobs.metrics import Metrics
 from jobs.prepare import prepare_embedded
-from rewards.reward_pool import RewardPool
 
 _SHARES = {
     "coverage": "target coverage",
@@ -54,8 +53,7 @@ async def compare(config: TrainConfig, sources: Sequence[BoxSource], console: Co
     found: dict[str, Metrics] = {}
     with Cluster.connect(config.cluster) as cluster:
         with console.status("starting engines (20 to 60 s on a CPU)"):
-            rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
-            rewards = RewardPool.launch(cluster, config.reward)
+            rollouts, rewards = launch_players(cluster, config)
             await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
         for source in sources:
             with console.status(f"{len(questions)} questions, boxes from: {source}"):
@@ -102,24 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "whole image at the same token budget, a random box, the target's own box.",
         epilog="example: ergo-rl evaluate --model runs/panels/policy --out after.json",
     )
-    parser.add_argument("recipe", nargs="?", default="configs/panels.yaml", help="YAML recipe (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe's")
+    add_recipe(parser)
     parser.add_argument("--model", help="Hugging Face folder or hub name of the policy (default: the recipe's)")
     sources = [str(source) for source in BoxSource]
     parser.add_argument("--boxes", nargs="+", choices=sources, default=sources, help="whose boxes (default: all four)")
     parser.add_argument("--questions", type=int, default=0, help="how many questions (default: all)")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     options = parser.parse_args(argv)
-    recipe, overrides = options.recipe, options.overrides
-    if "=" in recipe:  # only overrides were given
-        recipe, overrides = parser.get_default("recipe"), [recipe, *overrides]
+    recipe, overrides = recipe_of(options)
     model = [f"rollout.engine.model={options.model}", f"learner.model={options.model}"] if options.model else []
     console = Console()
     try:
-        config = load_config(Path(recipe), [*overrides, *model, f"evaluation.questions={options.questions}"])
+        config = load_config(recipe, [*overrides, *model, f"evaluation.questions={options.questions}"])
         prepare_embedded(config.embedded)
         found = asyncio.run(compare(config, [BoxSource(source) for source in options.boxes], console))
-    except (ConfigError, DatasetError, PoolExhausted, TimeoutError, ValueError) as error:
+    except EXPECTED as error:
         print(f"ergo-rl evaluate: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     console.print(as_table(found))

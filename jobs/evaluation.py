@@ -13,6 +13,7 @@ from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, without_image
 from actors.trajectory_store import Group
 from episodes import images
+from episodes.questions import DatasetError
 from episodes.types import Box, Question, Score
 from jobs.metrics import Metrics, MetricsConfig, covers, reward_metrics, rollout_metrics
 from rewards.reward_pool import RewardPool
@@ -82,7 +83,7 @@ async def evaluate(
     config: EvaluationConfig,
     source: BoxSource = BoxSource.POLICY,
 ) -> Evaluation:
-    """Play every question once, greedily, and score it. Raises ValueError where the oracle has no box to show."""
+    """Play every question once, greedily, and score it. Raises DatasetError where the oracle has no box to show."""
     places = asyncio.Semaphore(config.in_flight)
     greedy: SamplingConfig = replace(rollouts.config.sampling, temperature=0.0)
 
@@ -117,7 +118,7 @@ def choose_box(question: Question, source: BoxSource, config: EvaluationConfig) 
         x, y = draw.randint(0, width - w), draw.randint(0, height - h)
         return Box(x, y, x + w, y + h)
     if not question.boxes:
-        raise ValueError(f"question {question.id!r} has no boxes; an oracle needs them")
+        raise DatasetError(f"question {question.id!r} has no boxes; an oracle needs them")
     x1, y1 = min(box.x1 for box in question.boxes), min(box.y1 for box in question.boxes)
     x2, y2 = max(box.x2 for box in question.boxes), max(box.y2 for box in question.boxes)
     margin = round(config.oracle_margin * max(x2 - x1, y2 - y1))

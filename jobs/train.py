@@ -12,38 +12,23 @@ from pathlib import Path
 from actors.rollout_pool import RolloutPool
 from actors.trajectory_store import Group, TrajectoryStore
 from cluster.placement import Cluster
-from cluster.pool import PoolExhausted, together
+from cluster.pool import together
 from cluster.weights import WeightChannel
-from episodes.families import UnknownFamily, family_of
-from episodes.questions import DatasetError, QuestionStream
+from episodes.questions import QuestionStream
 from episodes.types import Score
-from jobs.config import ConfigError, TrainConfig, load_config
+from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
+from jobs.config import TrainConfig, load_config
 from jobs.evaluate import heldout
 from jobs.evaluation import evaluate
 from jobs.flow import Flow, flowing
 from jobs.metrics import reward_metrics, rollout_metrics
 from jobs.prepare import prepare_embedded
-from jobs.proof import Proof, WeightsDiffer
+from jobs.proof import Proof
 from jobs.run import Run
 from jobs.view import View
 from learners.advantages import AdvantageConfig, group_advantages
-from learners.learner_group import LearnerFailed, LearnerGroup, TrainingGroup
-from rewards.config import Backend
+from learners.learner_group import LearnerGroup, TrainingGroup
 from rewards.reward_pool import RewardPool
-from rewards.verifier import VerifierUnavailable
-
-EXPECTED = (
-    ConfigError,
-    DatasetError,
-    LearnerFailed,
-    OSError,  # a model or file that is not there, a Ray address that does not answer
-    PoolExhausted,
-    TimeoutError,
-    UnknownFamily,
-    VerifierUnavailable,
-    WeightsDiffer,
-)
-"""What can go wrong without a bug of ours: the message says it all, a traceback would only hide it."""
 
 
 async def train(config: TrainConfig) -> Path:
@@ -87,12 +72,8 @@ async def train(config: TrainConfig) -> Path:
 
 async def launch(cluster: Cluster, config: TrainConfig, view: View) -> tuple[RolloutPool, RewardPool, LearnerGroup]:
     """All three roles at once; the slowest decides when training can begin."""
-    family_of(config.learner.model)  # a model that is not there is said now, not by a worker in a minute
-    if config.reward.verifier.backend is Backend.ENGINE:
-        family_of(config.reward.verifier.engine.model)
     with view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
-        rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
-        rewards = RewardPool.launch(cluster, config.reward)
+        rollouts, rewards = launch_players(cluster, config)
         learners = await LearnerGroup.launch(cluster, config.learner)
         await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
     return rollouts, rewards, learners
@@ -115,14 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train a policy with ERGO: rollouts, rewards, updates, weights back into the engines.",
         epilog="example: ergo-rl train configs/panels.yaml total_steps=50 learner.optimizer.lr=1e-4",
     )
-    parser.add_argument("recipe", nargs="?", default="configs/panels.yaml", help="YAML recipe (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe's")
-    arguments = parser.parse_args(argv)
-    recipe, overrides = arguments.recipe, arguments.overrides
-    if "=" in recipe:  # only overrides were given
-        recipe, overrides = parser.get_default("recipe"), [recipe, *overrides]
+    add_recipe(parser)
+    recipe, overrides = recipe_of(parser.parse_args(argv))
     try:
-        config = load_config(Path(recipe), overrides)
+        config = load_config(recipe, overrides)
         prepare_embedded(config.embedded)
         folder = asyncio.run(train(config))
     except EXPECTED as error:

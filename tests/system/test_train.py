@@ -133,3 +133,15 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert "models/no-such-policy" in done.stderr
+
+
+def test_evaluate_names_a_model_that_is_not_there(tmp_path: Path) -> None:
+    write_questions(tmp_path / "questions.parquet", iter([question(PanelsConfig(), 0, Split.HELDOUT, 0)]))
+    command = [sys.executable, "-m", "jobs.evaluate", "--model", "models/no-such-policy", "embedded.panels=null"]
+    paths = [
+        f"questions.paths=[{tmp_path / 'questions.parquet'}]",
+        f"evaluation.paths=[{tmp_path / 'questions.parquet'}]",
+    ]
+    done = subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "there is no model at models/no-such-policy" in done.stderr

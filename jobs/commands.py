@@ -1,0 +1,53 @@
+"""What the commands that take a recipe share: its arguments, what can go wrong, the start of those who play."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from actors.rollout_pool import RolloutPool
+from cluster.placement import Cluster
+from cluster.pool import PoolExhausted
+from episodes.families import UnknownFamily, family_of
+from episodes.questions import DatasetError
+from jobs.config import ConfigError, TrainConfig
+from jobs.proof import WeightsDiffer
+from learners.learner_group import LearnerFailed
+from rewards.config import Backend
+from rewards.reward_pool import RewardPool
+from rewards.verifier import VerifierUnavailable
+
+DEFAULT_RECIPE = "configs/panels.yaml"
+EXPECTED = (
+    ConfigError,
+    DatasetError,
+    LearnerFailed,
+    OSError,  # a model or file that is not there, a Ray address that does not answer
+    PoolExhausted,
+    TimeoutError,
+    UnknownFamily,
+    VerifierUnavailable,
+    WeightsDiffer,
+)
+"""What can go wrong without a bug of ours: the message says it all, a traceback would only hide it."""
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="YAML recipe (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe's")
+
+
+def recipe_of(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The recipe and its overrides; the recipe may be left out where only overrides are given."""
+    if "=" in arguments.recipe:
+        return Path(DEFAULT_RECIPE), [arguments.recipe, *arguments.overrides]
+    return Path(arguments.recipe), list(arguments.overrides)
+
+
+def launch_players(cluster: Cluster, config: TrainConfig) -> tuple[RolloutPool, RewardPool]:
+    """Rollout and reward workers, starting in the background. A model that is not there is said now (OSError,
+    UnknownFamily), not by a worker in a minute."""
+    family_of(config.rollout.engine.model)
+    if config.reward.verifier.backend is Backend.ENGINE:
+        family_of(config.reward.verifier.engine.model)
+    return RolloutPool.launch(cluster, config.rollout, config.episode), RewardPool.launch(cluster, config.reward)
