@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,27 @@ def size(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 def whole(pixels: Pixels) -> Box:
     return Box(0, 0, int(pixels.shape[1]), int(pixels.shape[0]))
+
+
+def around(boxes: Sequence[Box], margin: float, width: int, height: int) -> Box:
+    """The box round all ``boxes``, grown on each side by ``margin`` times its longer side, within an image of
+    ``width`` x ``height``."""
+    x1, y1 = min(box.x1 for box in boxes), min(box.y1 for box in boxes)
+    x2, y2 = max(box.x2 for box in boxes), max(box.y2 for box in boxes)
+    grow = round(margin * max(x2 - x1, y2 - y1))
+    return Box(max(0, x1 - grow), max(0, y1 - grow), min(width, x2 + grow), min(height, y2 + grow))
+
+
+def hide(image: bytes | Path, boxes: Sequence[Box]) -> bytes:
+    """The image as PNG with a black rectangle in the place of every box (those of the image as shown, upright).
+
+    Raises UnreadableImage."""
+    pixels = decode(image).copy()
+    for box in boxes:
+        pixels[box.y1 : box.y2, box.x1 : box.x2] = 0
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def view(pixels: Pixels, box: Box, family: ModelFamily, budget: int) -> View:

@@ -21,6 +21,8 @@ LEGIBLE_AREA = 0.165
 """A crop of this share of the default scene still shows a mark at 16 of its 26 pixels."""
 _LEGIBLE_MARK = 13.0
 """Least side of a mark in a view that is taught as readable, pixels."""
+CUT = 1 + len(MARKS)
+"""Dense label of a mark that is not wholly in the view."""
 EDGE_BIN = 4
 """Width of the bins of panel edges in the dense labels, pixels of the coarse view."""
 
@@ -101,8 +103,12 @@ def crop_to_read(scene: PanelScene, target: Panel, rng: np.random.Generator) -> 
 
 def legible(view: View, mark: Box) -> bool:
     """Is the whole mark in the view, and large enough there to be taught as readable?"""
+    return view.box.contains(mark) and large_enough(view, mark)
+
+
+def large_enough(view: View, mark: Box) -> bool:
     scale = min(view.width / view.box.width, view.height / view.box.height)
-    return view.box.contains(mark) and scale * min(mark.width, mark.height) >= _LEGIBLE_MARK
+    return scale * min(mark.width, mark.height) >= _LEGIBLE_MARK
 
 
 def look_reply(panel: Panel, coarse: View, box: Box, family: ModelFamily) -> str:
@@ -127,15 +133,17 @@ def verify_reply(mark: str, family: ModelFamily) -> str:
 @dataclass(frozen=True, slots=True)
 class TokenLabels:
     """For each visual token of a view, row by row. colour int64[N]: 0 none, else 1 + place in COLOURS, of the panel
-    that fills most of the token. mark int64[N]: 0 none, else 1 + place in MARKS, where a legible mark lies in it.
-    edges int64[N, 4]: bins of that panel's x1, y1, x2, y2 in the view, -100 where there is no panel."""
+    that fills most of the token. mark int64[N]: 0 none, else 1 + place in MARKS, where a legible mark lies in it, or
+    CUT where a mark lies in it that the view cuts. edges int64[N, 4]: bins of that panel's x1, y1, x2, y2 in the view,
+    -100 where there is no panel. border bool[N, 4]: is the token at the left, top, right, bottom of the view?"""
 
     colour: NDArray[np.int64]
     mark: NDArray[np.int64]
     edges: NDArray[np.int64]
+    border: NDArray[np.bool_]
 
     def without_edges(self) -> TokenLabels:
-        return TokenLabels(self.colour, self.mark, np.full_like(self.edges, -100))
+        return TokenLabels(self.colour, self.mark, np.full_like(self.edges, -100), self.border)
 
 
 def token_labels(scene: PanelScene, view: View, family: ModelFamily) -> TokenLabels:
@@ -149,10 +157,13 @@ def token_labels(scene: PanelScene, view: View, family: ModelFamily) -> TokenLab
         share[mine] = inside[mine]
         colour[mine] = 1 + list(COLOURS).index(panel.colour)
         edges[mine] = edge_bins(panel.box, view)
-        if panel.mark_box is not None and legible(view, panel.mark_box):
+        if panel.mark_box is not None and large_enough(view, panel.mark_box):
             ink = _overlap(panel.mark_box, view, rows, columns, family.multiple)
-            mark[ink > 0.15 * ink.sum()] = 1 + MARKS.index(panel.mark)
-    return TokenLabels(colour, mark, edges)
+            whole = view.box.contains(panel.mark_box)
+            mark[ink > 0.15 * ink.sum()] = 1 + MARKS.index(panel.mark) if whole else CUT
+    column, row = np.arange(rows * columns) % columns, np.arange(rows * columns) // columns
+    border = np.stack([column == 0, row == 0, column == columns - 1, row == rows - 1], axis=1)
+    return TokenLabels(colour, mark, edges, border)
 
 
 def edge_bins(box: Box, view: View) -> tuple[int, int, int, int]:

@@ -204,10 +204,12 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a trajectory earned: the weighted ``total`` and every part beside it."""
+    """What a trajectory earned: the weighted ``total``, every part before its weight, and what each of the two turns
+    earned (weighted; for credit by turn)."""
 
     total: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    turns: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

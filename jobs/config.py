@@ -20,6 +20,7 @@ from cluster.placement import ClusterConfig
 from episodes.coarse_to_fine import EpisodeConfig
 from episodes.questions import QuestionsConfig
 from jobs.evaluation import EvaluationConfig
+from jobs.guards import GuardsConfig
 from jobs.metrics import MetricsConfig
 from learners.config import LearnerConfig
 from rewards.config import RewardConfig
@@ -52,6 +53,15 @@ class ProofConfig:
     About 1e-6 is normal in float32, 1e-2 in bfloat16."""
     replies: int = 4
     """Replies of each engine."""
+    every: int = 1
+    """Prove every so many publishes, and always the first and the last."""
+
+    def due(self, step: int, total_steps: int) -> bool:
+        return step % self.every == 0 or step == total_steps
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"proof.every is {self.every}; at least 1")
 
 
 @dataclass
@@ -68,6 +78,8 @@ class TrainConfig:
     """How many policy versions a trajectory may be older than the update that uses it; 0 is on-policy."""
     start_deadline_s: float = 600.0
     """Workers that are not up by then end the run."""
+    shuffle_rewards: bool = False
+    """A control: deal the scores of a step to its trajectories at random. Nothing about the task can be learned."""
     samples_every: int = 5
     """Write the trajectories of one group (text and pictures) every so many steps; 0: never."""
     embedded: EmbeddedData = field(default_factory=EmbeddedData)
@@ -79,6 +91,7 @@ class TrainConfig:
     proof: ProofConfig = field(default_factory=ProofConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 

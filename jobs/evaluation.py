@@ -119,10 +119,7 @@ def choose_box(question: Question, source: BoxSource, config: EvaluationConfig) 
         return Box(x, y, x + w, y + h)
     if not question.boxes:
         raise DatasetError(f"question {question.id!r} has no boxes; an oracle needs them")
-    x1, y1 = min(box.x1 for box in question.boxes), min(box.y1 for box in question.boxes)
-    x2, y2 = max(box.x2 for box in question.boxes), max(box.y2 for box in question.boxes)
-    margin = round(config.oracle_margin * max(x2 - x1, y2 - y1))
-    return Box(max(0, x1 - margin), max(0, y1 - margin), min(width, x2 + margin), min(height, y2 + margin))
+    return images.around(question.boxes, config.oracle_margin, width, height)
 
 
 def wilson(hits: float, count: int) -> tuple[float, float]:

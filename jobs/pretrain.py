@@ -41,17 +41,17 @@ class PretrainConfig:
     """The vision tower's lesson."""
     policy: Schedule = field(default_factory=lambda: Schedule(steps=2000, rate=2e-3))
     """The policy's language part."""
-    reward: Schedule = field(default_factory=lambda: Schedule(steps=1500, rate=2e-3))
+    reward: Schedule = field(default_factory=lambda: Schedule(steps=2500, rate=2e-3))
     """The reward model's language part."""
     album_pages: int = 1200
     """Pages of eight scenes that both language parts learn from."""
     looks: int = 40
     """Lessons in pointing in each of the policy's batches."""
-    reads: int = 8
+    reads: int = 16
     """Lessons in reading in each of the policy's batches."""
     verifies: int = 48
     """Lessons in each of the reward model's batches."""
-    pointing: Pointing = field(default_factory=Pointing)
+    pointing: Pointing = field(default_factory=lambda: Pointing(inset=23.0))
     """How badly the policy is taught to point."""
     questions: int = 512
     """Held-out scenes that the scores are measured on."""

@@ -17,6 +17,7 @@ from actors.trajectory_store import Group
 from episodes.types import Score, Trajectory, View
 from jobs.config import ConfigError, TrainConfig
 from jobs.evaluation import Evaluation
+from jobs.guards import Guards
 from jobs.metrics import Metrics
 from jobs.view import View as TerminalView
 
@@ -49,6 +50,7 @@ class Run:
         self.folder, self.config, self.view = folder, config, view
         self._events = SummaryWriter(str(folder / "tensorboard"))
         self._evaluations: list[Metrics] = []
+        self._guards, self._alarms = Guards(config.guards), set[str]()
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
     @classmethod
@@ -76,10 +78,20 @@ class Run:
         report = StepReport(step)
         with report.timed("step"):
             yield report
+        self._guard(report)
         self._metrics.write(json.dumps({"step": step, "time": time.time(), **report.metrics}) + "\n")
         for name, value in report.metrics.items():
             self._events.add_scalar(name, value, step)
         self.view.show(step, report.metrics)
+
+    def _guard(self, report: StepReport) -> None:
+        """Alarms into the metrics and the view; the log has each of them when it comes on."""
+        alarms, sentences = self._guards.watch(report.metrics)
+        report.add(alarms)
+        for name in sentences.keys() - self._alarms:
+            logger.warning("step %d: alarm %s: %s", report.step, name, sentences[name])
+        self._alarms = set(sentences)
+        self.view.warn(sentences)
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Of the policy after ``step`` updates; a line of ``evaluations.jsonl``."""

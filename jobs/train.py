@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import sys
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 
 from actors.rollout_pool import RolloutPool
+from actors.rollout_worker import stable_seed
 from actors.trajectory_store import Group, TrajectoryStore
 from cluster.placement import Cluster
 from cluster.pool import together
 from cluster.weights import WeightChannel
 from episodes.questions import QuestionStream
-from episodes.types import Score
+from episodes.types import Unscored
 from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
 from jobs.config import TrainConfig, load_config
 from jobs.evaluate import heldout
 from jobs.evaluation import evaluate
 from jobs.flow import Flow, flowing
+from jobs.gamma import with_known_gamma
 from jobs.metrics import reward_metrics, rollout_metrics
 from jobs.prepare import prepare_embedded
 from jobs.proof import Proof
 from jobs.run import Run
 from jobs.view import View
-from learners.advantages import AdvantageConfig, group_advantages
+from learners.advantages import AdvantageConfig, Credit, turn_advantages
 from learners.learner_group import LearnerGroup, TrainingGroup
 from rewards.reward_pool import RewardPool
 
 
 async def train(config: TrainConfig) -> Path:
     """Run the whole training; returns the run's folder."""
+    config = with_known_gamma(config)
     questions, probes, held = QuestionStream(config.questions), QuestionStream(config.questions), heldout(config)
     first = next(probes)  # what is wrong with the data is said before anything starts
     with Run.open(config) as run, Cluster.connect(config.cluster) as cluster:
@@ -54,13 +59,16 @@ async def train(config: TrainConfig) -> Path:
                     with report.timed("rollout"):
                         groups = await store.take(config.groups_per_step, oldest=step - config.max_staleness)
                     report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups) | flow.metrics())
+                    if config.shuffle_rewards:
+                        groups = shuffled(groups, random.Random(stable_seed(config.seed, "shuffle", step)))
                     with report.timed("learn"):
                         batch = [to_training(group, config.learner.advantages) for group in groups]
                         report.add(await learners.update(batch))
                     with report.timed("publish"):
                         await weights.publish(version=step + 1)
-                    with report.timed("proof"):
-                        report.add(await proof.measure(version=step + 1))
+                    if config.proof.due(step + 1, config.total_steps):
+                        with report.timed("proof"):
+                            report.add(await proof.measure(version=step + 1))
                 if run.due_samples(step):
                     run.write_samples(step, groups[0], await groups[0].trajectories)
                 if config.evaluation.due(step + 1, config.total_steps):
@@ -81,13 +89,26 @@ async def launch(cluster: Cluster, config: TrainConfig, view: View) -> tuple[Rol
 
 def to_training(group: Group, config: AdvantageConfig) -> TrainingGroup:
     """A scored group as the learner takes it: advantages in place of scores."""
-    rewards = [score.total if isinstance(score, Score) else None for score in group.scores]
+    by_turn = config.credit is Credit.TURN
+    turns = [len(facts.reply_tokens) for facts in group.played.facts]
+    earned = [
+        None if isinstance(score, Unscored) else score.turns[:played] if by_turn else (score.total,)
+        for score, played in zip(group.scores, turns, strict=True)
+    ]
     return TrainingGroup(
         question_id=group.question.id,
         trajectories=group.trajectories,
-        advantages=group_advantages(rewards, config),
+        advantages=turn_advantages(earned, config),
         tokens=tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in group.played.facts),
     )
+
+
+def shuffled(groups: Sequence[Group], rng: random.Random) -> list[Group]:
+    """The same groups with their scores dealt out anew, across all of them."""
+    scores = [score for group in groups for score in group.scores]
+    rng.shuffle(scores)
+    dealt = iter(scores)
+    return [replace(group, scores=tuple(islice(dealt, len(group.scores)))) for group in groups]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

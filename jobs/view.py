@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +52,7 @@ class View:
         self._name, self._folder = name, folder
         self._history: dict[str, list[float]] = {}
         self._latest: Metrics = {}
+        self._warnings: Mapping[str, str] = {}
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -85,6 +86,13 @@ class View:
         yield
         self.say(f"[green]✓[/green] {what} [dim]({self._progress.get_time() - started:.1f} s)[/dim]")
 
+    def warn(self, sentences: Mapping[str, str]) -> None:
+        """What is wrong now, by its name; empty where nothing is."""
+        if not self.console.is_terminal:
+            for name in sentences.keys() - self._warnings.keys():
+                self.say(f"[bold red]alarm:[/bold red] {sentences[name]}")
+        self._warnings = sentences
+
     def show(self, step: int, metrics: Metrics) -> None:
         self._latest = metrics
         for _, name in _SHOWN:
@@ -113,5 +121,6 @@ class View:
             for name, value in self._latest.items()
             if name.startswith("time/") and "slowest" not in name
         )
-        body = Group(table, Text(times, style="dim")) if self._history else Text("starting", style="dim")
+        warnings = [Text(f"! {sentence}", style="bold red") for sentence in self._warnings.values()]
+        body = Group(table, Text(times, style="dim"), *warnings) if self._history else Text("starting", style="dim")
         return Group(Panel(body, title=f"ERGO · {self._name}", subtitle=str(self._folder)), self._progress)

@@ -27,25 +27,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A trajectory and its advantage; NaN leaves the loss."""
+    """A trajectory and the advantage of each of its turns, or one for all of it; NaN leaves the loss."""
 
     trajectory: Trajectory
-    advantage: float
+    advantages: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.advantages) not in (1, len(self.trajectory.turns)):
+            raise ValueError(f"{len(self.advantages)} advantages for {len(self.trajectory.turns)} turns")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """A trajectory of S tokens as the model sees it, every placeholder expanded.
 
-    token_ids int64[S]; image_mask, loss_mask bool[S]; rollout_logprobs float32[S], 0 outside the loss mask;
-    prompt_lengths: of the whole prompt of each turn."""
+    token_ids int64[S]; image_mask, loss_mask bool[S]; rollout_logprobs, advantages float32[S], 0 outside the loss
+    mask; scored: False leaves the loss; prompt_lengths: of the whole prompt of each turn."""
 
     views: tuple[View, ...]
     token_ids: NDArray[np.int64]
     image_mask: BoolArray
     loss_mask: BoolArray
     rollout_logprobs: FloatArray
-    advantage: float
+    advantages: FloatArray
+    scored: bool
     prompt_lengths: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -58,7 +63,7 @@ class MicroBatch:
 
     input_ids int64[B, S]; attention_mask, mm_token_type_ids int64[B, S] (1 over image tokens: transformers
     computes mRoPE from it, from all grids and from the full ids); pixel_values float[patches, channels];
-    image_grid_thw int64[images, 3]; loss_mask bool[B, S]; rollout_logprobs float32[B, S]; advantages float32[B]."""
+    image_grid_thw int64[images, 3]; loss_mask bool[B, S]; rollout_logprobs, advantages float32[B, S]."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -71,11 +76,9 @@ class MicroBatch:
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
-        for name in ("attention_mask", "mm_token_type_ids", "loss_mask", "rollout_logprobs"):
+        for name in ("attention_mask", "mm_token_type_ids", "loss_mask", "rollout_logprobs", "advantages"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} is {list(getattr(self, name).shape)}, input_ids {list(shape)}")
-        if self.advantages.shape != shape[:1]:
-            raise ValueError(f"{len(self.advantages)} advantages for {shape[0]} rows")
         if (patches := int(self.image_grid_thw.prod(-1).sum())) != len(self.pixel_values):
             raise ValueError(f"{len(self.pixel_values)} patches, but the grids say {patches}")
         if self.loss_mask[:, 0].any():
@@ -131,13 +134,13 @@ class Batcher:
         the same number of passes."""
         rows = [expand(sample, self.family, self.image_pad) for sample in samples]
         wrong = [differs(row, sample.trajectory) for row, sample in zip(rows, samples, strict=True)]
-        scored = [row for row, bad in zip(rows, wrong, strict=True) if not bad and not math.isnan(row.advantage)]
+        scored = [row for row, bad in zip(rows, wrong, strict=True) if row.scored and not bad]
         kept = scored or [silenced(rows[0])]
         return Plan(tuple(kept), pack([len(row) for row in kept], self.token_budget), sum(wrong))
 
     def plan_all(self, trajectories: Sequence[Trajectory]) -> Plan:
         """Every trajectory, for a forward pass only; row i of the plan is trajectory i."""
-        rows = tuple(expand(Sample(trajectory, 0.0), self.family, self.image_pad) for trajectory in trajectories)
+        rows = tuple(expand(Sample(trajectory, (0.0,)), self.family, self.image_pad) for trajectory in trajectories)
         return Plan(rows, pack([len(row) for row in rows], self.token_budget), 0)
 
     def batches(self, plan: Plan, count: int | None = None) -> Iterator[MicroBatch]:
@@ -160,7 +163,7 @@ class Batcher:
             image_grid_thw=torch.cat([grid for _, grid in images]),
             loss_mask=_right_padded([row.loss_mask for row in rows], False),
             rollout_logprobs=_right_padded([row.rollout_logprobs for row in rows], 0.0),
-            advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
+            advantages=_right_padded([row.advantages for row in rows], 0.0),
         )
 
 
@@ -176,18 +179,22 @@ def expand(sample: Sample, family: ModelFamily, image_pad: int) -> Row:
         )
     widths = np.ones(len(ids), np.int64)
     widths[placeholders] = [family.visual_tokens(view) for view in trajectory.views]
+    advantages = np.zeros(len(ids), np.float32)
     prompts, start = [], 0
-    for turn in trajectory.turns:
+    for number, turn in enumerate(trajectory.turns):
         start += len(turn.prompt_ids)
         prompts.append(int(widths[:start].sum()))
-        start += len(turn.completion_ids)
+        stop = start + len(turn.completion_ids)
+        advantages[start:stop] = sample.advantages[min(number, len(sample.advantages) - 1)]
+        start = stop
     return Row(
         views=trajectory.views,
         token_ids=np.repeat(ids.astype(np.int64), widths),
         image_mask=np.repeat(placeholders, widths),
         loss_mask=np.repeat(sampled, widths),
         rollout_logprobs=np.repeat(trajectory.logprobs, widths),
-        advantage=sample.advantage,
+        advantages=np.repeat(advantages, widths),
+        scored=not any(map(math.isnan, sample.advantages)),
         prompt_lengths=tuple(prompts),
     )
 

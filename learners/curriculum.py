@@ -96,11 +96,11 @@ class TowerLessons:
             labels.append(token_labels(drawn, whole, self.family))
             labels += [token_labels(drawn, crop, self.family).without_edges() for crop in crops]
         pixels, grids = self.family.image_inputs(self.image_processor, views)
-        colour, mark, edges = (
+        colour, mark, edges, border = (
             torch.from_numpy(np.concatenate([getattr(label, name) for label in labels]))
-            for name in ("colour", "mark", "edges")
+            for name in ("colour", "mark", "edges", "border")
         )
-        return DenseBatch(pixels, grids, colour, mark, edges)
+        return DenseBatch(pixels, grids, colour, mark, edges, border)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -33,12 +33,12 @@ class LearnerFailed(RuntimeError):
 class TrainingGroup:
     """The trajectories of one question, by reference, and what the driver knows of each.
 
-    trajectories: reference to a ``tuple[Trajectory, ...]``; advantages: NaN leaves the loss; tokens: length with
-    images, the cost by which ranks are balanced."""
+    trajectories: reference to a ``tuple[Trajectory, ...]``; advantages: for each trajectory those of its turns, or one
+    for all of it, NaN leaves the loss; tokens: length with images, the cost by which ranks are balanced."""
 
     question_id: str
     trajectories: ray.ObjectRef
-    advantages: tuple[float, ...]
+    advantages: tuple[tuple[float, ...], ...]
     tokens: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Share:
 
     trajectories: ray.ObjectRef
     members: tuple[int, ...]
-    advantages: tuple[float, ...]
+    advantages: tuple[tuple[float, ...], ...]
 
 
 class LearnerRank:
@@ -78,9 +78,9 @@ class LearnerRank:
 
         groups = ray.get([share.trajectories for share in shares])
         samples = [
-            Sample(trajectories[member], advantage)
+            Sample(trajectories[member], advantages)
             for share, trajectories in zip(shares, groups, strict=True)
-            for member, advantage in zip(share.members, share.advantages, strict=True)
+            for member, advantages in zip(share.members, share.advantages, strict=True)
         ]
         return self._learner.update(samples).metrics()
 
@@ -186,8 +186,8 @@ def assign(groups: Sequence[TrainingGroup], ranks: int) -> list[list[Share]]:
     places = [(group, member) for group in groups for member in range(len(group.advantages))]
     if not places:
         raise ValueError("no trajectories to learn from")
-    costs = [0 if math.isnan(group.advantages[member]) else group.tokens[member] for group, member in places]
-    idle = [Share(groups[0].trajectories, (0,), (math.nan,))]
+    costs = [0 if any(map(math.isnan, group.advantages[member])) else group.tokens[member] for group, member in places]
+    idle = [Share(groups[0].trajectories, (0,), ((math.nan,),))]
     return [_shares([places[index] for index in piece]) or idle for piece in cut(costs, ranks)]
 
 
@@ -206,11 +206,11 @@ def cut(costs: Sequence[float], parts: int) -> list[range]:
 
 
 def _shares(places: Sequence[tuple[TrainingGroup, int]]) -> list[Share]:
-    members: dict[ray.ObjectRef, list[tuple[int, float]]] = {}
+    members: dict[ray.ObjectRef, list[tuple[int, tuple[float, ...]]]] = {}
     for group, member in places:
         members.setdefault(group.trajectories, []).append((member, group.advantages[member]))
     return [
-        Share(trajectories, tuple(member for member, _ in chosen), tuple(advantage for _, advantage in chosen))
+        Share(trajectories, tuple(member for member, _ in chosen), tuple(advantages for _, advantages in chosen))
         for trajectories, chosen in members.items()
     ]
 

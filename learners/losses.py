@@ -61,10 +61,10 @@ def policy_loss(
     The behaviour policy is the engine that sampled: ratio = exp(logprobs - rollout_logprobs), its own
     log-probs and not a recomputation, so that one forward pass serves and staleness is seen as it is.
 
-    logprobs, entropy, rollout_logprobs: float32[B, S] nats; advantages: float32[B]; mask: bool[B, S].
+    logprobs, entropy, rollout_logprobs: float32[B, S] nats; advantages: float32[B, S]; mask: bool[B, S].
     Returns the summed loss (float32, differentiable in ``logprobs``) and detached sums for the metrics.
     ``clipped`` counts tokens whose gradient the clipping removed."""
-    advantage = advantages[:, None].expand_as(logprobs)[mask]
+    advantage = advantages[mask]
     difference = (logprobs - rollout_logprobs)[mask]
     ratio = difference.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)

@@ -93,13 +93,15 @@ def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step:
 @dataclass(frozen=True, slots=True, eq=False)
 class DenseBatch:
     """``pixel_values`` float[patches, channels], ``grids`` int64[images, 3]; labels per visual token, all images in a
-    row: ``colour`` int64[N], ``mark`` int64[N], ``edges`` int64[N, 4] (-100 where there is none)."""
+    row: ``colour`` int64[N], ``mark`` int64[N] (the last class: a mark that the view cuts), ``edges`` int64[N, 4] (-100
+    where there is none), ``border`` bool[N, 4]."""
 
     pixel_values: Tensor
     grids: Tensor
     colour: Tensor
     mark: Tensor
     edges: Tensor
+    border: Tensor
 
 
 class DenseTower(nn.Module):
@@ -107,11 +109,12 @@ class DenseTower(nn.Module):
 
     def __init__(self, visual: nn.Module, width: int, colours: int, marks: int, bins: int) -> None:
         super().__init__()
-        self.visual, self.bins = visual, bins
-        self.colour, self.mark, self.edges = (nn.Linear(width, n) for n in (1 + colours, 1 + marks, 4 * bins))
+        self.visual, self.bins, self.cut = visual, bins, 1 + marks
+        self.colour, self.mark, self.edges = (nn.Linear(width, n) for n in (1 + colours, 2 + marks, 4 * bins))
+        self.border = nn.Linear(width, 4)
 
     def loss(self, batch: DenseBatch) -> tuple[Tensor, Mapping[str, float]]:
-        """The sum of three cross-entropies (nats), and the accuracies."""
+        """The sum of four cross-entropies (nats), and the accuracies."""
         features = self.visual(batch.pixel_values, grid_thw=batch.grids).pooler_output
         colour, mark = self.colour(features), self.mark(features)
         edges = self.edges(features).view(-1, self.bins)
@@ -122,12 +125,15 @@ class DenseTower(nn.Module):
             F.cross_entropy(colour, batch.colour)
             + F.cross_entropy(mark, batch.mark, weight=rare)
             + 0.5 * F.cross_entropy(edges, labels, ignore_index=-100)
+            + F.binary_cross_entropy_with_logits(self.border(features), batch.border.float())
         )
-        on, known = batch.mark > 0, labels >= 0
+        none, cut, known = batch.mark == 0, batch.mark == self.cut, labels >= 0
+        whole = ~none & ~cut
         return value, {
             "colour": _accuracy(colour, batch.colour),
-            "mark": _accuracy(mark[on], batch.mark[on]),
-            "no_mark": _accuracy(mark[~on], batch.mark[~on]),
+            "mark": _accuracy(mark[whole], batch.mark[whole]),
+            "cut": _accuracy(mark[cut], batch.mark[cut]),
+            "no_mark": _accuracy(mark[none], batch.mark[none]),
             "edge": _accuracy(edges[known], labels[known], within=1),
         }
 

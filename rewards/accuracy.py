@@ -17,3 +17,6 @@ class Accuracy(RewardTerm):
             return 0.0
         said = parse_answer(trajectory.turns[-1].text)
         return float(said is not None and matches(said, question, self.config.number_tolerance))
+
+    def by_turn(self, value: float, trajectory: Trajectory) -> tuple[float, float]:
+        return 0.0, value

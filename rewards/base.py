@@ -25,6 +25,11 @@ class RewardTerm(ABC):
         """The term's value before its weight; Unscored where it could not be judged. What was played and lost is
         a value of 0, never Unscored."""
 
+    def by_turn(self, value: float, trajectory: Trajectory) -> tuple[float, float]:
+        """What each of the two turns earned of it, where credit is given by turn. Most terms are about the region,
+        which turn 1 chose."""
+        return value, 0.0
+
 
 def chosen_region(trajectory: Trajectory) -> View | None:
     """The crop that the policy asked for. None where there is no crop, or where the crop is the whole image because

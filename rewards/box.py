@@ -1,9 +1,11 @@
-"""r_box: is the chosen region smaller than the whole image by a margin?"""
+"""r_box: is the chosen region smaller than the whole image by a margin? And a soft variant, which is ours."""
 
 from __future__ import annotations
 
-from episodes.types import Question, Trajectory
+from episodes.types import Question, Trajectory, Unscored
 from rewards.base import Reading, RewardTerm, chosen_region
+from rewards.config import RewardConfig
+from rewards.region import Region
 
 
 class SmallBox(RewardTerm):
@@ -12,3 +14,20 @@ class SmallBox(RewardTerm):
     def __call__(self, question: Question, trajectory: Trajectory, reading: Reading) -> float:
         region = chosen_region(trajectory)
         return float(region is not None and region.box.area <= self.config.gamma * trajectory.original.area)
+
+
+class SoftBox(RewardTerm):
+    """1 - area(crop) / (gamma * area(original)), not below 0, where the region is enough to answer; else 0.
+
+    Ours, not the paper's: it falls smoothly with the area, where r_box is a step. It is paid only for a region that is
+    right, because a bonus for small boxes alone is earned at once and for sure by boxes that show nothing."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        super().__init__(config)
+        self._enough = Region(config)
+
+    def __call__(self, question: Question, trajectory: Trajectory, reading: Reading) -> float | Unscored:
+        enough, region = self._enough(question, trajectory, reading), chosen_region(trajectory)
+        if isinstance(enough, Unscored) or region is None:
+            return enough
+        return enough * max(0.0, 1 - region.box.area / (self.config.gamma * trajectory.original.area))

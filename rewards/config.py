@@ -65,8 +65,15 @@ class RewardConfig:
     """Weight of r_box."""
     gamma: float = 0.6
     """Largest area(crop) / area(original) that r_box pays for."""
+    gamma_quantile: float | None = None
+    """Take gamma from the data instead: this quantile (0 .. 1) of the areas, as shares of their images, of the target
+    boxes that the training questions know, grown by ``gamma_margin``. null: ``gamma`` as it is (the paper)."""
+    gamma_margin: float = 0.0
+    """With ``gamma_quantile``: grow a known box on each side by this share of its longer side first, because a region
+    needs some context."""
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
-    """Weights of the other terms, by their names in ``rewards.tce.TERMS``; 0 measures a term without paying it."""
+    """Weights of the other terms, by their names in ``rewards.tce.TERMS`` (among them ``soft_box``, ours); 0 measures
+    a term without paying it."""
     number_tolerance: float = 0.01
     """Relative tolerance for answers that are decimal numbers; whole numbers must be equal."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
@@ -76,3 +83,9 @@ class RewardConfig:
     """Per worker."""
     restarts: int = 3
     """Dead workers replaced before the run gives up."""
+
+    def __post_init__(self) -> None:
+        if self.gamma_quantile is not None and not 0 <= self.gamma_quantile <= 1:
+            raise ValueError(f"reward.gamma_quantile is {self.gamma_quantile}; a quantile lies between 0 and 1")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"reward.gamma is {self.gamma}; it is a share of the image, above 0 and at most 1")

@@ -16,10 +16,18 @@ class Format(RewardTerm):
     but white space around them, and no tag inside another."""
 
     def __call__(self, question: Question, trajectory: Trajectory, reading: Reading) -> float:
-        if trajectory.outcome is not Outcome.ANSWERED or not BoxOutcome(trajectory.box_outcome).usable:
-            return 0.0
-        look, read = (turn.text for turn in trajectory.turns)
-        return float(thought_then(look, "zoom") and thought_then(read, "answer") and parse_answer(read) is not None)
+        return float(all(self.by_turn(1.0, trajectory)))
+
+    def by_turn(self, value: float, trajectory: Trajectory) -> tuple[float, float]:
+        """Each turn answers for its own tags."""
+        texts = [turn.text for turn in trajectory.turns]
+        look = thought_then(texts[0], "zoom") and BoxOutcome(trajectory.box_outcome).usable
+        read = (
+            trajectory.outcome is Outcome.ANSWERED
+            and thought_then(texts[1], "answer")
+            and parse_answer(texts[1]) is not None
+        )
+        return float(look), float(read)
 
 
 def thought_then(reply: str, tag: str) -> bool:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from rewards.accuracy import Accuracy
 from rewards.base import Reading, RewardTerm
-from rewards.box import SmallBox
+from rewards.box import SmallBox, SoftBox
 from rewards.config import RewardConfig
 from rewards.format import Format
 from rewards.region import Region
 
-TERMS: dict[str, type[RewardTerm]] = {"region": Region, "box": SmallBox, "accuracy": Accuracy, "format": Format}
+TERMS: dict[str, type[RewardTerm]] = {
+    "region": Region,
+    "box": SmallBox,
+    "soft_box": SoftBox,
+    "accuracy": Accuracy,
+    "format": Format,
+}
 
 
 class TotalReward:
@@ -31,7 +37,9 @@ class TotalReward:
             if isinstance(value, Unscored):
                 return Unscored(f"{name}: {value.reason}")
             parts[name] = value
-        return Score(sum(self.weights[name] * value for name, value in parts.items()), parts)
+        earned = [(self.weights[name], self._terms[name].by_turn(value, trajectory)) for name, value in parts.items()]
+        first, second = (sum(weight * turns[turn] for weight, turns in earned) for turn in (0, 1))
+        return Score(sum(self.weights[name] * value for name, value in parts.items()), parts, (first, second))
 
 
 def weights_of(config: RewardConfig) -> dict[str, float]:

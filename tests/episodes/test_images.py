@@ -176,3 +176,19 @@ def test_a_box_written_and_read_back_covers_what_was_meant(start: tuple[int, int
     if box is not None:
         got = np.array([box.x1, box.y1, box.x2, box.y2])
         assert np.abs(got - [meant.x1, meant.y1, meant.x2, meant.y2]).max() <= 4
+
+
+def test_round_several_boxes_with_a_margin() -> None:
+    """(10, 20) to (50, 30) is 40 wide and 10 high: half of 40 on every side, cut at the edges."""
+    boxes = [Box(10, 20, 30, 30), Box(40, 22, 50, 28)]
+    assert images.around(boxes, 0.0, 100, 100) == Box(10, 20, 50, 30)
+    assert images.around(boxes, 0.5, 100, 40) == Box(0, 0, 70, 40)
+
+
+def test_hidden_targets_are_black_and_nothing_else_is_touched() -> None:
+    grey = np.full((20, 30, 3), 200, np.uint8)
+    shown = decode(images.hide(encoded(Image.fromarray(grey)), [Box(5, 6, 10, 9), Box(0, 0, 1, 1)]))
+    assert not shown[6:9, 5:10].any() and not shown[0, 0].any()
+    assert (shown == 200).all(-1).sum() == 20 * 30 - 5 * 3 - 1
+    with pytest.raises(UnreadableImage):
+        images.hide(b"no picture", [Box(0, 0, 1, 1)])

@@ -12,6 +12,7 @@ from episodes import images
 from episodes.coarse_to_fine import read_box
 from episodes.families import Qwen25VL
 from episodes.lessons import (
+    CUT,
     Pointing,
     coarse_view,
     crop_anywhere,
@@ -117,5 +118,10 @@ def test_dense_labels_of_a_crop_say_where_the_mark_is() -> None:
     view = crop_view(drawn, mark, FAMILY)  # the mark fills the crop of 26 pixels, enlarged to 2 x 2 visual tokens
     labels = token_labels(drawn, view, FAMILY)
     assert labels.mark.tolist() == [1 + MARKS.index(drawn.target.mark)] * 4
+    left, top, right, bottom = labels.border.T.tolist()
+    assert left == [True, False, True, False] and right == [False, True, False, True]
+    assert top == [True, True, False, False] and bottom == [False, False, True, True]
+    half = crop_view(drawn, Box(mark.x1, mark.y1, mark.x1 + 13, mark.y2), FAMILY)
+    assert set(token_labels(drawn, half, FAMILY).mark.tolist()) == {CUT}
     elsewhere = images.view(drawn.pixels, Box(0, 0, 6, 6), FAMILY, 36)
     assert not token_labels(drawn, elsewhere, FAMILY).mark.any()

@@ -11,7 +11,7 @@ from jobs.pretrain import PretrainConfig, _continues, main, model_card
 
 def test_fewer_steps_of_every_lesson() -> None:
     short = PretrainConfig().scaled(0.01)
-    assert (short.tower.steps, short.policy.steps, short.reward.steps, short.album_pages) == (16, 20, 15, 12)
+    assert (short.tower.steps, short.policy.steps, short.reward.steps, short.album_pages) == (16, 20, 25, 12)
     assert PretrainConfig().scaled(2).album_pages == PretrainConfig().album_pages
 
 

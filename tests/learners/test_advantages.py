@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learners.advantages import AdvantageConfig, group_advantages
+from learners.advantages import AdvantageConfig, group_advantages, turn_advantages
 
 EXACT = AdvantageConfig(epsilon=0.0)
 
@@ -54,3 +54,16 @@ def test_any_group(rewards: list[float | None]) -> None:
     assert abs(advantages[scored].sum()) < 1e-6
     if scored.sum() > 1 and advantages[scored].any():
         assert np.std(advantages[scored], ddof=1) <= 1 + 1e-9
+
+
+def test_each_turn_against_the_same_turn_of_the_group() -> None:
+    """Three members: (1, 0) and (3, 2) played two turns, (2,) only the first; a fourth could not be scored. Turn 1:
+    rewards 1, 3, 2, so -1, 1, 0. Turn 2: rewards 0, 2 with a sample deviation of sqrt 2, so -1/sqrt 2 and 1/sqrt 2."""
+    found = turn_advantages([(1.0, 0.0), (3.0, 2.0), (2.0,), None], EXACT)
+    assert found[0] == pytest.approx((-1.0, -math.sqrt(0.5)))
+    assert found[1] == pytest.approx((1.0, math.sqrt(0.5)))
+    assert found[2] == (0.0,) and math.isnan(found[3][0]) and len(found[3]) == 1
+
+
+def test_nothing_scored_by_turn() -> None:
+    assert all(math.isnan(member[0]) for member in turn_advantages([None, None], EXACT))

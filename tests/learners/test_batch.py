@@ -27,7 +27,7 @@ def batcher(tiny: Path) -> Batcher:
 
 def test_placeholders_are_expanded_once() -> None:
     one = trajectory(replies=(5, 7), coarse=view(3, 2), crop=view(2, 4))
-    row = expand(Sample(one, 1.0), FAMILY, IMAGE_PAD)
+    row = expand(Sample(one, (1.0,)), FAMILY, IMAGE_PAD)
     # turn 1: 3 + 1 + (3 x 2) + 1 + 4 = 15 prompt tokens, then 5; turn 2: 4 + 1 + (2 x 4) + 1 + 4 = 18, then 7
     assert len(row) == 15 + 5 + 18 + 7
     assert row.prompt_lengths == (15, 15 + 5 + 18)
@@ -45,7 +45,7 @@ def test_a_sampled_placeholder_is_refused() -> None:
     sampled = replace(turn, completion_ids=np.array([IMAGE_PAD, *turn.completion_ids[1:]], np.int32))
     broken = replace(one, turns=(sampled, one.turns[1]))
     with pytest.raises(ValueError, match=r"'odd'.*3 image placeholders \(1 of them sampled\) for 2 views"):
-        expand(Sample(broken, 1.0), FAMILY, IMAGE_PAD)
+        expand(Sample(broken, (1.0,)), FAMILY, IMAGE_PAD)
 
 
 def with_engine_length(one: Trajectory, length: int) -> Trajectory:
@@ -55,19 +55,30 @@ def with_engine_length(one: Trajectory, length: int) -> Trajectory:
 def test_another_length_in_the_engine_leaves_the_loss(batcher: Batcher, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = trajectory("good"), with_engine_length(trajectory("bad", 3), 39)
     with caplog.at_level(logging.WARNING):
-        plan = batcher.plan([Sample(good, 1.0), Sample(bad, 1.0)])
+        plan = batcher.plan([Sample(good, (1.0,)), Sample(bad, (1.0,))])
     assert plan.length_mismatches == 1 and len(plan.rows) == 1
     assert plan.loss_tokens == 12
     assert "'bad', sample 3" in caplog.text and "(15, 39)" in caplog.text and "(15, 38)" in caplog.text
 
 
 def test_unscored_trajectories_leave_the_loss(batcher: Batcher) -> None:
-    plan = batcher.plan([Sample(trajectory(), math.nan), Sample(trajectory(sample=1), 0.5)])
-    assert [row.advantage for row in plan.rows] == [0.5]
+    plan = batcher.plan([Sample(trajectory(), (math.nan,)), Sample(trajectory(sample=1), (0.5,))])
+    (row,) = plan.rows
+    assert set(row.advantages[row.loss_mask].tolist()) == {0.5}
+
+
+def test_each_turn_has_its_own_advantage() -> None:
+    one = trajectory()
+    row = expand(Sample(one, (0.5, -2.0)), FAMILY, IMAGE_PAD)
+    replies = [len(turn.completion_ids) for turn in one.turns]
+    assert row.advantages[row.loss_mask].tolist() == [0.5] * replies[0] + [-2.0] * replies[1]
+    assert not row.advantages[~row.loss_mask].any()
+    with pytest.raises(ValueError, match="3 advantages for 2 turns"):
+        Sample(one, (1.0, 2.0, 3.0))
 
 
 def test_a_rank_with_nothing_scored_keeps_one_silent_row(batcher: Batcher) -> None:
-    plan = batcher.plan([Sample(trajectory(sample=place), math.nan) for place in range(3)])
+    plan = batcher.plan([Sample(trajectory(sample=place), (math.nan,)) for place in range(3)])
     (batch,) = batcher.batches(plan)
     assert plan.loss_tokens == 0 and not batch.loss_mask.any() and batch.input_ids.shape[0] == 1
 
@@ -78,14 +89,16 @@ def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
         trajectory(f"q{n}", n, replies=(4 + n, 3) if n % 2 else (6 + n,), coarse=shared, crop=view(2 + n, 2, n))
         for n in range(6)
     ]
-    plan = batcher.plan([Sample(one, float(n)) for n, one in enumerate(some)])
+    plan = batcher.plan([Sample(one, (float(n),)) for n, one in enumerate(some)])
     batches = list(batcher.batches(plan))
     assert len(batches) > 1
     for members, batch in zip(plan.bins, batches, strict=True):
         rows = [plan.rows[member] for member in members]
         assert batch.input_ids.numel() <= 120
         assert batch.attention_mask.sum(-1).tolist() == [len(row) for row in rows]
-        assert batch.advantages.tolist() == [row.advantage for row in rows]
+        assert [batch.advantages[n, : len(row)].tolist() for n, row in enumerate(rows)] == [
+            row.advantages.tolist() for row in rows
+        ]
         assert batch.mm_token_type_ids.sum().item() == batch.image_grid_thw.prod(-1).sum().item() // 4
         assert [tuple(grid) for grid in batch.image_grid_thw.tolist()] == [
             (1, shown.height // 14, shown.width // 14) for row in rows for shown in row.views
@@ -108,26 +121,26 @@ def test_a_shared_view_is_processed_once(batcher: Batcher) -> None:
     shared = view(3, 2)
     some = [trajectory("q", n, coarse=shared, crop=view(2, 4, n)) for n in range(5)]
     counting = replace(batcher, image_processor=Counting())
-    batches = list(counting.batches(counting.plan([Sample(one, 1.0) for one in some])))
+    batches = list(counting.batches(counting.plan([Sample(one, (1.0,)) for one in some])))
     assert len(processed) == 1 + 5
     assert sum(len(batch.image_grid_thw) for batch in batches) == 10
 
 
 def test_silent_batches_fill_up(batcher: Batcher) -> None:
-    plan = batcher.plan([Sample(trajectory(), 1.0)])
+    plan = batcher.plan([Sample(trajectory(), (1.0,))])
     first, *others = batcher.batches(plan, 3)
     assert [bool(batch.loss_mask.any()) for batch in (first, *others)] == [True, False, False]
     assert all(torch.equal(batch.input_ids, first.input_ids) for batch in others)
 
 
 def test_micro_batch_refuses_unequal_lengths(batcher: Batcher) -> None:
-    (batch,) = batcher.batches(batcher.plan([Sample(trajectory(), 1.0)]))
+    (batch,) = batcher.batches(batcher.plan([Sample(trajectory(), (1.0,))]))
     with pytest.raises(ValueError, match="loss_mask is"):
         replace(batch, loss_mask=batch.loss_mask[:, 1:])
     with pytest.raises(ValueError, match="patches, but the grids say"):
         replace(batch, pixel_values=batch.pixel_values[1:])
-    with pytest.raises(ValueError, match="2 advantages for 1 rows"):
-        replace(batch, advantages=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"advantages is \[1\], input_ids"):
+        replace(batch, advantages=torch.zeros(1))
 
 
 def test_pack_by_hand() -> None:

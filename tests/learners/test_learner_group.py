@@ -20,14 +20,15 @@ from tests.factories import trajectory, view
 
 
 def group(name: str, advantages: tuple[float, ...], tokens: tuple[int, ...]) -> TrainingGroup:
-    return TrainingGroup(name, f"reference to {name}", advantages, tokens)  # type: ignore[arg-type]
+    by_turn = tuple((advantage,) for advantage in advantages)
+    return TrainingGroup(name, f"reference to {name}", by_turn, tokens)  # type: ignore[arg-type]
 
 
 def test_ranks_share_the_cost() -> None:
     groups = [group("a", (1.0, 2.0), (10, 10)), group("b", (3.0, 4.0, 5.0), (20, 15, 10))]
     assert assign(groups, 2) == [
-        [Share("reference to a", (0, 1), (1.0, 2.0)), Share("reference to b", (0,), (3.0,))],
-        [Share("reference to b", (1, 2), (4.0, 5.0))],
+        [Share("reference to a", (0, 1), ((1.0,), (2.0,))), Share("reference to b", (0,), ((3.0,),))],
+        [Share("reference to b", (1, 2), ((4.0,), (5.0,)))],
     ]
 
 
@@ -38,8 +39,8 @@ def test_what_is_not_scored_costs_nothing() -> None:
 
 def test_a_rank_without_work_still_has_something_to_run() -> None:
     first, second = assign([group("a", (1.0,), (10,))], 2)
-    working, idle = sorted([first[0], second[0]], key=lambda share: math.isnan(share.advantages[0]))
-    assert working.advantages == (1.0,) and math.isnan(idle.advantages[0]) and idle.members == (0,)
+    working, idle = sorted([first[0], second[0]], key=lambda share: math.isnan(share.advantages[0][0]))
+    assert working.advantages == ((1.0,),) and math.isnan(idle.advantages[0][0]) and idle.members == (0,)
 
 
 def test_groups_must_be_whole() -> None:
@@ -88,7 +89,7 @@ def logprobs_of(
     batcher = Batcher(FAMILY, AutoImageProcessor.from_pretrained(model), IMAGE_PAD, IDS["<|im_end|>"], 1)
     found = []
     for one in some:
-        (batch,) = batcher.batches(batcher.plan([Sample(one, 0.0)]))
+        (batch,) = batcher.batches(batcher.plan([Sample(one, (0.0,))]))
         with torch.no_grad():
             logprobs, _ = policy(batch, 1.0, [IDS[token] for token in FAMILY.vision_tokens])
         found.append(logprobs[batch.loss_mask].numpy())
@@ -120,7 +121,7 @@ def test_two_ranks_of_zero_3(
 
 async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: list[tuple[Trajectory, ...]]) -> None:
     references = [ray.put(trajectories) for trajectories in played]
-    advantages = (1.0, -0.5, math.nan, 0.25)
+    advantages = ((1.0,), (-0.5,), (math.nan,), (0.25,))
     groups = [TrainingGroup(f"q{n}", reference, advantages, (30,) * 4) for n, reference in enumerate(references)]
     learners = await LearnerGroup.launch(cluster, config)
 

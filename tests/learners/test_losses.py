@@ -15,7 +15,7 @@ def two_rows() -> dict[str, torch.Tensor]:
         "logprobs": torch.tensor([[HALF, HALF, 9.0], [EIGHTH, HALF, HALF]], requires_grad=True),
         "entropy": torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 5.0]]),
         "rollout_logprobs": torch.tensor([[HALF, QUARTER, 1.0], [QUARTER, HALF, QUARTER]]),
-        "advantages": torch.tensor([2.0, -1.0]),
+        "advantages": torch.tensor([[2.0] * 3, [-1.0] * 3]),
         "mask": torch.tensor([[True, True, False], [True, True, True]]),
     }
 
@@ -71,7 +71,7 @@ def test_nothing_in_the_mask() -> None:
 
 def test_a_row_outside_the_mask_may_have_no_advantage() -> None:
     rows = two_rows()
-    rows["advantages"] = torch.tensor([math.nan, -1.0])
+    rows["advantages"] = torch.tensor([[math.nan] * 3, [-1.0] * 3])
     rows["mask"] = torch.tensor([[False] * 3, [True] * 3])
     loss, _ = policy_loss(**rows, config=LossConfig())
     loss.backward()

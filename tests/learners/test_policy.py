@@ -45,7 +45,7 @@ def some() -> list[Trajectory]:
 
 
 def alone(batcher: Batcher, one: Trajectory) -> Plan:
-    return batcher.plan([Sample(one, 1.0)])
+    return batcher.plan([Sample(one, (1.0,))])
 
 
 def reference(
@@ -83,7 +83,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(
 
 @torch.no_grad()
 def test_padding_changes_nothing(policy: Policy, batcher: Batcher, some: list[Trajectory]) -> None:
-    plan = batcher.plan([Sample(one, 1.0) for one in some])
+    plan = batcher.plan([Sample(one, (1.0,)) for one in some])
     (batch,) = batcher.batches(plan)
     assert (batch.attention_mask == 0).any()
     padded, _ = policy(batch, 1.0, BANNED)
@@ -137,7 +137,7 @@ def test_positions_are_transformers_own_for_the_full_ids(policy: Policy, batcher
 def test_chunks_change_neither_logprobs_nor_gradients(
     policy: Policy, batcher: Batcher, some: list[Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (batch,) = batcher.batches(batcher.plan([Sample(one, 1.0) for one in some]))
+    (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         policy.zero_grad()
@@ -178,7 +178,7 @@ def test_a_frozen_vision_tower_has_no_gradient(tiny: Path) -> None:
 
 def test_expanded_lengths_are_what_the_processor_would_make(batcher: Batcher, some: list[Trajectory]) -> None:
     for one in some:
-        row = expand(Sample(one, 1.0), FAMILY, IMAGE_PAD)
+        row = expand(Sample(one, (1.0,)), FAMILY, IMAGE_PAD)
         (batch,) = batcher.batches(alone(batcher, one))
         assert int(row.image_mask.sum()) == int(batch.image_grid_thw.prod(-1).sum()) // FAMILY.merge_size**2
 
@@ -186,7 +186,7 @@ def test_expanded_lengths_are_what_the_processor_would_make(batcher: Batcher, so
 def test_gradient_checkpointing_changes_no_gradient(
     tiny: Path, policy: Policy, batcher: Batcher, some: list[Trajectory]
 ) -> None:
-    (batch,) = batcher.batches(batcher.plan([Sample(one, 1.0) for one in some]))
+    (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
     recomputing = Policy(LearnerConfig(model=str(tiny), gradient_checkpointing=True))
     gradients = []
     for network in (policy.train(), recomputing.train()):

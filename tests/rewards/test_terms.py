@@ -7,11 +7,13 @@ import pytest
 from episodes.parsing import BoxOutcome
 from episodes.types import Box, Outcome, Score, Trajectory, Unscored
 from rewards.base import Reading, chosen_region
+from rewards.box import SoftBox
 from rewards.config import RewardConfig
 from rewards.format import thought_then
 from rewards.tce import TERMS, TotalReward, weights_of
 from tests.rewards.builders import GOOD_BOX, LOOK, QUESTION, READ, SCENE, ended_early, played
 
+PAPER = ("region", "box", "accuracy", "format")
 NO_BOX = ended_early("I would look left", Outcome.BAD_BOX)
 CUT_LOOK = ended_early("<think>I see", Outcome.TRUNCATED)
 FALLEN_BACK = played(look="I would look left", box=SCENE, box_outcome=BoxOutcome.NO_TAG)
@@ -179,26 +181,53 @@ def test_format_needs_both_turns(trajectory: Trajectory, value: float) -> None:
 )
 def test_the_total_by_hand(trajectory: Trajectory, reading: Reading, total: float, parts: tuple[int, ...]) -> None:
     names = ("region", "box", "accuracy", "format")
-    assert TotalReward(RewardConfig())(QUESTION, trajectory, reading) == Score(
-        total, dict(zip(names, parts, strict=True))
-    )
+    score = TotalReward(RewardConfig())(QUESTION, trajectory, reading)
+    assert isinstance(score, Score) and (score.total, score.parts) == (total, dict(zip(names, parts, strict=True)))
+
+
+def test_what_each_turn_earned() -> None:
+    """Region 1 and box 0.5 to turn 1, accuracy 1 to turn 2, and to each turn 1 for its own tags."""
+
+    def turns(trajectory: Trajectory, reading: Reading) -> tuple[float, float]:
+        score = TotalReward(RewardConfig())(QUESTION, trajectory, reading)
+        assert isinstance(score, Score)
+        return score.turns
+
+    assert turns(played(), "B") == (2.5, 2.0)
+    assert turns(played(read="<answer>B</answer>"), "B") == (2.5, 1.0)  # no thought in turn 2: its own fault
+    assert turns(played(read="<think>hm</think><answer>C</answer>"), "A") == (1.5, 1.0)
+    assert turns(played(look="<zoom>[10, 10, 30, 30]</zoom>"), "B") == (1.5, 2.0)
+    assert turns(NO_BOX, None) == (0.0, 0.0)
+
+
+def test_the_soft_box_by_hand() -> None:
+    """gamma 0.6 and a crop of 4 % of the scene: 1 - 0.04 / 0.6; nothing for a region that is not enough."""
+    term = SoftBox(RewardConfig())
+    assert term(QUESTION, played(), "B") == pytest.approx(1 - 0.04 / 0.6)
+    assert term(QUESTION, played(), "C") == 0.0
+    assert term(QUESTION, played(box=SCENE), "B") == 0.0  # the whole image is above gamma
+    assert term(QUESTION, NO_BOX, None) == 0.0
+    assert term(QUESTION, played(), Unscored("status 503")) == Unscored("status 503")
+    weights = {"accuracy": 1.0, "format": 1.0, "soft_box": 0.5}
+    score = TotalReward(RewardConfig(beta=0.0, weights=weights))(QUESTION, played(), "B")
+    assert isinstance(score, Score) and score.total == pytest.approx(3 + 0.5 * (1 - 0.04 / 0.6))
 
 
 def test_weights_change_the_total_and_not_the_parts() -> None:
     config = RewardConfig(alpha=2.0, beta=0.25, weights={"accuracy": 0.0, "format": 4.0})
     score = TotalReward(config)(QUESTION, played(), "B")
-    assert score == Score(6.25, {"region": 1, "box": 1, "accuracy": 1, "format": 1})
+    assert score == Score(6.25, {"region": 1, "box": 1, "accuracy": 1, "format": 1}, turns=(6.25, 4.0))
 
 
 def test_one_part_that_cannot_be_judged_makes_the_whole_unscored() -> None:
     assert TotalReward(RewardConfig())(QUESTION, played(), Unscored("status 503")) == Unscored("region: status 503")
     # ... but what was played and lost stays a real zero, whatever the reward model does
-    assert TotalReward(RewardConfig())(QUESTION, NO_BOX, None) == Score(0.0, dict.fromkeys(TERMS, 0.0))
+    assert TotalReward(RewardConfig())(QUESTION, NO_BOX, None) == Score(0.0, dict.fromkeys(PAPER, 0.0))
 
 
 @pytest.mark.parametrize("name", ["acuracy", "region", "box"])
 def test_a_weight_without_a_term_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=f"takes accuracy, format .*, not {name}"):
+    with pytest.raises(ValueError, match=f"takes accuracy, format, soft_box .*, not {name}"):
         weights_of(RewardConfig(weights={name: 1.0}))
 
 

@@ -23,13 +23,17 @@ FIRST_RANK = 3
 
 
 def samples() -> list[Sample]:
-    """Of one and two turns, from 15 to 80 tokens, with images of many shapes; one is not scored."""
+    """Of one and two turns, each with its advantage; 15 to 80 tokens, images of many shapes; one is not scored."""
 
     def one(n: int) -> Trajectory:
         replies = (4 + 3 * n,) if n in (1, 4, 8) else (3 + 2 * n, 12 - n)
         return trajectory(f"q{n}", n, replies=replies, coarse=view(2 + n % 4, 3, n), crop=view(4, 2 + n % 3, n), seed=n)
 
-    return [Sample(one(n), advantage) for n, advantage in enumerate(ADVANTAGES)]
+    played = [one(n) for n in range(len(ADVANTAGES))]
+    return [
+        Sample(path, (advantage, -0.5 * advantage)[: len(path.turns)])
+        for path, advantage in zip(played, ADVANTAGES, strict=True)
+    ]
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:

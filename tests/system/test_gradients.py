@@ -44,14 +44,16 @@ def reference(model: Path, weights: Gradient | None = None) -> tuple[Gradient, f
     processor = AutoImageProcessor.from_pretrained(model)
     losses = []
     for sample in samples():
-        if math.isnan(sample.advantage):
+        if math.isnan(sample.advantages[0]):
             continue
         ids: list[int] = []
-        replies: list[tuple[int, Turn]] = []
-        for turn, view in zip(sample.trajectory.turns, sample.trajectory.views, strict=True):
+        replies: list[tuple[int, Turn, float]] = []
+        for turn, view, advantage in zip(
+            sample.trajectory.turns, sample.trajectory.views, sample.advantages, strict=True
+        ):
             for token in turn.prompt_ids.tolist():
                 ids += [token] * (FAMILY.visual_tokens(view) if token == IMAGE_PAD else 1)
-            replies.append((len(ids), turn))
+            replies.append((len(ids), turn, advantage))
             ids += turn.completion_ids.tolist()
         input_ids = torch.tensor([ids])
         pixels, grids = FAMILY.image_inputs(processor, list(sample.trajectory.views))
@@ -62,10 +64,10 @@ def reference(model: Path, weights: Gradient | None = None) -> tuple[Gradient, f
             image_grid_thw=grids,
         ).logits[0]
         logits[:, [IDS[token] for token in FAMILY.vision_tokens]] = -torch.inf
-        for start, turn in replies:
+        for start, turn, advantage in replies:
             for place, (token, behaviour) in enumerate(zip(turn.completion_ids, turn.logprobs, strict=True), start):
                 ratio = (torch.log_softmax(logits[place - 1], -1)[int(token)] - float(behaviour)).exp()
-                losses.append(-torch.minimum(ratio * sample.advantage, ratio.clamp(0.8, 1.2) * sample.advantage))
+                losses.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
     loss = torch.stack(losses).sum() / len(losses)
     loss.backward()
     return {name: parameter.grad for name, parameter in vlm.named_parameters()}, loss.item(), len(losses)

@@ -1,0 +1,74 @@
+"""Alarms: known ways in which a run goes wrong while its reward still looks fine. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from jobs.metrics import Metrics
+
+
+@dataclass
+class GuardsConfig:
+    """Each alarm looks at the mean of the last ``window`` steps."""
+
+    window: int = 5
+    """Steps."""
+    full_image_rate: float = 0.5
+    """Alarm above this share of crops that are (nearly) the whole image: the policy saves itself the looking."""
+    tiny_box_rate: float = 0.5
+    """Alarm above this share of tiny crops: boxes shrink for the sake of r_box."""
+    entropy: float = 0.1
+    """Alarm below this share of the entropy of the first steps: the policy has stopped trying things."""
+    equal_groups: float = 0.8
+    """Alarm above this share of groups of equal rewards: they teach nothing."""
+    paid_without_coverage: float = 0.3
+    """Alarm where r_region is above the coverage of the targets by more than this: the reward model pays for regions
+    that do not hold them."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"guards.window is {self.window}; at least 1 step")
+
+
+class Guards:
+    """Watches a run step by step."""
+
+    def __init__(self, config: GuardsConfig) -> None:
+        self._config = config
+        self._recent: deque[Metrics] = deque(maxlen=config.window)
+        self._first_entropy: float | None = None
+
+    def watch(self, metrics: Metrics) -> tuple[Metrics, dict[str, str]]:
+        """``alarm/...`` (1 where it is on, 0 where not; absent where it cannot be told) and a sentence for each that
+        is on, by its name. Nothing is on before a whole window was seen."""
+        self._recent.append(metrics)
+        if len(self._recent) < self._config.window:
+            return {}, {}
+        limits, alarms, sentences = self._config, dict[str, float](), dict[str, str]()
+        if self._first_entropy is None:
+            self._first_entropy = self._mean("learner/entropy")
+        region, coverage, entropy = map(self._mean, ("reward/region", "rollout/coverage", "learner/entropy"))
+        first = self._first_entropy
+        fallen = None if first is None or entropy is None else 1 - entropy / max(first, 1e-9)
+        beyond = None if region is None or coverage is None else region - coverage
+        whole, tiny, equal = map(
+            self._mean, ("rollout/full_image_rate", "rollout/tiny_box_rate", "reward/equal_groups")
+        )
+        checks = [
+            ("full_image", whole, limits.full_image_rate, "{:.0%} of the crops are whole images"),
+            ("tiny_box", tiny, limits.tiny_box_rate, "{:.0%} of the crops are tiny"),
+            ("equal_groups", equal, limits.equal_groups, "{:.0%} of the groups have equal rewards and teach nothing"),
+            ("entropy", fallen, 1 - limits.entropy, "entropy has fallen by {:.0%}"),
+            ("paid_without_coverage", beyond, limits.paid_without_coverage, "r_region is {:.0%} above the coverage"),
+        ]
+        for name, value, limit, sentence in checks:
+            if value is not None:
+                alarms[f"alarm/{name}"] = float(value > limit)
+                if value > limit:
+                    sentences[name] = sentence.format(value)
+        return alarms, sentences
+
+    def _mean(self, name: str) -> float | None:
+        values = [metrics[name] for metrics in self._recent if name in metrics]
+        return sum(values) / len(values) if values else None
