@@ -47,7 +47,7 @@ def test_the_panels_recipe_plays_what_was_pretrained() -> None:
         ("learner.temperature=0.7", r"learner.temperature \(0.7\) must equal rollout.sampling.temperature \(1.0\)"),
         ("learner.model=other", "must be the same model"),
         ("rollout.engine.max_model_len=128", r"rollout.engine.max_model_len \(128\) must be above 184"),
-        ("reward.weights.speed=1", "reward.weights takes accuracy, format .*, not speed"),
+        ("reward.weights.speed=1", "reward.weights takes accuracy, format, soft_box .*, not speed"),
         ("seven", "'seven' is not an override; write key=value"),
     ],
 )
