@@ -71,14 +71,14 @@ def crop_anywhere(side: int, rng: np.random.Generator) -> Box:
     return Box(x, y, x + width, y + height)
 
 
-def crop_cutting(target: Box, side: int, rng: np.random.Generator, margin: int = 5) -> Box:
-    """A box with one edge through ``target``, at least ``margin`` pixels inside it."""
+def crop_cutting(target: Box, side: int, rng: np.random.Generator) -> Box:
+    """A box with one edge through ``target``, anywhere from its first pixel to its last."""
     around = crop_with(target, side, 0.004, 0.18, rng)
     corners = [around.x1, around.y1, around.x2, around.y2]
     edge = int(rng.integers(4))
     low = target.x1 if edge % 2 == 0 else target.y1
     high = target.x2 if edge % 2 == 0 else target.y2
-    corners[edge] = int(rng.integers(low + margin, high - margin + 1))
+    corners[edge] = int(rng.integers(low + 1, high))
     return Box(*corners)
 
 

@@ -65,8 +65,6 @@ class PanelsConfig:
     """Side of the square around a mark, pixels."""
     colours: int = 6
     """How many of the six colours are used."""
-    hide_target: bool = False
-    """Cover the asked mark with a black box: the place can still be told, the answer cannot (occlusion test)."""
 
     def __post_init__(self) -> None:
         if not self.panels + self.blank_panels <= self.colours <= len(COLOURS):
@@ -122,7 +120,7 @@ def scene(config: PanelsConfig, seed: int, split: Split, index: int) -> PanelSce
         for number, (colour, box) in enumerate(zip(colours, boxes, strict=True))
     )
     asked = int(rng.integers(config.panels))
-    return PanelScene(_draw(config, panels, asked, rng), panels, asked)
+    return PanelScene(_draw(config, panels, rng), panels, asked)
 
 
 def question(config: PanelsConfig, seed: int, split: Split, index: int) -> Question:
@@ -172,7 +170,7 @@ def _with_mark(colour: str, box: Box, config: PanelsConfig, rng: np.random.Gener
     return Panel(colour, box, MARKS[int(rng.integers(len(MARKS)))], Box(x, y, x + config.mark, y + config.mark))
 
 
-def _draw(config: PanelsConfig, panels: tuple[Panel, ...], asked: int, rng: np.random.Generator) -> Pixels:
+def _draw(config: PanelsConfig, panels: tuple[Panel, ...], rng: np.random.Generator) -> Pixels:
     ramp = np.linspace(60, 190, config.side)
     red, green, blue = rng.integers(-10, 11, 3)
     pixels = np.empty((config.side, config.side, 3), np.uint8)
@@ -184,19 +182,6 @@ def _draw(config: PanelsConfig, panels: tuple[Panel, ...], asked: int, rng: np.r
         if panel.mark_box is not None:
             paper = 1 - _ink(panel.mark, config.mark)
             _patch(pixels, panel.mark_box)[:] = _patch(pixels, panel.mark_box) * paper[..., None]
-    if config.hide_target:
-        target = panels[asked]
-        assert target.mark_box is not None
-        half, edge, around = config.mark // 2, target.box, target.mark_box
-        _patch(
-            pixels,
-            Box(
-                max(around.x1 - half, edge.x1),
-                max(around.y1 - half, edge.y1),
-                min(around.x2 + half, edge.x2),
-                min(around.y2 + half, edge.y2),
-            ),
-        )[:] = 0
     return pixels
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cluster.placement import Cluster
 from cluster.pool import together
+from episodes import images
 from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Question
 from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
@@ -45,11 +46,20 @@ def heldout(config: TrainConfig) -> list[Question]:
     return list(islice(stream, min(evaluation.questions or len(stream), len(stream))))
 
 
-async def compare(config: TrainConfig, sources: Sequence[BoxSource], console: Console) -> dict[str, Metrics]:
+def occluded(questions: Sequence[Question]) -> list[Question]:
+    """The same questions with the targets blacked out: where they are can only be told from what is around them.
+
+    Raises DatasetError where a question does not say where its target is."""
+    for question in questions:
+        if not question.boxes:
+            raise DatasetError(f"question {question.id!r} has no boxes; there is no target to hide")
+    return [replace(question, image=images.hide(question.image, question.boxes)) for question in questions]
+
+
+async def compare(
+    config: TrainConfig, questions: Sequence[Question], sources: Sequence[BoxSource], console: Console
+) -> dict[str, Metrics]:
     """The metrics of each source of boxes, on the same questions and engines."""
-    questions = heldout(config)
-    if not questions:
-        raise DatasetError("evaluation.paths is empty; name at least one Parquet file of held-out questions")
     found: dict[str, Metrics] = {}
     with Cluster.connect(config.cluster) as cluster:
         with console.status("starting engines (20 to 60 s on a CPU)"):
@@ -73,9 +83,9 @@ def with_intervals(evaluation: Evaluation, metrics: Metrics) -> Metrics:
     return metrics | lows | {f"eval/{name}_high": high for name, (_, high) in bounds.items()}
 
 
-def as_table(found: dict[str, Metrics]) -> Table:
+def as_table(found: dict[str, Metrics], how: str) -> Table:
     """A row per figure, a column per source of boxes."""
-    table = Table(title="held-out questions, greedy decoding; shares with 95 % intervals")
+    table = Table(title=f"held-out questions, {how}; shares with 95 % intervals")
     table.add_column("")
     for source in found:
         table.add_column(f"box: {source}", justify="right")
@@ -104,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="Hugging Face folder or hub name of the policy (default: the recipe's)")
     sources = [str(source) for source in BoxSource]
     parser.add_argument("--boxes", nargs="+", choices=sources, default=sources, help="whose boxes (default: all four)")
+    parser.add_argument(
+        "--hide-target",
+        action="store_true",
+        help="the occlusion test: black out every target; coverage then says whether its place is found from context",
+    )
     parser.add_argument("--questions", type=int, default=0, help="how many questions (default: all)")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     options = parser.parse_args(argv)
@@ -113,13 +128,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(recipe, [*overrides, *model, f"evaluation.questions={options.questions}"])
         prepare_embedded(config.embedded)
-        found = asyncio.run(compare(config, [BoxSource(source) for source in options.boxes], console))
+        questions = heldout(config)
+        if not questions:
+            raise DatasetError("evaluation.paths is empty; name at least one Parquet file of held-out questions")
+        if options.hide_target:
+            questions = occluded(questions)
+        found = asyncio.run(compare(config, questions, [BoxSource(source) for source in options.boxes], console))
     except EXPECTED as error:
         print(f"ergo-rl evaluate: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    console.print(as_table(found))
+    console.print(as_table(found, "targets hidden" if options.hide_target else "greedy decoding"))
     if options.out is not None:
-        options.out.write_text(json.dumps({"model": config.rollout.engine.model, **found}, indent=2) + "\n")
+        options.out.write_text(
+            json.dumps({"model": config.rollout.engine.model, "hide_target": options.hide_target, **found}, indent=2)
+            + "\n"
+        )
         console.print(f"figures: {options.out}")
     return 0
 

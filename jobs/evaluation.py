@@ -14,8 +14,8 @@ from actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, witho
 from actors.trajectory_store import Group
 from episodes import images
 from episodes.questions import DatasetError
-from episodes.types import Box, Question, Score
-from jobs.metrics import Metrics, MetricsConfig, covers, reward_metrics, rollout_metrics
+from episodes.types import Box, Question
+from jobs.metrics import Metrics, MetricsConfig, reward_metrics, rollout_metrics
 from rewards.reward_pool import RewardPool
 
 
@@ -59,21 +59,7 @@ class Evaluation:
         """As ``eval/...``; shares are of the questions that were played."""
         found = rollout_metrics(self.groups, config) | reward_metrics(self.groups) if self.groups else {}
         kept = {f"eval/{name.partition('/')[2]}": value for name, value in found.items() if "equal_groups" not in name}
-        return kept | self.agreement() | {"eval/unplayable": float(len(self.unplayable))}
-
-    def agreement(self) -> Metrics:
-        """Of r_region with coverage: precision (paid crops that hold the target), recall (crops that hold the target
-        that were paid)."""
-        pairs = [
-            (covers(group.question, facts), score.parts["region"] > 0.5)
-            for group in self.groups
-            for facts, score in zip(group.played.facts, group.scores, strict=True)
-            if group.question.boxes and isinstance(score, Score) and "region" in score.parts
-        ]
-        both, paid, covered = (sum(map(choose, pairs)) for choose in (all, lambda pair: pair[1], lambda pair: pair[0]))
-        return ({"eval/region_precision": both / paid} if paid else {}) | (
-            {"eval/region_recall": both / covered} if covered else {}
-        )
+        return kept | {"eval/unplayable": float(len(self.unplayable))}
 
 
 async def evaluate(

@@ -60,7 +60,23 @@ def reward_metrics(groups: Sequence[Group]) -> Metrics:
         metrics["reward/total"] = _mean([score.total for score in scores])
         for part in sorted({name for score in scores for name in score.parts}):
             metrics[f"reward/{part}"] = _mean([score.parts[part] for score in scores if part in score.parts])
-    return metrics
+    return metrics | region_agreement(groups)
+
+
+def region_agreement(groups: Sequence[Group]) -> Metrics:
+    """Of r_region with coverage, where questions say where the target is: precision (paid crops that hold the target),
+    recall (crops that hold the target that were paid)."""
+    pairs = [
+        (covers(group.question, facts), score.parts["region"] > 0.5)
+        for group in groups
+        for facts, score in zip(group.played.facts, group.scores, strict=True)
+        if group.question.boxes and isinstance(score, Score) and "region" in score.parts
+    ]
+    paid, covered = sum(paid for _, paid in pairs), sum(covered for covered, _ in pairs)
+    both = sum(covered and paid for covered, paid in pairs)
+    return ({"reward/region_precision": both / paid} if paid else {}) | (
+        {"reward/region_recall": both / covered} if covered else {}
+    )
 
 
 def _totals(group: Group) -> list[float]:

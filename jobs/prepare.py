@@ -86,14 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=4096, help="rows to train on (default: %(default)s)")
     parser.add_argument("--heldout", type=int, default=512, help="rows to evaluate on (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
-    parser.add_argument(
-        "--hide-target", action="store_true", help="cover the asked mark with a black box (the occlusion test)"
-    )
     options = parser.parse_args(argv)
     out = options.out or Path("data") / options.dataset
-    config = PanelsConfig(hide_target=options.hide_target)
     try:
-        paths = prepare_panels(out, options.train, options.heldout, options.seed, config)
+        paths = prepare_panels(out, options.train, options.heldout, options.seed)
     except (ValueError, OSError) as error:
         print(f"ergo-rl prepare: {error}", file=sys.stderr)
         return 1

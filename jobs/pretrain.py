@@ -27,7 +27,7 @@ from episodes.lessons import Pointing
 from episodes.panels import COLOURS, MARKS
 from jobs.pretrain_scores import policy_scores, reward_scores
 from learners.curriculum import EDGE_BINS, TEXTS, AlbumPages, ReplyLessons, Seen, TowerLessons, fill_album, stream
-from learners.supervised import DenseTower, Grounded, Schedule, fit
+from learners.supervised import DenseTower, Grounded, Schedule, fit, is_finished
 from learners.tiny import TinyConfig, make_model, make_processor, make_tokenizer, save_folder
 
 
@@ -95,8 +95,15 @@ class Pretraining:
         model.model.visual.requires_grad_(False)
         schedule: Schedule = getattr(config, role)
         mix = {"looks": config.looks, "reads": config.reads} if role == "policy" else {"verifies": config.verifies}
+        taught = is_finished(self.work / f"{role}.pt", schedule)  # then nobody looks into the album
         lessons = ReplyLessons(
-            self.album(visual), self.tokenizer, self.family, config.seed, schedule.steps, config.pointing, **mix
+            [] if taught else self.album(visual),
+            self.tokenizer,
+            self.family,
+            config.seed,
+            schedule.steps,
+            config.pointing,
+            **mix,
         )
         grounded = Grounded(model, TinyConfig().hidden, EDGE_BINS)
         seconds = self._fit(role, grounded, grounded.loss, lessons, schedule, f"{role}.pt")

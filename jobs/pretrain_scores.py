@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
 from episodes.families import ModelFamily, Tokenizer
-from episodes.lessons import LEGIBLE_AREA, crop_anywhere, crop_view, crop_with
-from episodes.panels import PROMPTS, VIEW_TOKENS, PanelsConfig, Split, ask, question, scene
+from episodes.lessons import LEGIBLE_AREA, Pointing, crop_anywhere, crop_view, crop_with, point
+from episodes.panels import PROMPTS, VIEW_TOKENS, PanelScene, PanelsConfig, Split, ask, question, scene
 from episodes.parsing import parse_answer
 from episodes.prompts import fill
 from episodes.types import Box, Question, Trajectory, View
 
+ORIGINAL_AREA = 168 * 168 / 672**2
+"""Crops of up to this share of the default scene are shown at original resolution, or enlarged."""
 _TURNS = (
     re.compile(r"\s*<think>.+?</think>\s*<zoom>[^<>]+</zoom>\s*", re.DOTALL),
     re.compile(r"\s*<think>.+?</think>\s*<answer>[^<>]+</answer>\s*", re.DOTALL),
@@ -172,12 +174,22 @@ def _well_formed(path: Trajectory) -> bool:
 def reward_scores(
     model: Any, tokenizer: Tokenizer, family: ModelFamily, image_processor: Any, number: int
 ) -> dict[str, float]:
-    """Greedy accuracy by what the crop shows: the mark, legible (tight boxes to 16.5 % of the scene); nothing of it
-    (another panel, or anywhere); a part of it; all of it in more than a quarter of the scene; the whole scene. Each on
-    ``number`` held-out scenes; chance is 0.25."""
+    """Greedy accuracy by what the crop shows: the mark at original resolution or enlarged (up to 6 % of the scene);
+    the mark, legible (up to 16.5 %); nothing of it (another panel, or anywhere); a part of it; not all of it, in boxes
+    as badly drawn as the pretrained policy's; all of it in more than a quarter of the scene; the whole scene. Each
+    on ``number`` held-out scenes; chance is 0.25."""
     generate = PlainGenerate(model, tokenizer, family, image_processor, max_tokens=8)
     scores: dict[str, float] = {"questions": number}
-    for name in ("legible", "other_panel", "anywhere_else", "cut", "too_large", "whole_scene"):
+    for name in (
+        "original_resolution",
+        "legible",
+        "other_panel",
+        "anywhere_else",
+        "cut",
+        "missed",
+        "too_large",
+        "whole_scene",
+    ):
         right = []
         for start in range(0, number, generate.batch):
             requests, answers = [], []
@@ -195,22 +207,32 @@ def reward_scores(
     return scores
 
 
-def _crop(kind: str, drawn: Any, rng: np.random.Generator) -> Box:
+def _crop(kind: str, drawn: PanelScene, rng: np.random.Generator) -> Box:
+    """A crop of one kind: drawn until as much of the mark is in it as the kind asks for."""
     mark, side = drawn.target.mark_box, drawn.pixels.shape[0]
-    if kind == "legible":
-        return crop_with(mark, side, 0.0017, LEGIBLE_AREA, rng)
-    if kind == "too_large":
-        return crop_with(mark, side, 0.27, 0.9, rng)
-    if kind == "whole_scene":
-        return Box(0, 0, side, side)
-    others = [panel.mark_box for panel in drawn.panels if panel is not drawn.target]
+    assert mark is not None
+    others = [panel.mark_box for panel in drawn.panels if panel is not drawn.target and panel.mark_box is not None]
+
+    def around(target: Box, smallest: float, largest: float) -> Box:
+        return crop_with(target, side, smallest, largest, rng)
+
+    kinds: dict[str, tuple[Callable[[], Box], Callable[[int], bool]]] = {
+        "original_resolution": (lambda: around(mark, 0.0017, ORIGINAL_AREA), lambda shown: shown == mark.area),
+        "legible": (lambda: around(mark, 0.0017, LEGIBLE_AREA), lambda shown: shown == mark.area),
+        "too_large": (lambda: around(mark, 0.27, 0.9), lambda shown: shown == mark.area),
+        "whole_scene": (lambda: Box(0, 0, side, side), lambda shown: shown == mark.area),
+        "other_panel": (
+            lambda: around(others[int(rng.integers(len(others)))], 0.0017, LEGIBLE_AREA),
+            lambda shown: shown == 0,
+        ),
+        "anywhere_else": (lambda: crop_anywhere(side, rng), lambda shown: shown == 0),
+        "cut": (lambda: crop_anywhere(side, rng), lambda shown: 0 < shown < mark.area),
+        "missed": (lambda: point(drawn.target.box, Pointing(), side, rng), lambda shown: shown < mark.area),
+    }
+    draw, fits = kinds[kind]
     while True:
-        if kind == "other_panel":
-            box = crop_with(others[int(rng.integers(len(others)))], side, 0.0017, LEGIBLE_AREA, rng)
-        else:
-            box = crop_anywhere(side, rng)
-        shared = max(0, min(box.x2, mark.x2) - max(box.x1, mark.x1)) * max(
-            0, min(box.y2, mark.y2) - max(box.y1, mark.y1)
-        )
-        if (0 < shared < mark.area) if kind == "cut" else shared == 0:
+        box = draw()
+        if fits(
+            max(0, min(box.x2, mark.x2) - max(box.x1, mark.x1)) * max(0, min(box.y2, mark.y2) - max(box.y1, mark.y1))
+        ):
             return box

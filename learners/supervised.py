@@ -82,6 +82,11 @@ def fit(
     return seconds
 
 
+def is_finished(checkpoint: Path, schedule: Schedule) -> bool:
+    """Has ``fit`` done all steps of this checkpoint?"""
+    return checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= schedule.steps
+
+
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")

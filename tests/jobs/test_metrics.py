@@ -47,6 +47,9 @@ def test_rewards_average_over_what_was_scored() -> None:
     found = reward_metrics(
         [group([facts(RIGHT)] * 3, scores), group([facts(RIGHT)] * 2, [Score(2.0, {"region": 0.5})] * 2)]
     )
-    assert found == {"reward/total": 2.0, "reward/region": 0.5, "reward/unscored": 1.0, "reward/equal_groups": 0.5}
+    # five crops hold the target, of the four that were scored one is paid; 0.5 is not above a half
+    agreement = {"reward/region_precision": 1.0, "reward/region_recall": 0.25}
+    means = {"reward/total": 2.0, "reward/region": 0.5, "reward/unscored": 1.0, "reward/equal_groups": 0.5}
+    assert found == means | agreement
     nothing = reward_metrics([group([facts(RIGHT)], [Unscored("timeout")])])
     assert nothing == {"reward/unscored": 1.0, "reward/equal_groups": 1.0}

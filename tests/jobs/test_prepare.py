@@ -41,7 +41,7 @@ def test_an_interrupted_preparation_is_made_again(tmp_path: Path) -> None:
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["panels", "--out", str(tmp_path), "--train", "2", "--heldout", "1", "--hide-target"]) == 0
+    assert main(["panels", "--out", str(tmp_path), "--train", "2", "--heldout", "1"]) == 0
     assert "train.parquet" in capsys.readouterr().out
     assert main(["panels", "--out", str(tmp_path), "--train", "0"]) == 1
     assert "at least one row" in capsys.readouterr().err
