@@ -47,7 +47,7 @@ class PretrainConfig:
     """Pages of eight scenes that both language parts learn from."""
     looks: int = 40
     """Lessons in pointing in each of the policy's batches."""
-    reads: int = 16
+    reads: int = 28
     """Lessons in reading in each of the policy's batches."""
     verifies: int = 48
     """Lessons in each of the reward model's batches."""
@@ -197,12 +197,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps-scale", type=float, default=1.0, help="multiplies the steps of every lesson (default: 1)"
     )
+    parser.add_argument("--questions", type=int, default=512, help="held-out scenes to measure on (default: 512)")
     parser.add_argument("--resume", action="store_true", help="continue the lessons of an interrupted run")
     parser.add_argument("--work", type=Path, help="checkpoints and logs (default: <out>/.pretrain-<seed>)")
     options = parser.parse_args(argv)
     if options.steps_scale <= 0:
         parser.error("--steps-scale must be above 0")
-    config = replace(PretrainConfig(), seed=options.seed).scaled(options.steps_scale)
+    config = replace(PretrainConfig(), seed=options.seed, questions=options.questions).scaled(options.steps_scale)
     work = options.work or options.out / f".pretrain-{options.seed}"
     if not _continues(work, config, options.resume):
         print(f"ergo-rl pretrain: {work} holds a run with other settings; leave out --resume", file=sys.stderr)
