@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,9 @@ class AblationRun:
             found = json.loads(self.result.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return Curve(self.seed, found["evaluations"]) if found["settings"] == self.settings() else None
+        if found["settings"] != self.settings():
+            return None
+        return Curve(self.seed, found["evaluations"], found["training_s"])
 
     def steps_done(self) -> int:
         metrics = self.folder / f"seed-{self.seed}" / "metrics.jsonl"
@@ -131,7 +134,9 @@ async def train(run: AblationRun, progress: Progress, task: TaskID) -> bool:
     names = [f"name={folder.name}", f"runs_dir={run.folder}", f"seed={run.seed}"]
     command = [sys.executable, "-m", "jobs", "train", run.recipe, *run.overrides, *names]
     with folder.with_suffix(".log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=asyncio.subprocess.STDOUT)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=log, stderr=asyncio.subprocess.STDOUT, start_new_session=True
+        )
         try:
             while process.returncode is None:
                 progress.update(task, completed=run.steps_done())
@@ -140,14 +145,17 @@ async def train(run: AblationRun, progress: Progress, task: TaskID) -> bool:
                 except TimeoutError:
                     continue
         finally:
-            if process.returncode is None:  # stopped by hand: the run cleans up behind itself
-                process.terminate()
+            if process.returncode is None:  # stopped by hand: the run ends as if it had been told so itself, once
+                process.send_signal(signal.SIGINT)
                 await process.wait()
     progress.update(task, completed=run.steps_done())
     if process.returncode:
         return False
     evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    run.result.write_text(json.dumps({"settings": run.settings(), "evaluations": evaluations}, indent=1) + "\n")
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    spent = sum(step["time/step_s"] for step in steps)
+    result = {"settings": run.settings(), "training_s": spent, "evaluations": evaluations}
+    run.result.write_text(json.dumps(result, indent=1) + "\n")
     return True
 
 

@@ -23,10 +23,12 @@ _PLOTTED = {"coverage": "target coverage", "accuracy": "accuracy", "area_ratio":
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The evaluations of one run, in the order of their ``step``."""
+    """The evaluations of one run, in the order of their ``step``; ``training_s``: seconds of its optimiser steps,
+    without start and evaluations."""
 
     seed: int
     evaluations: Sequence[Metrics]
+    training_s: float
 
     def last(self, name: str) -> float | None:
         return self.evaluations[-1].get(f"eval/{name}")
@@ -40,7 +42,9 @@ def write_report(
     table, figures, plot = out / "ablation.md", out / "ablation.json", out / "ablation.png"
     table.write_text(as_markdown(command, rows, curves, seeds))
     every = {row: {curve.seed: list(curve.evaluations) for curve in found} for row, found in curves.items()}
-    figures.write_text(json.dumps({"command": command, "rows": dict(rows), "evaluations": every}, indent=1) + "\n")
+    spent = {row: {curve.seed: curve.training_s for curve in found} for row, found in curves.items()}
+    record = {"command": command, "rows": dict(rows), "training_s": spent, "evaluations": every}
+    figures.write_text(json.dumps(record, indent=1) + "\n")
     _plot(curves, plot)
     return [table, figures, plot]
 
@@ -48,17 +52,18 @@ def write_report(
 def as_markdown(
     command: str, rows: Mapping[str, Sequence[str]], curves: Mapping[str, Sequence[Curve]], seeds: int
 ) -> str:
-    """A line per row: mean and sample deviation over the seeds, and the coverage of each seed."""
-    head = ["row", *_COLUMNS.values(), "coverage by seed"]
+    """A line per row: mean and sample deviation over the seeds, and the coverage and the training time of each seed."""
+    head = ["row", *_COLUMNS.values(), "coverage by seed", "training"]
     lines = [f"Made by `{command}`.", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     if first := next((found[0] for found in curves.values() if found), None):
         before = [_percent(first.evaluations[0].get(f"eval/{name}")) for name in _COLUMNS]
-        lines.append(f"| *before RL* | {' | '.join(before)} | |")
+        lines.append(f"| *before RL* | {' | '.join(before)} | | |")
     for row, found in curves.items():
         cells = [_mean([curve.last(name) for curve in found]) for name in _COLUMNS]
         by_seed = ", ".join(f"{curve.seed}: {_percent(curve.last('coverage'))}" for curve in found)
         missing = f" ({len(found)} of {seeds} seeds)" if len(found) < seeds else ""
-        lines.append(f"| {row}{missing} | {' | '.join(cells)} | {by_seed} |")
+        minutes = ", ".join(f"{curve.training_s / 60:.1f} min" for curve in found)
+        lines.append(f"| {row}{missing} | {' | '.join(cells)} | {by_seed} | {minutes} |")
     lines += ["", "What each row changes:", ""]
     lines += [f"- {row}: {' '.join(f'`{change}`' for change in changes) or 'nothing'}" for row, changes in rows.items()]
     return "\n".join(lines) + "\n"

@@ -22,7 +22,7 @@ class GuardsConfig:
     """Alarm below this share of the entropy of the first steps: the policy has stopped trying things."""
     equal_groups: float = 0.8
     """Alarm above this share of groups of equal rewards: they teach nothing."""
-    paid_without_coverage: float = 0.3
+    paid_without_coverage: float = 0.4
     """Alarm where r_region is above the coverage of the targets by more than this: the reward model pays for regions
     that do not hold them."""
 

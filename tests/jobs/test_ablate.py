@@ -13,10 +13,11 @@ from jobs.config import ConfigError
 from tests.conftest import ROOT
 
 
-def test_the_shipped_plan_loads_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_plans_load_row_by_row(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    plan = load_plan(Path("configs/ablations/panels.yaml"), ["total_steps=3"])
-    assert len(plan.seeds) >= 3 and "full" in plan.rows and plan.overrides[-1] == "total_steps=3"
+    loaded = load_plan(plan, ["total_steps=3"])
+    assert len(loaded.seeds) >= 3 and len(loaded.rows) >= 3 and loaded.overrides[-1] == "total_steps=3"
 
 
 def test_a_misspelt_key_is_named_with_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +41,10 @@ def test_runs_go_seed_by_seed_and_finished_ones_count_with_their_settings_only(t
     assert slug("weights (0.5, 0.25)") == "weights-0-5-0-25"
     runs[0].folder.mkdir()
     evaluations = [{"step": 0, "eval/coverage": 0.25}, {"step": 2, "eval/coverage": 0.5}]
-    runs[0].result.write_text(json.dumps({"settings": runs[0].settings(), "evaluations": evaluations}))
-    assert runs[0].curve() == Curve(0, evaluations)
+    runs[0].result.write_text(
+        json.dumps({"settings": runs[0].settings(), "training_s": 90.0, "evaluations": evaluations})
+    )
+    assert runs[0].curve() == Curve(0, evaluations, 90.0)
     changed = runs_of(AblationPlan("r.yaml", ["a=2"], [0], plan.rows), tmp_path)[0]
     assert changed.curve() is None, "another override makes it another run"
     runs[0].result.write_text("{")
@@ -50,7 +53,7 @@ def test_runs_go_seed_by_seed_and_finished_ones_count_with_their_settings_only(t
 
 def curve(seed: int, after: float) -> Curve:
     steps = [{"step": 0, "eval/coverage": 0.25, "eval/accuracy": 0.5}, {"step": 4, "eval/coverage": after}]
-    return Curve(seed, steps)
+    return Curve(seed, steps, 90.0)
 
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
@@ -59,7 +62,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     curves = {"full": [curve(0, 0.5), curve(1, 0.7)], "region only": [curve(1, 0.4)], "none yet": []}
     text = as_markdown("ergo-rl ablate x", rows, curves, seeds=2)
     assert "| *before RL* | 25.0% | 50.0% | - |" in text
-    assert "| full | 60.0% ± 14.1 | - |" in text and "0: 50.0%, 1: 70.0% |" in text
+    assert "| full | 60.0% ± 14.1 | - |" in text and "0: 50.0%, 1: 70.0% | 1.5 min, 1.5 min |" in text
     assert "| region only (1 of 2 seeds) | 40.0% |" in text and "| none yet (0 of 2 seeds) | - |" in text
     assert "- region only: `reward.beta=0`" in text
     written = write_report(tmp_path, "ergo-rl ablate x", rows, curves, 2)

@@ -39,7 +39,7 @@ def test_nothing_is_said_before_a_whole_window() -> None:
         ("rollout/full_image_rate", 1.0, "full_image", "55% of the crops are whole images"),
         ("rollout/tiny_box_rate", 1.0, "tiny_box", "50% of the crops are tiny"),  # 0.5 is the limit, not above it
         ("reward/equal_groups", 1.0, "equal_groups", "60%"),
-        ("reward/region", 1.0, "paid_without_coverage", "r_region is 30% above the coverage"),
+        ("reward/region", 1.0, "paid_without_coverage", "r_region is 45% above the coverage"),
     ],
 )
 def test_the_mean_of_the_window_counts(metric: str, value: float, alarm: str, sentence: str) -> None:
