@@ -97,11 +97,11 @@ def load_plan(path: Path, overrides: Sequence[str]) -> AblationPlan:
 
 
 def runs_of(plan: AblationPlan, out: Path) -> list[AblationRun]:
-    """Seed by seed, so that a part of the runs is already a comparison."""
+    """Row by row, so that a part of the runs already has whole rows."""
     return [
         AblationRun(row, seed, plan.recipe, (*plan.overrides, *changes), out / slug(row))
-        for seed in plan.seeds
         for row, changes in plan.rows.items()
+        for seed in plan.seeds
     ]
 
 

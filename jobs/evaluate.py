@@ -21,18 +21,21 @@ from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Question
 from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
 from jobs.config import TrainConfig, load_config
-from jobs.evaluation import BoxSource, Evaluation, evaluate, wilson
+from jobs.evaluation import BoxSource, evaluate
 from jobs.metrics import Metrics
 from jobs.prepare import prepare_embedded
 
-_SHARES = {
+_ROWS = {
     "coverage": "target coverage",
     "accuracy": "accuracy",
-    "region": "r_region",
+    "area_ratio": "mean crop area",
     "full_image_rate": "whole image",
+    "tiny_box_rate": "tiny box",
     "bad_box_rate": "bad box",
+    "region": "r_region",
+    "region_precision": "paid crops that hold the target",
+    "region_recall": "crops with the target that are paid",
 }
-_MEANS = {"area_ratio": "area", "region_precision": "region precision", "region_recall": "region recall"}
 
 
 def heldout(config: TrainConfig) -> list[Question]:
@@ -70,37 +73,30 @@ async def compare(
                 evaluation = await evaluate(questions, rollouts, rewards, config.evaluation, source)
             for bad in evaluation.unplayable:
                 console.print(f"could not play {bad.question_id!r}: {bad.reason}", highlight=False)
-            found[source] = with_intervals(evaluation, evaluation.metrics(config.metrics))
+            bounds = evaluation.intervals(config.metrics)
+            lows = {f"{name}_low": low for name, (low, _) in bounds.items()}
+            highs = {f"{name}_high": high for name, (_, high) in bounds.items()}
+            found[source] = evaluation.metrics(config.metrics) | lows | highs
     return found
-
-
-def with_intervals(evaluation: Evaluation, metrics: Metrics) -> Metrics:
-    """Every share with its 95 % interval, as ``NAME_low`` and ``NAME_high``."""
-    played = len(evaluation.groups)
-    shares = {name: metrics[f"eval/{name}"] for name in _SHARES if f"eval/{name}" in metrics}
-    bounds = {name: wilson(share * played, played) for name, share in shares.items()}
-    lows = {f"eval/{name}_low": low for name, (low, _) in bounds.items()}
-    return metrics | lows | {f"eval/{name}_high": high for name, (_, high) in bounds.items()}
 
 
 def as_table(found: dict[str, Metrics], how: str) -> Table:
     """A row per figure, a column per source of boxes."""
-    table = Table(title=f"held-out questions, {how}; shares with 95 % intervals")
+    table = Table(title=f"held-out questions, {how}; with 95 % intervals")
     table.add_column("")
     for source in found:
         table.add_column(f"box: {source}", justify="right")
-    for name, title in _SHARES.items():
-        key = f"eval/{name}"
-        cells = [
-            f"{one[key]:.1%} [{one[key + '_low']:.0%}-{one[key + '_high']:.0%}]" if key in one else "-"
-            for one in found.values()
-        ]
-        table.add_row(title, *cells)
-    for name, title in _MEANS.items():
-        table.add_row(
-            title, *(f"{one[f'eval/{name}']:.3f}" if f"eval/{name}" in one else "-" for one in found.values())
-        )
+    for name, title in _ROWS.items():
+        table.add_row(title, *(_cell(one, f"eval/{name}") for one in found.values()))
     return table
+
+
+def _cell(metrics: Metrics, name: str) -> str:
+    if name not in metrics:
+        return "-"
+    text = f"{metrics[name]:.1%}"
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return text if low is None or high is None else f"{text} [{low:.1%} - {high:.1%}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -14,9 +15,12 @@ from actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, witho
 from actors.trajectory_store import Group
 from episodes import images
 from episodes.questions import DatasetError
-from episodes.types import Box, Question
-from jobs.metrics import Metrics, MetricsConfig, reward_metrics, rollout_metrics
+from episodes.types import Box, Question, Score
+from jobs.metrics import Metrics, MetricsConfig, covered_and_paid, reward_metrics, rollout_metrics
 from rewards.reward_pool import RewardPool
+
+Z = 1.959964
+"""Of a 95 % interval."""
 
 
 class BoxSource(StrEnum):
@@ -60,6 +64,26 @@ class Evaluation:
         found = rollout_metrics(self.groups, config) | reward_metrics(self.groups) if self.groups else {}
         kept = {f"eval/{name.partition('/')[2]}": value for name, value in found.items() if "equal_groups" not in name}
         return kept | {"eval/unplayable": float(len(self.unplayable))}
+
+    def intervals(self, config: MetricsConfig) -> dict[str, tuple[float, float]]:
+        """95 % intervals of the figures that are shares (Wilson's, each of its own number of cases) and of the mean
+        area ratio (normal), by their names in ``metrics``."""
+        metrics = self.metrics(config)
+        facts = [facts for group in self.groups for facts in group.played.facts]
+        scored = sum(isinstance(score, Score) for group in self.groups for score in group.scores)
+        pairs = covered_and_paid(self.groups)
+        cases = dict.fromkeys(("full_image_rate", "tiny_box_rate", "bad_box_rate", "answered_rate"), len(facts))
+        cases |= dict.fromkeys(("accuracy", "region", "box", "format"), scored)
+        cases["coverage"] = sum(len(group.played.facts) for group in self.groups if group.question.boxes)
+        cases["region_precision"] = sum(paid for _, paid in pairs)
+        cases["region_recall"] = sum(covered for covered, _ in pairs)
+        named = {f"eval/{name}": count for name, count in cases.items()}
+        found = {name: wilson(metrics[name] * count, count) for name, count in named.items() if name in metrics}
+        ratios = [one.area_ratio for one in facts if one.area_ratio is not None]
+        if len(ratios) > 1:
+            mean, half = statistics.mean(ratios), Z * statistics.stdev(ratios) / math.sqrt(len(ratios))
+            found["eval/area_ratio"] = (mean - half, mean + half)
+        return found
 
 
 async def evaluate(
@@ -112,7 +136,7 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     if count == 0:
         return 0.0, 1.0
-    z, share = 1.959964, hits / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    share = hits / count
+    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)

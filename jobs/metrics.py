@@ -66,17 +66,22 @@ def reward_metrics(groups: Sequence[Group]) -> Metrics:
 def region_agreement(groups: Sequence[Group]) -> Metrics:
     """Of r_region with coverage, where questions say where the target is: precision (paid crops that hold the target),
     recall (crops that hold the target that were paid)."""
-    pairs = [
+    pairs = covered_and_paid(groups)
+    paid = [covered for covered, paid in pairs if paid]
+    covered = [paid for covered, paid in pairs if covered]
+    return ({"reward/region_precision": _share(paid)} if paid else {}) | (
+        {"reward/region_recall": _share(covered)} if covered else {}
+    )
+
+
+def covered_and_paid(groups: Sequence[Group]) -> list[tuple[bool, bool]]:
+    """For every scored trajectory whose question says where the target is: does the crop hold it, is r_region 1?"""
+    return [
         (covers(group.question, facts), score.parts["region"] > 0.5)
         for group in groups
         for facts, score in zip(group.played.facts, group.scores, strict=True)
         if group.question.boxes and isinstance(score, Score) and "region" in score.parts
     ]
-    paid, covered = sum(paid for _, paid in pairs), sum(covered for covered, _ in pairs)
-    both = sum(covered and paid for covered, paid in pairs)
-    return ({"reward/region_precision": both / paid} if paid else {}) | (
-        {"reward/region_recall": both / covered} if covered else {}
-    )
 
 
 def _totals(group: Group) -> list[float]:

@@ -121,6 +121,9 @@ class View:
             for name, value in self._latest.items()
             if name.startswith("time/") and "slowest" not in name
         )
+        replaced = sum(self._latest.get(f"count/{role}_restarts", 0.0) for role in ("rollout", "reward"))
+        if replaced:
+            times += f"  workers replaced: {replaced:.0f}"
         warnings = [Text(f"! {sentence}", style="bold red") for sentence in self._warnings.values()]
         body = Group(table, Text(times, style="dim"), *warnings) if self._history else Text("starting", style="dim")
         return Group(Panel(body, title=f"ERGO · {self._name}", subtitle=str(self._folder)), self._progress)

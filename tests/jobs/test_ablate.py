@@ -33,10 +33,10 @@ def test_a_misspelt_key_is_named_with_its_row(tmp_path: Path, monkeypatch: pytes
         load_plan(tmp_path / "none.yaml", [])
 
 
-def test_runs_go_seed_by_seed_and_finished_ones_count_with_their_settings_only(tmp_path: Path) -> None:
+def test_runs_go_row_by_row_and_finished_ones_count_with_their_settings_only(tmp_path: Path) -> None:
     plan = AblationPlan("r.yaml", ["a=1"], [0, 1], {"region + box": ["b=2"], "full": []})
     runs = runs_of(plan, tmp_path)
-    assert [(run.row, run.seed) for run in runs] == [("region + box", 0), ("full", 0), ("region + box", 1), ("full", 1)]
+    assert [(run.row, run.seed) for run in runs] == [("region + box", 0), ("region + box", 1), ("full", 0), ("full", 1)]
     assert runs[0].overrides == ("a=1", "b=2") and runs[0].folder == tmp_path / "region-box"
     assert slug("weights (0.5, 0.25)") == "weights-0-5-0-25"
     runs[0].folder.mkdir()

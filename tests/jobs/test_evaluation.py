@@ -59,6 +59,9 @@ def test_agreement_of_the_region_reward_with_coverage() -> None:
     found = Evaluation(groups, (Unplayable("bad", "no picture"),)).metrics(MetricsConfig())
     assert found["eval/region_precision"] == found["eval/region_recall"] == 0.5
     assert found["eval/coverage"] == found["eval/accuracy"] == 0.5
+    bounds = Evaluation(groups, ()).intervals(MetricsConfig())
+    assert bounds["eval/coverage"] == pytest.approx(wilson(2, 4)) and bounds["eval/region_recall"] == wilson(1, 2)
+    assert bounds["eval/area_ratio"] == pytest.approx((0.18, 0.18))
     assert found["eval/unplayable"] == 1 and found["eval/trajectories"] == 4
     assert Evaluation((), (Unplayable("bad", "no picture"),)).metrics(MetricsConfig()) == {"eval/unplayable": 1.0}
 
