@@ -92,22 +92,23 @@ def turn_advantages(
 
 def term_advantages(
     parts: Sequence[Mapping[str, float] | None], weights: Mapping[str, float], config: AdvantageConfig
-) -> tuple[float, ...]:
+) -> tuple[tuple[float], ...]:
     """Each term of a group normalised for itself, then the weighted sum (GDPO, first half; ``over_step`` is the other).
 
     parts: for each member its terms before their weights, None where it could not be scored (NaN then)."""
     total = np.zeros(len(parts))
     for name, weight in weights.items():
         total += weight * np.array(group_advantages([None if one is None else one[name] for one in parts], config))
-    return tuple((total + 0.0).tolist())
+    return tuple((float(advantage),) for advantage in total)
 
 
-def over_step(groups: Sequence[Sequence[float]], config: AdvantageConfig) -> list[tuple[float, ...]]:
+def over_step(
+    groups: Sequence[Sequence[Sequence[float]]], config: AdvantageConfig
+) -> list[tuple[tuple[float, ...], ...]]:
     """GDPO's second half: every advantage of the step divided by their standard deviation, so that their size does not
     grow with the number of terms. Their mean is 0 already, group by group; what is exactly 0 or NaN stays so."""
-    every = np.array([advantage for group in groups for advantage in group])
+    every = np.array([advantage for group in groups for member in group for advantage in member])
     scored = every[~np.isnan(every)]
-    if len(scored) < 2 or np.ptp(scored) <= config.tolerance:
-        return [tuple(group) for group in groups]
-    scale = float(scored.std(ddof=1)) + config.epsilon
-    return [tuple(advantage / scale for advantage in group) for group in groups]
+    equal = len(scored) < 2 or np.ptp(scored) <= config.tolerance
+    scale = 1.0 if equal else float(scored.std(ddof=1)) + config.epsilon
+    return [tuple(tuple(advantage / scale for advantage in member) for member in group) for group in groups]

@@ -102,7 +102,10 @@ class Learner:
         ``scale_wrt_gas=False`` keeps the second division out."""
         step = self._agree(plan)
         if step.tokens == 0:
-            raise ValueError(f"no token to learn from: nothing is scored ({step.length_mismatches} length mismatches)")
+            raise ValueError(
+                "no token to learn from: nothing is scored, or all of it was truncated and loss.mask_truncated is set "
+                f"({step.length_mismatches} length mismatches)"
+            )
         sums = TokenSums.zero(self.device)
         self.engine.train()
         for index, batch in enumerate(self.batcher.batches(plan, step.passes)):
