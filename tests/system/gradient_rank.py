@@ -1,7 +1,8 @@
 """One process of ``test_gradients``: ``python -m tests.system.gradient_rank MODEL RANK WORLD PORT OUT BUDGET STAGE...``
 
 Writes, for each ZeRO stage: the gradient of a first step, its norm as the optimiser saw it, the weights after it, the
-gradient of a second step, and that of another objective with a divergence from the weights at the start. All stages run in one process, because most of its time is importing."""
+gradient of a second step, and that of another objective with a divergence from the weights at the start. All stages run
+in one process, because most of its time is importing."""
 
 from __future__ import annotations
 
