@@ -78,6 +78,10 @@ class TrainConfig:
     """How many policy versions a trajectory may be older than the update that uses it; 0 is on-policy."""
     start_deadline_s: float = 600.0
     """Workers that are not up by then end the run."""
+    dynamic_sampling: bool = False
+    """Play another question in place of one whose trajectories all earned the same: nothing is learned from those."""
+    dynamic_sampling_most: int = 4
+    """With dynamic_sampling: play at most so many times groups_per_step questions in a step."""
     shuffle_rewards: bool = False
     """A control: deal the scores of a step to its trajectories at random. Nothing about the task can be learned."""
     samples_every: int = 5
@@ -93,6 +97,11 @@ class TrainConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def spare_groups(self) -> int:
+        """Questions that a step may play in place of others."""
+        return (self.dynamic_sampling_most - 1) * self.groups_per_step if self.dynamic_sampling else 0
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -138,6 +147,7 @@ def check(config: TrainConfig) -> None:
         (config.total_steps < 1, "total_steps must be at least 1"),
         (config.groups_per_step < 1, "groups_per_step must be at least 1"),
         (rollout.group_size < 2, "rollout.group_size must be at least 2: advantages are relative to the group"),
+        (config.dynamic_sampling_most < 1, "dynamic_sampling_most must be at least 1 (times groups_per_step)"),
         (config.max_staleness < 0, "max_staleness must be 0 (on-policy) or more"),
         (rollout.sampling.temperature <= 0, "rollout.sampling.temperature must be above 0 for training"),
         (

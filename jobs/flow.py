@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from actors.rollout_pool import RolloutPool
@@ -39,7 +39,7 @@ class Flow:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._unplayable_in_a_row = 0
         self._slowest: dict[str, float] = {}
-        self.unplayable = 0
+        self.unplayable = self.replaced = 0
 
     def allow(self, groups: int) -> None:
         """Let ``groups`` more questions be played."""
@@ -49,6 +49,23 @@ class Flow:
             task = asyncio.create_task(self._play_and_score(number))
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
+
+    async def take(self, count: int, oldest: int, wanted: Callable[[Group], bool], spare: int) -> list[Group]:
+        """The next ``count`` groups, sampled by version ``oldest`` or later. In place of one that is not ``wanted``
+        another question is played, ``spare`` times at most (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2);
+        after that groups are taken as they come.
+
+        Decided in the order of questions, so what is taken does not depend on which was finished first; and at once,
+        so that engines need not wait for the whole step's groups to be judged."""
+        taken: list[Group] = []
+        while len(taken) < count:
+            (group,) = await self._store.take(1, oldest)
+            if spare and not wanted(group):
+                spare, self.replaced = spare - 1, self.replaced + 1
+                self.allow(1)
+            else:
+                taken.append(group)
+        return taken
 
     def metrics(self) -> Metrics:
         """Counts since the start of the run (what was left out, what was replaced, what was too old), and the longest
@@ -61,6 +78,7 @@ class Flow:
             "count/rollout_restarts": float(self._rollouts.restarts),
             "count/reward_restarts": float(self._rewards.restarts),
             "count/stale_groups": float(self._store.dropped),
+            "count/equal_groups_replaced": float(self.replaced),
         }
 
     async def stop(self) -> None:

@@ -7,20 +7,19 @@ import asyncio
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import stable_seed
-from actors.trajectory_store import Group, TrajectoryStore
+from actors.trajectory_store import TrajectoryStore
 from cluster.placement import Cluster
 from cluster.pool import together
 from cluster.weights import WeightChannel
 from episodes.questions import QuestionStream
-from episodes.types import Unscored
 from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
 from jobs.config import TrainConfig, load_config
+from jobs.credit import Crediting, shuffled
 from jobs.evaluate import heldout
 from jobs.evaluation import evaluate
 from jobs.flow import Flow, flowing
@@ -30,9 +29,9 @@ from jobs.prepare import prepare_embedded
 from jobs.proof import Proof
 from jobs.run import Run
 from jobs.view import View
-from learners.advantages import AdvantageConfig, Credit, turn_advantages
-from learners.learner_group import LearnerGroup, TrainingGroup
+from learners.learner_group import LearnerGroup
 from rewards.reward_pool import RewardPool
+from rewards.tce import weights_of
 
 
 async def train(config: TrainConfig) -> Path:
@@ -44,6 +43,7 @@ async def train(config: TrainConfig) -> Path:
         rollouts, rewards, learners = await launch(cluster, config, run.view)
         weights = WeightChannel(source=learners, sink=rollouts)
         store = TrajectoryStore()
+        credit = Crediting(config.learner, weights_of(config.reward))
         flow = Flow(questions, rollouts, rewards, store, config.seed, config.questions.on_bad_row)
 
         await weights.publish(version=0)
@@ -57,13 +57,13 @@ async def train(config: TrainConfig) -> Path:
                 with run.step(step) as report:
                     flow.allow(config.groups_per_step)
                     with report.timed("rollout"):
-                        groups = await store.take(config.groups_per_step, oldest=step - config.max_staleness)
+                        oldest = step - config.max_staleness
+                        groups = await flow.take(config.groups_per_step, oldest, credit.teaches, config.spare_groups)
                     report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups) | flow.metrics())
                     if config.shuffle_rewards:
                         groups = shuffled(groups, random.Random(stable_seed(config.seed, "shuffle", step)))
                     with report.timed("learn"):
-                        batch = [to_training(group, config.learner.advantages) for group in groups]
-                        report.add(await learners.update(batch))
+                        report.add(await learners.update(credit.batch(groups)))
                     with report.timed("publish"):
                         await weights.publish(version=step + 1)
                     if config.proof.due(step + 1, config.total_steps):
@@ -85,30 +85,6 @@ async def launch(cluster: Cluster, config: TrainConfig, view: View) -> tuple[Rol
         learners = await LearnerGroup.launch(cluster, config.learner)
         await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
     return rollouts, rewards, learners
-
-
-def to_training(group: Group, config: AdvantageConfig) -> TrainingGroup:
-    """A scored group as the learner takes it: advantages in place of scores."""
-    by_turn = config.credit is Credit.TURN
-    turns = [len(facts.reply_tokens) for facts in group.played.facts]
-    earned = [
-        None if isinstance(score, Unscored) else score.turns[:played] if by_turn else (score.total,)
-        for score, played in zip(group.scores, turns, strict=True)
-    ]
-    return TrainingGroup(
-        question_id=group.question.id,
-        trajectories=group.trajectories,
-        advantages=turn_advantages(earned, config),
-        tokens=tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in group.played.facts),
-    )
-
-
-def shuffled(groups: Sequence[Group], rng: random.Random) -> list[Group]:
-    """The same groups with their scores dealt out anew, across all of them."""
-    scores = [score for group in groups for score in group.scores]
-    rng.shuffle(scores)
-    dealt = iter(scores)
-    return [replace(group, scores=tuple(islice(dealt, len(group.scores)))) for group in groups]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

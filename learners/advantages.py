@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,14 +19,40 @@ class Credit(StrEnum):
     TURN = "turn"
 
 
+class Normalisation(StrEnum):
+    """STD: divided by the group's standard deviation (GRPO). NONE: reward minus mean (Dr. GRPO, arXiv 2503.20783: the
+    division makes questions that are nearly always or nearly never solved weigh more)."""
+
+    STD = "std"
+    NONE = "none"
+
+
+class Terms(StrEnum):
+    """SUM_THEN_NORMALISE: the weighted reward terms are summed, the sum is normalised (GRPO). NORMALISE_THEN_SUM: each
+    term is normalised within the group, then they are weighted and summed, and the sums divided by their standard
+    deviation over the whole step (GDPO, arXiv 2601.05242), so that unlike terms with equal sums stay apart."""
+
+    SUM_THEN_NORMALISE = "sum_then_normalise"
+    NORMALISE_THEN_SUM = "normalise_then_sum"
+
+
 @dataclass
 class AdvantageConfig:
     credit: Credit = Credit.TRAJECTORY
     """trajectory | turn."""
+    normalisation: Normalisation = Normalisation.STD
+    """std | none."""
+    terms: Terms = Terms.SUM_THEN_NORMALISE
+    """sum_then_normalise | normalise_then_sum (with credit trajectory and normalisation std)."""
     epsilon: float = 1e-4
     """Added to the standard deviation; reward units (TRL and verl use 1e-4 and 1e-6)."""
     tolerance: float = 1e-6
     """Rewards of a group that differ by no more than this are equal: all advantages are exactly 0."""
+
+    def __post_init__(self) -> None:
+        plain = self.credit is Credit.TRAJECTORY and self.normalisation is Normalisation.STD
+        if self.terms is Terms.NORMALISE_THEN_SUM and not plain:
+            raise ValueError("advantages.terms=normalise_then_sum needs credit=trajectory and normalisation=std")
 
 
 def group_advantages(rewards: Sequence[float | None], config: AdvantageConfig) -> tuple[float, ...]:
@@ -44,7 +70,8 @@ def group_advantages(rewards: Sequence[float | None], config: AdvantageConfig) -
     scored = values[~np.isnan(values)]
     if len(scored) < 2 or np.ptp(scored) <= config.tolerance:
         return tuple((values * 0.0 + 0.0).tolist())  # NaN stays NaN; + 0.0 turns -0.0 into 0.0
-    return tuple(((values - scored.mean()) / (scored.std(ddof=1) + config.epsilon)).tolist())
+    scale = scored.std(ddof=1) + config.epsilon if config.normalisation is Normalisation.STD else 1.0
+    return tuple(((values - scored.mean()) / scale).tolist())
 
 
 def turn_advantages(
@@ -61,3 +88,27 @@ def turn_advantages(
         (math.nan,) if one is None else tuple(by_turn[turn][place] for turn in range(len(one)))
         for place, one in enumerate(rewards)
     )
+
+
+def term_advantages(
+    parts: Sequence[Mapping[str, float] | None], weights: Mapping[str, float], config: AdvantageConfig
+) -> tuple[tuple[float], ...]:
+    """Each term of a group normalised for itself, then the weighted sum (GDPO, first half; ``over_step`` is the other).
+
+    parts: for each member its terms before their weights, None where it could not be scored (NaN then)."""
+    total = np.zeros(len(parts))
+    for name, weight in weights.items():
+        total += weight * np.array(group_advantages([None if one is None else one[name] for one in parts], config))
+    return tuple((float(advantage),) for advantage in total)
+
+
+def over_step(
+    groups: Sequence[Sequence[Sequence[float]]], config: AdvantageConfig
+) -> list[tuple[tuple[float, ...], ...]]:
+    """GDPO's second half: every advantage of the step divided by their standard deviation, so that their size does not
+    grow with the number of terms. Their mean is 0 already, group by group; what is exactly 0 or NaN stays so."""
+    every = np.array([advantage for group in groups for member in group for advantage in member])
+    scored = every[~np.isnan(every)]
+    equal = len(scored) < 2 or np.ptp(scored) <= config.tolerance
+    scale = 1.0 if equal else float(scored.std(ddof=1)) + config.epsilon
+    return [tuple(tuple(advantage / scale for advantage in member) for member in group) for group in groups]

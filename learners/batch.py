@@ -41,8 +41,8 @@ class Sample:
 class Row:
     """A trajectory of S tokens as the model sees it, every placeholder expanded.
 
-    token_ids int64[S]; image_mask, loss_mask bool[S]; rollout_logprobs, advantages float32[S], 0 outside the loss
-    mask; scored: False leaves the loss; prompt_lengths: of the whole prompt of each turn."""
+    token_ids int64[S]; image_mask, loss_mask bool[S]; rollout_logprobs, advantages float32[S] and turns int8[S] (1, 2),
+    0 outside the loss mask; scored: False leaves the loss; prompt_lengths: of the whole prompt of each turn."""
 
     views: tuple[View, ...]
     token_ids: NDArray[np.int64]
@@ -50,6 +50,7 @@ class Row:
     loss_mask: BoolArray
     rollout_logprobs: FloatArray
     advantages: FloatArray
+    turns: NDArray[np.int8]
     scored: bool
     prompt_lengths: tuple[int, ...]
 
@@ -63,7 +64,8 @@ class MicroBatch:
 
     input_ids int64[B, S]; attention_mask, mm_token_type_ids int64[B, S] (1 over image tokens: transformers
     computes mRoPE from it, from all grids and from the full ids); pixel_values float[patches, channels];
-    image_grid_thw int64[images, 3]; loss_mask bool[B, S]; rollout_logprobs, advantages float32[B, S]."""
+    image_grid_thw int64[images, 3]; loss_mask bool[B, S]; rollout_logprobs, advantages float32[B, S]; turns
+    int8[B, S]."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -73,10 +75,11 @@ class MicroBatch:
     loss_mask: Tensor
     rollout_logprobs: Tensor
     advantages: Tensor
+    turns: Tensor
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
-        for name in ("attention_mask", "mm_token_type_ids", "loss_mask", "rollout_logprobs", "advantages"):
+        for name in ("attention_mask", "mm_token_type_ids", "loss_mask", "rollout_logprobs", "advantages", "turns"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} is {list(getattr(self, name).shape)}, input_ids {list(shape)}")
         if (patches := int(self.image_grid_thw.prod(-1).sum())) != len(self.pixel_values):
@@ -101,8 +104,9 @@ class Plan:
     length_mismatches: int
 
     @property
-    def loss_tokens(self) -> int:
-        return sum(int(row.loss_mask.sum()) for row in self.rows)
+    def lengths(self) -> list[int]:
+        """Sampled tokens of each row."""
+        return [int(row.loss_mask.sum()) for row in self.rows]
 
     @property
     def real_tokens(self) -> int:
@@ -164,6 +168,7 @@ class Batcher:
             loss_mask=_right_padded([row.loss_mask for row in rows], False),
             rollout_logprobs=_right_padded([row.rollout_logprobs for row in rows], 0.0),
             advantages=_right_padded([row.advantages for row in rows], 0.0),
+            turns=_right_padded([row.turns for row in rows], 0),
         )
 
 
@@ -179,13 +184,14 @@ def expand(sample: Sample, family: ModelFamily, image_pad: int) -> Row:
         )
     widths = np.ones(len(ids), np.int64)
     widths[placeholders] = [family.visual_tokens(view) for view in trajectory.views]
-    advantages = np.zeros(len(ids), np.float32)
+    advantages, turns = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int8)
     prompts, start = [], 0
     for number, turn in enumerate(trajectory.turns):
         start += len(turn.prompt_ids)
         prompts.append(int(widths[:start].sum()))
         stop = start + len(turn.completion_ids)
         advantages[start:stop] = sample.advantages[min(number, len(sample.advantages) - 1)]
+        turns[start:stop] = number + 1
         start = stop
     return Row(
         views=trajectory.views,
@@ -194,6 +200,7 @@ def expand(sample: Sample, family: ModelFamily, image_pad: int) -> Row:
         loss_mask=np.repeat(sampled, widths),
         rollout_logprobs=np.repeat(trajectory.logprobs, widths),
         advantages=np.repeat(advantages, widths),
+        turns=np.repeat(turns, widths),
         scored=not any(map(math.isnan, sample.advantages)),
         prompt_lengths=tuple(prompts),
     )

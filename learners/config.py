@@ -21,12 +21,57 @@ class Schedule(StrEnum):
     COSINE = "cosine"
 
 
+class ObjectiveName(StrEnum):
+    """What is minimised and how it is averaged; the classes are in ``learners.objectives``, formulas and sources in
+    docs/objectives.md."""
+
+    DAPO = "dapo"
+    GRPO = "grpo"
+    DR_GRPO = "dr_grpo"
+    GSPO = "gspo"
+    CISPO = "cispo"
+
+
+class MismatchLevel(StrEnum):
+    """What leaves the loss where learner and engine disagree too much: the token, or its whole trajectory, judged by
+    the geometric mean over its tokens."""
+
+    TOKEN = "token"
+    SEQUENCE = "sequence"
+
+
 @dataclass
 class LossConfig:
+    objective: ObjectiveName = ObjectiveName.DAPO
+    """dapo (clip per token, mean over all tokens) | grpo | dr_grpo | gspo | cispo."""
     clip_low: float = 0.2
-    """The probability ratio is clipped below at 1 - clip_low."""
+    """The probability ratio is clipped below at 1 - clip_low (cispo: not at all)."""
     clip_high: float = 0.2
     """The probability ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Largest ratio that counts where the advantage is negative, above 1 (3 in arXiv 1912.09729); null: no limit."""
+    longest_reply: int = 1024
+    """The constant of dr_grpo, in tokens: the most that a trajectory can sample, both turns together."""
+    mismatch_low: float = 0.125
+    """A token whose ratio learner / engine is below this leaves the loss; 0 turns the bound off."""
+    mismatch_high: float = 8.0
+    """... or above this; .inf turns the bound off."""
+    mismatch_level: MismatchLevel = MismatchLevel.TOKEN
+    """token | sequence."""
+    kl: float = 0.0
+    """Coefficient of the KL divergence from the policy at the start, nats; above 0 every rank holds a frozen copy."""
+    mask_truncated: bool = False
+    """Trajectories that a reply's limit cut off leave the loss; they stay in their group's baseline."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(f"clip_low is {self.clip_low}, clip_high {self.clip_high}; need 0..1 and at least 0")
+        if self.dual_clip is not None and (self.dual_clip <= 1 or self.objective is ObjectiveName.CISPO):
+            raise ValueError(f"dual_clip is {self.dual_clip}; it must be above 1, and cispo has its own cap")
+        if not 0 <= self.mismatch_low < 1 < self.mismatch_high:
+            raise ValueError(f"mismatch_low is {self.mismatch_low}, mismatch_high {self.mismatch_high}; 1 lies between")
+        if self.longest_reply < 1 or self.kl < 0:
+            raise ValueError(f"longest_reply is {self.longest_reply}, kl {self.kl}; need at least 1 and 0")
 
 
 @dataclass

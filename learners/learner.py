@@ -6,7 +6,7 @@ import datetime
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +19,21 @@ from cluster.compat import repair_torchvision
 from episodes.families import family_of, load_tokenizer
 from episodes.types import FloatArray, Trajectory
 from learners import checkpoint
-from learners.batch import Batcher, Plan, Sample
+from learners.batch import Batcher, MicroBatch, Plan, Sample
 from learners.config import Dtype, LearnerConfig
-from learners.losses import TokenSums, policy_loss
+from learners.losses import TokenBatch, policy_loss
+from learners.objectives import OBJECTIVES
 from learners.policy import Policy
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateReport:
-    """Of one optimiser step over all ranks. Means are per token in the loss.
-
-    clip_share: tokens whose gradient clipping removed; mismatch: |learner - engine| log-prob, nats;
-    length_mismatches: trajectories left out because a prompt had another length in the engine; padding: share of the
-    tokens passed through the model that were padding."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    entropy: float
-    ratio: float
-    clip_share: float
-    mismatch_mean: float
-    mismatch_max: float
-    tokens: int
-    trajectories: int
-    length_mismatches: int
-    micro_batches: int
-    padding: float
-    seconds: float
-
-    def metrics(self) -> dict[str, float]:
-        return {f"learner/{name}": float(value) for name, value in asdict(self).items()}
+from learners.report import TURNS, TokenSums, UpdateReport
 
 
 @dataclass(frozen=True, slots=True)
 class StepSize:
-    """Of one optimiser step over all ranks. passes: forward passes that every rank makes; tokens: in the loss."""
+    """Of one optimiser step over all ranks. passes: forward passes that every rank makes; tokens: in the loss;
+    denominator: what the objective divides its sum by."""
 
     passes: int
+    denominator: float
     tokens: int
     rows: int
     length_mismatches: int
@@ -93,6 +70,7 @@ class Learner:
             token_budget=config.micro_batch_tokens,
         )
         self.policy = Policy(config)
+        self.reference = _reference(config, self.device)
         self.engine = _engine(self.policy, config)
 
     def update(self, samples: Sequence[Sample]) -> UpdateReport:
@@ -101,42 +79,40 @@ class Learner:
         step, sums = self.accumulate(self.batcher.plan(samples))
         lr = self.config.optimizer.learning_rate(self.step)
         grad_norm = self.apply(lr)
+        means = sums.means(with_kl=self.reference is not None)
+        assert means is not None, "accumulate found tokens"
         return UpdateReport(
-            loss=sums.loss.item() / step.tokens,
+            loss=sums.total("loss") / step.denominator,
             grad_norm=grad_norm,
             lr=lr,
-            entropy=sums.entropy.item() / step.tokens,
-            ratio=sums.ratio.item() / step.tokens,
-            clip_share=sums.clipped.item() / step.tokens,
-            mismatch_mean=sums.mismatch.item() / step.tokens,
-            mismatch_max=sums.mismatch_max.item(),
-            tokens=step.tokens,
             trajectories=step.rows,
             length_mismatches=step.length_mismatches,
             micro_batches=step.passes,
             padding=1 - step.real_tokens / step.padded_tokens,
             seconds=time.perf_counter() - started,
+            means=means,
+            turns=tuple(sums.means(turn, with_kl=self.reference is not None) for turn in range(1, TURNS + 1)),
         )
 
     def accumulate(self, plan: Plan) -> tuple[StepSize, TokenSums]:
-        """Leaves the gradient of the step's mean token loss in the engine, whatever the micro-batches and ranks.
+        """Leaves the gradient of the step's loss in the engine, whatever the micro-batches and ranks.
 
         DeepSpeed averages gradients over ranks and would divide by its accumulation steps; we want the sum over
-        both, divided by the tokens of the whole step. So the loss is multiplied by the ranks, and
+        both, divided by the objective's denominator of the whole step. So the loss is multiplied by the ranks, and
         ``scale_wrt_gas=False`` keeps the second division out."""
         step = self._agree(plan)
         if step.tokens == 0:
-            raise ValueError(f"no token to learn from: nothing is scored ({step.length_mismatches} length mismatches)")
+            raise ValueError(
+                "no token to learn from: nothing is scored, or all of it was truncated and loss.mask_truncated is set "
+                f"({step.length_mismatches} length mismatches)"
+            )
         sums = TokenSums.zero(self.device)
         self.engine.train()
         for index, batch in enumerate(self.batcher.batches(plan, step.passes)):
             batch = batch.to(self.device)
             self.engine.set_gradient_accumulation_boundary(index == step.passes - 1)
-            logprobs, entropy = self.engine(batch, self.config.temperature, self.banned_ids)
-            loss, new = policy_loss(
-                logprobs, entropy, batch.rollout_logprobs, batch.advantages, batch.loss_mask, self.config.loss
-            )
-            self.engine.backward(loss * (self.place.world / step.tokens), scale_wrt_gas=False)
+            loss, new = policy_loss(self._pass(batch), self.config.loss)
+            self.engine.backward(loss * (self.place.world / step.denominator), scale_wrt_gas=False)
             sums = sums.plus(new)
         return step, self._combined(sums)
 
@@ -193,19 +169,32 @@ class Learner:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
+    def _pass(self, batch: MicroBatch) -> TokenBatch:
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference, _ = self.reference(batch, self.config.temperature, self.banned_ids)
+        logprobs, entropy = self.engine(batch, self.config.temperature, self.banned_ids)
+        return TokenBatch(
+            logprobs, entropy, batch.rollout_logprobs, batch.advantages, batch.loss_mask, batch.turns, reference
+        )
+
     def _agree(self, plan: Plan) -> StepSize:
-        passes = torch.tensor(len(plan.bins), device=self.device)
-        counts = [plan.loss_tokens, len(plan.rows), plan.length_mismatches, plan.real_tokens, plan.padded_tokens]
-        totals = torch.tensor(counts, device=self.device)
+        lengths, passes = plan.lengths, torch.tensor(len(plan.bins), device=self.device)
+        denominator = OBJECTIVES[self.config.loss.objective].denominator(lengths)
+        counts = [sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.real_tokens, plan.padded_tokens]
+        totals = torch.tensor([denominator, *counts], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
         torch.distributed.all_reduce(totals)
-        return StepSize(int(passes), *totals.tolist())
+        denominator, *counts = totals.tolist()
+        return StepSize(int(passes), denominator, *map(int, counts))
 
     def _combined(self, sums: TokenSums) -> TokenSums:
-        total, most = sums.stack(), sums.stack()
-        torch.distributed.all_reduce(total)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        return TokenSums.unstack(torch.where(TokenSums.is_maximum(total), most, total))
+        """Over all ranks; in place."""
+        torch.distributed.all_reduce(sums.sums)
+        torch.distributed.all_reduce(sums.histogram)
+        torch.distributed.all_reduce(sums.largest, torch.distributed.ReduceOp.MAX)
+        return sums
 
 
 def _join(place: Rank, device: torch.device, timeout_s: int) -> None:
@@ -233,6 +222,15 @@ def _image_processor(model: str) -> Any:
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(model)
+
+
+def _reference(config: LearnerConfig, device: torch.device) -> Policy | None:
+    """The policy as the run began, frozen, where the loss asks for it. Whole on every rank, under ZeRO-3, too: it costs
+    its weights in the precision of the passes and no state, and needs no collective."""
+    if not config.loss.kl:
+        return None
+    dtype = torch.bfloat16 if config.dtype is Dtype.BFLOAT16 else torch.float32
+    return Policy(config).requires_grad_(False).eval().to(device, dtype)
 
 
 def _engine(policy: Policy, config: LearnerConfig) -> Any:

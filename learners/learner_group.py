@@ -124,7 +124,7 @@ class LearnerGroup:
         return group
 
     async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
-        """One optimiser step; its metrics (``learners.learner.UpdateReport``, as ``learner/...``)."""
+        """One optimiser step; its metrics (``learners.report.UpdateReport``, as ``learner/...``)."""
         shares = assign(groups, len(self._actors))
         pairs = zip(self._actors, shares, strict=True)
         reports = await self._all("update", [actor.update.remote(share) for actor, share in pairs])

@@ -1,84 +1,107 @@
-"""The clipped policy loss. Pure: tensors in, tensors out.
+"""From log-probs to the loss of a micro-batch. Pure: tensors in, tensors out.
 
-Normalisation, explained once. The loss of an optimiser step is the mean over **all sampled tokens of the
-step**: of every micro-batch of every rank. A mean per micro-batch, averaged, would weigh a token by how
-many others happened to share its micro-batch (OpenRLHF ``utils/loss_utils.py`` has the algebra). So the
-functions here return **sums** over tokens, and the learner divides them once by the number of tokens of the
-whole step.
+Normalisation, explained once. An optimiser step has one loss, ``sum(weight * token loss) / denominator``, over **all
+sampled tokens of the step**: of every micro-batch of every rank. A mean per micro-batch, averaged, would weigh a token
+by how many others happened to share its micro-batch (OpenRLHF ``utils/loss_utils.py`` has the algebra). So
+``policy_loss`` returns a weighted **sum**, and the learner divides it once by a denominator that all ranks agreed on
+before. Weights and denominator are the objective's (``learners.objectives``).
+
+The behaviour policy is the engine that sampled: ratio = exp(learner - engine), with the engine's own log-probs and not
+a recomputation, so that one forward pass serves and staleness is seen as it is. So the ratio *is* the importance weight
+that truncated importance sampling (TIS; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+training") multiplies in where a recomputed old policy stands in the ratio: there is nothing left to multiply, and PPO's
+clip bounds it on both sides but for large ratios with negative advantages (``dual_clip``). What is left to do is what
+clipping does not see: a token on which learner and engine disagree by a factor of 8 is less often a lesson than a sign
+that they did not compute the same thing (precision, a stale cache, other pixels). Such tokens leave the loss, on both
+sides and whatever the advantage (masked importance sampling: IcePop, in Ring-1T, arXiv 2510.18855; TRL's and verl's
+``mask`` modes; the bounds 1/8 and 8 are prime-rl's). They stay in the denominator, as in IcePop and TRL: the step gets
+smaller, not the other tokens louder; ``masked_share`` says by how much.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from learners.config import LossConfig
+from learners.config import LossConfig, MismatchLevel
+from learners.objectives import OBJECTIVES, Sampled, row_means
+from learners.report import TokenSums
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenSums:
-    """Sums over the tokens of a loss (float64 scalars), so that micro-batches and ranks can be added up.
+class TokenBatch:
+    """B rows of S tokens; what is outside ``mask`` is never looked at.
 
-    mismatch: |log-prob of the learner - log-prob of the engine that sampled the token|, nats."""
+    logprobs (the learner's, differentiable), entropy, rollout_logprobs (the engine's): float32[B, S] nats; advantages:
+    float32[B, S]; mask: bool[B, S], sampled tokens; turns: int8[B, S], the turn of each of them, from 1;
+    reference_logprobs: float32[B, S] nats of the policy at the start, or None."""
 
-    tokens: Tensor
-    loss: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    mismatch: Tensor
-    mismatch_max: Tensor
+    logprobs: Tensor
     entropy: Tensor
-
-    @classmethod
-    def zero(cls, device: torch.device) -> TokenSums:
-        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in fields(cls)))
-
-    def plus(self, other: TokenSums) -> TokenSums:
-        mine, theirs = self.stack(), other.stack()
-        return TokenSums.unstack(torch.where(self.is_maximum(mine), torch.maximum(mine, theirs), mine + theirs))
-
-    def stack(self) -> Tensor:
-        """float64[fields], in the order of the fields."""
-        return torch.stack([getattr(self, field.name) for field in fields(self)])
-
-    @classmethod
-    def unstack(cls, values: Tensor) -> TokenSums:
-        return cls(*values.unbind())
-
-    @classmethod
-    def is_maximum(cls, like: Tensor) -> Tensor:
-        """bool[fields]: True where ranks combine by their maximum, not by their sum."""
-        return torch.tensor([field.name == "mismatch_max" for field in fields(cls)], device=like.device)
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    turns: Tensor
+    reference_logprobs: Tensor | None = None
 
 
-def policy_loss(
-    logprobs: Tensor, entropy: Tensor, rollout_logprobs: Tensor, advantages: Tensor, mask: Tensor, config: LossConfig
-) -> tuple[Tensor, TokenSums]:
-    """PPO's clipped surrogate per token (Schulman et al. 2017, equation 7), summed over ``mask``.
+def policy_loss(batch: TokenBatch, config: LossConfig) -> tuple[Tensor, TokenSums]:
+    """The weighted sum of the objective's loss over ``mask`` (float32, differentiable in ``logprobs``) and detached
+    sums for the metrics."""
+    mask, objective = batch.mask, OBJECTIVES[config.objective]
+    rows = mask.nonzero()[:, 0]
+    difference = (batch.logprobs.detach() - batch.rollout_logprobs)[mask]
+    kept = agrees(difference, rows, config)
+    tokens = Sampled(
+        batch.logprobs[mask][kept], batch.rollout_logprobs[mask][kept], batch.advantages[mask][kept], rows[kept]
+    )
+    found = objective.surrogate(tokens, config)
+    loss, kl = found.loss, torch.zeros_like(found.ratio)
+    if batch.reference_logprobs is not None:
+        penalty, kl = reverse_kl(tokens, batch.reference_logprobs[mask][kept])
+        loss = loss + config.kl * penalty
+    weighted = loss * objective.weight(mask.sum(1), config)[tokens.rows]
 
-    The behaviour policy is the engine that sampled: ratio = exp(logprobs - rollout_logprobs), its own
-    log-probs and not a recomputation, so that one forward pass serves and staleness is seen as it is.
+    def spread(values: Tensor) -> Tensor:
+        """float64[N] over all sampled tokens, 0 where masked."""
+        return torch.zeros_like(difference, dtype=torch.float64).masked_scatter(kept, values.detach().double())
 
-    logprobs, entropy, rollout_logprobs: float32[B, S] nats; advantages: float32[B, S]; mask: bool[B, S].
-    Returns the summed loss (float32, differentiable in ``logprobs``) and detached sums for the metrics.
-    ``clipped`` counts tokens whose gradient the clipping removed."""
-    advantage = advantages[mask]
-    difference = (logprobs - rollout_logprobs)[mask]
-    ratio = difference.exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = -torch.minimum(ratio * advantage, clipped * advantage).sum()
+    sums = TokenSums.of(
+        batch.turns[mask],
+        mismatch=difference.abs(),
+        kept=kept,
+        entropy=batch.entropy[mask],
+        loss=spread(weighted),
+        ratio=spread(found.ratio),
+        ratio_squared=spread(found.ratio.double().square()),
+        clipped=spread(found.clipped),
+        kl=spread(kl),
+    )
+    return weighted.sum(), sums
+
+
+def agrees(difference: Tensor, rows: Tensor, config: LossConfig) -> Tensor:
+    """bool[N]: tokens whose ratio learner / engine (difference: its logarithm, float32[N]) is within the bounds, or
+    whose trajectory's geometric mean is. NaN is kept: it has to be seen in the loss, not to vanish."""
+    if config.mismatch_level is MismatchLevel.SEQUENCE:
+        difference = row_means(difference, rows)[rows]
+    low = math.log(config.mismatch_low) if config.mismatch_low else -math.inf
+    return ~((difference < low) | (difference > math.log(config.mismatch_high)))
+
+
+def reverse_kl(tokens: Sampled, reference_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(learner || reference): (loss float32[N], its value float32[N], detached; nats).
+
+    The loss is k2 = (log pi - log pi_ref)^2 / 2 times the detached importance weight. Its gradient,
+    ratio * (log pi - log pi_ref) * grad log pi, has the divergence's gradient as its expectation; that of k1 has
+    expectation 0 and that of k3 is biased (Liu et al., arXiv 2510.01555; the weight is their off-policy correction, and
+    the same gradient as DeepSeek-V3.2's ratio * k3 with a differentiable ratio, arXiv 2512.02556). The value reported
+    is ratio * k3: unbiased, never negative, of low variance (Schulman 2020, "Approximating KL divergence")."""
+    gap = tokens.logprobs - reference_logprobs
+    ratio = tokens.difference.detach().exp()
     with torch.no_grad():
-        gap = difference.abs().double()
-        removed = clipped * advantage < ratio * advantage
-        sums = TokenSums(
-            tokens=mask.sum().double(),
-            loss=loss.double(),
-            ratio=ratio.double().sum(),
-            clipped=removed.sum().double(),
-            mismatch=gap.sum(),
-            mismatch_max=gap.max() if gap.numel() else gap.sum(),
-            entropy=entropy[mask].double().sum(),
-        )
-    return loss, sums
+        value = ratio * ((-gap).exp() - 1 + gap)
+    return ratio * gap.square() / 2, value

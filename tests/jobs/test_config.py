@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs.config import ConfigError, load_config
+from learners.advantages import Normalisation
+from learners.config import ObjectiveName
 from tests.conftest import ROOT
 
 PANELS = ROOT / "configs" / "panels.yaml"
@@ -22,6 +24,21 @@ def test_overrides_are_typed() -> None:
     assert config.total_steps == 7
     assert config.learner.optimizer.lr == 3e-5 and config.learner.optimizer.total_steps == 7, "interpolated"
     assert config.reward.weights == {"accuracy": 1.0, "format": 0.5}
+
+
+def test_objectives_are_chosen_by_name_or_value() -> None:
+    for chosen in ("dr_grpo", "DR_GRPO"):
+        config = load_config(PANELS, [f"learner.loss.objective={chosen}", "learner.advantages.normalisation=none"])
+        assert config.learner.loss.objective is ObjectiveName.DR_GRPO
+        assert config.learner.advantages.normalisation is Normalisation.NONE
+
+
+def test_the_default_is_todays_loss_and_no_replaced_groups() -> None:
+    config = load_config(PANELS)
+    loss = config.learner.loss
+    assert (loss.objective, loss.clip_low, loss.clip_high, loss.dual_clip) == (ObjectiveName.DAPO, 0.2, 0.2, None)
+    assert (loss.kl, loss.mask_truncated, config.spare_groups) == (0.0, False, 0)
+    assert load_config(PANELS, ["dynamic_sampling=true"]).spare_groups == 3 * 8
 
 
 def test_the_panels_recipe_plays_what_was_pretrained() -> None:
@@ -47,6 +64,9 @@ def test_the_panels_recipe_plays_what_was_pretrained() -> None:
         ("learner.temperature=0.7", r"learner.temperature \(0.7\) must equal rollout.sampling.temperature \(1.0\)"),
         ("learner.model=other", "must be the same model"),
         ("rollout.engine.max_model_len=128", r"rollout.engine.max_model_len \(128\) must be above 184"),
+        ("dynamic_sampling_most=0", "dynamic_sampling_most must be at least 1"),
+        ("learner.loss.objective=ppo", "learner.loss.objective: .*ppo"),
+        ("learner.loss.mismatch_low=1.5", "mismatch_low is 1.5, mismatch_high 8.0; 1 lies between"),
         ("reward.weights.speed=1", "reward.weights takes accuracy, format, soft_box .*, not speed"),
         ("seven", "'seven' is not an override; write key=value"),
     ],

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learners.advantages import AdvantageConfig, group_advantages, turn_advantages
+from learners.advantages import (
+    AdvantageConfig,
+    Credit,
+    Normalisation,
+    Terms,
+    group_advantages,
+    over_step,
+    term_advantages,
+    turn_advantages,
+)
 
 EXACT = AdvantageConfig(epsilon=0.0)
 
@@ -33,6 +42,18 @@ def test_equal_rewards_give_exactly_zero(size: int, reward: float) -> None:
     # 0.1 * 3 / 3 != 0.1: the mean of equal numbers need not be that number
     noisy = [reward * (1 + 1e-16 * place) for place in range(size)]
     assert group_advantages(noisy, AdvantageConfig()) == (0.0,) * size
+
+
+@given(st.integers(2, 16), st.floats(-1e6, 1e6), st.sampled_from(Normalisation))
+def test_any_equal_rewards_give_exactly_zero(size: int, reward: float, normalisation: Normalisation) -> None:
+    advantages = group_advantages([reward] * size, AdvantageConfig(normalisation=normalisation))
+    assert advantages == (0.0,) * size and not any(math.copysign(1, advantage) < 0 for advantage in advantages)
+
+
+def test_without_division_by_the_standard_deviation() -> None:
+    """Dr. GRPO: reward - mean, in reward units."""
+    found = group_advantages([0.0, 0.0, 0.0, 4.0, None], AdvantageConfig(normalisation=Normalisation.NONE))
+    assert found[:4] == (-1.0, -1.0, -1.0, 3.0) and math.isnan(found[4])
 
 
 def test_a_lone_scored_member_says_nothing() -> None:
@@ -67,3 +88,40 @@ def test_each_turn_against_the_same_turn_of_the_group() -> None:
 
 def test_nothing_scored_by_turn() -> None:
     assert all(math.isnan(member[0]) for member in turn_advantages([None, None], EXACT))
+
+
+WEIGHTS = {"region": 1.0, "box": 0.5}
+DECOUPLED = AdvantageConfig(terms=Terms.NORMALISE_THEN_SUM, epsilon=0.0)
+
+
+def test_each_term_for_itself_by_hand() -> None:
+    """region 1, 0: mean 1/2, sample deviation sqrt(1/2), so +- sqrt(1/2); box 1, 1: equal, so 0. The third member could
+    not be scored."""
+    found = term_advantages([{"region": 1.0, "box": 1.0}, {"region": 0.0, "box": 1.0}, None], WEIGHTS, DECOUPLED)
+    assert found[:2] == (pytest.approx((math.sqrt(0.5),)), pytest.approx((-math.sqrt(0.5),)))
+    assert math.isnan(found[2][0])
+
+
+def test_unlike_terms_with_equal_sums_stay_apart() -> None:
+    """Members earn (region, box) = (1, 0), (0, 2), (0, 0): with weights 1 and 0.5 the first two have the same total and
+    the same GRPO advantage. For themselves: region (2, -1, -1) / sqrt 3, box (-1, 2, -1) / sqrt 3."""
+    parts = [{"region": 1.0, "box": 0.0}, {"region": 0.0, "box": 2.0}, {"region": 0.0, "box": 0.0}]
+    summed = group_advantages([1.0, 1.0, 0.0], EXACT)
+    assert summed[0] == summed[1]
+    apart = [advantage for (advantage,) in term_advantages(parts, WEIGHTS, DECOUPLED)]
+    third = math.sqrt(3)
+    assert apart == pytest.approx([(2 - 0.5) / third, (-1 + 1) / third, (-1 - 0.5) / third])
+
+
+def test_over_the_step_the_deviation_is_one() -> None:
+    """Advantages 3, -3, 0, 0 of two groups: mean 0, sample variance 18 / 3 = 6. Zero and NaN stay."""
+    first, second = over_step([((3.0,), (-3.0,)), ((0.0,), (0.0,), (math.nan,))], DECOUPLED)
+    assert [advantage for (advantage,) in first] == pytest.approx([3 / math.sqrt(6), -3 / math.sqrt(6)])
+    assert second[:2] == ((0.0,), (0.0,)) and math.isnan(second[2][0])
+    assert over_step([((0.0,), (0.0,))], DECOUPLED) == [((0.0,), (0.0,))], "nothing to scale by"
+
+
+@pytest.mark.parametrize("other", [{"credit": Credit.TURN}, {"normalisation": Normalisation.NONE}])
+def test_terms_for_themselves_are_of_whole_trajectories(other: dict[str, Credit | Normalisation]) -> None:
+    with pytest.raises(ValueError, match="normalise_then_sum needs credit=trajectory and normalisation=std"):
+        AdvantageConfig(terms=Terms.NORMALISE_THEN_SUM, **other)

@@ -37,6 +37,7 @@ def test_placeholders_are_expanded_once() -> None:
     assert row.token_ids[row.loss_mask].tolist() == one.token_ids[one.loss_mask].tolist()
     assert row.rollout_logprobs[row.loss_mask].tolist() == one.logprobs[one.loss_mask].tolist()
     assert not row.rollout_logprobs[~row.loss_mask].any()
+    assert row.turns[row.loss_mask].tolist() == [1] * 5 + [2] * 7 and not row.turns[~row.loss_mask].any()
 
 
 def test_a_sampled_placeholder_is_refused() -> None:
@@ -57,7 +58,7 @@ def test_another_length_in_the_engine_leaves_the_loss(batcher: Batcher, caplog: 
     with caplog.at_level(logging.WARNING):
         plan = batcher.plan([Sample(good, (1.0,)), Sample(bad, (1.0,))])
     assert plan.length_mismatches == 1 and len(plan.rows) == 1
-    assert plan.loss_tokens == 12
+    assert plan.lengths == [12]
     assert "'bad', sample 3" in caplog.text and "(15, 39)" in caplog.text and "(15, 38)" in caplog.text
 
 
@@ -80,7 +81,7 @@ def test_each_turn_has_its_own_advantage() -> None:
 def test_a_rank_with_nothing_scored_keeps_one_silent_row(batcher: Batcher) -> None:
     plan = batcher.plan([Sample(trajectory(sample=place), (math.nan,)) for place in range(3)])
     (batch,) = batcher.batches(plan)
-    assert plan.loss_tokens == 0 and not batch.loss_mask.any() and batch.input_ids.shape[0] == 1
+    assert plan.lengths == [0] and not batch.loss_mask.any() and batch.input_ids.shape[0] == 1
 
 
 def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
@@ -99,6 +100,9 @@ def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
         assert [batch.advantages[n, : len(row)].tolist() for n, row in enumerate(rows)] == [
             row.advantages.tolist() for row in rows
         ]
+        assert [batch.turns[n, : len(row)].tolist() for n, row in enumerate(rows)] == [
+            row.turns.tolist() for row in rows
+        ]
         assert batch.mm_token_type_ids.sum().item() == batch.image_grid_thw.prod(-1).sum().item() // 4
         assert [tuple(grid) for grid in batch.image_grid_thw.tolist()] == [
             (1, shown.height // 14, shown.width // 14) for row in rows for shown in row.views
@@ -106,7 +110,7 @@ def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
         for place, row in enumerate(rows):
             assert batch.input_ids[place, : len(row)].tolist() == row.token_ids.tolist()
             assert not batch.loss_mask[place, len(row) :].any()
-    assert sum(int(batch.loss_mask.sum()) for batch in batches) == plan.loss_tokens
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == sum(plan.lengths)
     assert sum(batch.input_ids.numel() for batch in batches) == plan.padded_tokens
 
 

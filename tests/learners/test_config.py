@@ -1,6 +1,6 @@
 import pytest
 
-from learners.config import LearnerConfig, OptimizerConfig, Schedule
+from learners.config import LearnerConfig, LossConfig, ObjectiveName, OptimizerConfig, Schedule
 
 
 def test_warm_up_then_schedule_by_hand() -> None:
@@ -20,3 +20,21 @@ def test_warm_up_then_schedule_by_hand() -> None:
 def test_impossible_values_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LearnerConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clip_low": 1.5},
+        {"clip_high": -0.1},
+        {"dual_clip": 1.0},
+        {"dual_clip": 3.0, "objective": ObjectiveName.CISPO},
+        {"mismatch_low": 1.0},
+        {"mismatch_high": 0.5},
+        {"longest_reply": 0},
+        {"kl": -0.1},
+    ],
+)
+def test_impossible_losses_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LossConfig(**wrong)

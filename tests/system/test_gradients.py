@@ -1,4 +1,4 @@
-"""Whatever the ranks, the ZeRO stage and the micro-batches: one gradient, that of the mean over a step's tokens."""
+"""Whatever the ranks, the ZeRO stage and the micro-batches: one gradient, that of the step's loss written out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from cluster.compat import repair_torchvision
 from episodes.types import Turn
 from tests.factories import FAMILY, IDS, IMAGE_PAD, tiny_model
-from tests.system.gradient_rank import samples
+from tests.system.gradient_rank import OTHER, samples
 
 pytestmark = pytest.mark.system
 
@@ -33,27 +33,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def reference(model: Path, weights: Gradient | None = None) -> tuple[Gradient, float, int]:
-    """Plain transformers and torch, one unpadded trajectory at a time, with full logits and the loss written out."""
+def opened(model: Path, weights: Gradient | None = None) -> Any:
     repair_torchvision()
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     vlm = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
     if weights is not None:
         vlm.load_state_dict(dict(weights))
-    processor = AutoImageProcessor.from_pretrained(model)
-    losses = []
+    return vlm
+
+
+def replies(model: Path, vlm: Any) -> list[list[tuple[torch.Tensor, float, float]]]:
+    """For each scored trajectory its sampled tokens as (log-prob, the engine's, advantage): plain transformers, one
+    unpadded trajectory at a time, with full logits."""
+    from transformers import AutoImageProcessor
+
+    processor, found = AutoImageProcessor.from_pretrained(model), []
     for sample in samples():
         if math.isnan(sample.advantages[0]):
             continue
         ids: list[int] = []
-        replies: list[tuple[int, Turn, float]] = []
+        turns: list[tuple[int, Turn, float]] = []
         for turn, view, advantage in zip(
             sample.trajectory.turns, sample.trajectory.views, sample.advantages, strict=True
         ):
             for token in turn.prompt_ids.tolist():
                 ids += [token] * (FAMILY.visual_tokens(view) if token == IMAGE_PAD else 1)
-            replies.append((len(ids), turn, advantage))
+            turns.append((len(ids), turn, advantage))
             ids += turn.completion_ids.tolist()
         input_ids = torch.tensor([ids])
         pixels, grids = FAMILY.image_inputs(processor, list(sample.trajectory.views))
@@ -64,13 +70,49 @@ def reference(model: Path, weights: Gradient | None = None) -> tuple[Gradient, f
             image_grid_thw=grids,
         ).logits[0]
         logits[:, [IDS[token] for token in FAMILY.vision_tokens]] = -torch.inf
-        for start, turn, advantage in replies:
-            for place, (token, behaviour) in enumerate(zip(turn.completion_ids, turn.logprobs, strict=True), start):
-                ratio = (torch.log_softmax(logits[place - 1], -1)[int(token)] - float(behaviour)).exp()
-                losses.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
-    loss = torch.stack(losses).sum() / len(losses)
+        found.append(
+            [
+                (torch.log_softmax(logits[place - 1], -1)[int(token)], float(behaviour), advantage)
+                for start, turn, advantage in turns
+                for place, (token, behaviour) in enumerate(zip(turn.completion_ids, turn.logprobs, strict=True), start)
+            ]
+        )
+    return found
+
+
+def token_loss(logprob: torch.Tensor, behaviour: float, advantage: float) -> torch.Tensor:
+    ratio = (logprob - behaviour).exp()
+    if not 1 / 8 <= ratio <= 8:
+        return 0 * ratio
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+
+def reference(model: Path, weights: Gradient | None = None) -> tuple[Gradient, float, int]:
+    """The mean over all sampled tokens, written out."""
+    vlm = opened(model, weights)
+    losses = [token_loss(*token) for trajectory in replies(model, vlm) for token in trajectory]
+    loss = torch.stack(losses).mean()
     loss.backward()
     return {name: parameter.grad for name, parameter in vlm.named_parameters()}, loss.item(), len(losses)
+
+
+def other_reference(model: Path, weights: Gradient) -> tuple[Gradient, float]:
+    """The mean over trajectories of their means, with the divergence from the weights at the start."""
+    vlm = opened(model, weights)
+    with torch.no_grad():
+        start = replies(model, opened(model))
+    means = []
+    for now, then in zip(replies(model, vlm), start, strict=True):
+        losses = []
+        for (logprob, behaviour, advantage), (before, *_) in zip(now, then, strict=True):
+            ratio = (logprob - behaviour).exp().detach()
+            kept = bool(1 / 8 <= ratio <= 8)
+            penalty = OTHER.kl * kept * ratio * (logprob - before).square() / 2
+            losses.append(token_loss(logprob, behaviour, advantage) + penalty)
+        means.append(torch.stack(losses).mean())
+    loss = torch.stack(means).mean()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in vlm.named_parameters()}, loss.item()
 
 
 def difference(got: Gradient, wanted: Gradient) -> float:
@@ -154,6 +196,19 @@ def test_nothing_of_the_first_step_is_left_in_the_second(
     assert difference(result["second"], gradient) <= 1e-5
 
 
+@pytest.mark.parametrize(("world", "rank", "stage"), CASES, ids=NAMES)
+def test_another_objective_has_another_denominator_and_one_gradient(
+    found: Any, model: Path, world: int, rank: int, stage: int
+) -> None:
+    result = found[world, rank][stage]
+    gradient, loss = other_reference(model, result["weights"])
+    assert result["rows"] == sum(not math.isnan(sample.advantages[0]) for sample in samples())
+    assert result["other_loss"] == pytest.approx(loss, abs=1e-6)
+    assert difference(result["other"], result["second"]) > 1e-2
+    assert difference(result["other"], gradient) <= 1e-5
+
+
 def test_the_fixture_is_what_it_says(found: Any) -> None:
     assert found[1, 0][2]["passes"] == 4
+    assert found[1, 0][2]["masked"] == 2
     assert found[2, 0][3]["own_passes"] < found[2, 1][3]["own_passes"] == found[2, 0][3]["passes"]
