@@ -60,18 +60,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """B right-padded rows of S tokens. Images come in row order, the coarse view of a row before its crop.
+    """B right-padded rows of S tokens. Images come in row order, the coarse view of a row before its crop; a view that
+    several rows show (the coarse view of a group) is there once.
 
     input_ids int64[B, S]; attention_mask, mm_token_type_ids int64[B, S] (1 over image tokens: transformers
-    computes mRoPE from it, from all grids and from the full ids); pixel_values float[patches, channels];
-    image_grid_thw int64[images, 3]; loss_mask bool[B, S]; rollout_logprobs, advantages float32[B, S]; turns
-    int8[B, S]."""
+    computes mRoPE from it, from all grids and from the full ids); pixel_values float[patches, channels] and
+    view_grids int64[views, 3] of the distinct views; shown int64[images], which of them each image is; loss_mask
+    bool[B, S]; rollout_logprobs, advantages float32[B, S]; turns int8[B, S]."""
 
     input_ids: Tensor
     attention_mask: Tensor
     mm_token_type_ids: Tensor
     pixel_values: Tensor
-    image_grid_thw: Tensor
+    view_grids: Tensor
+    shown: Tensor
     loss_mask: Tensor
     rollout_logprobs: Tensor
     advantages: Tensor
@@ -82,10 +84,15 @@ class MicroBatch:
         for name in ("attention_mask", "mm_token_type_ids", "loss_mask", "rollout_logprobs", "advantages", "turns"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} is {list(getattr(self, name).shape)}, input_ids {list(shape)}")
-        if (patches := int(self.image_grid_thw.prod(-1).sum())) != len(self.pixel_values):
+        if (patches := int(self.view_grids.prod(-1).sum())) != len(self.pixel_values):
             raise ValueError(f"{len(self.pixel_values)} patches, but the grids say {patches}")
         if self.loss_mask[:, 0].any():
             raise ValueError("the first token of a row cannot be predicted; a prompt is empty")
+
+    @property
+    def image_grid_thw(self) -> Tensor:
+        """int64[images, 3]: time, height, width in patches."""
+        return self.view_grids[self.shown]
 
     def silent(self) -> MicroBatch:
         """The same batch with no token in the loss: gradient exactly 0."""
@@ -158,13 +165,17 @@ class Batcher:
             yield batch.silent()
 
     def _collate(self, rows: Sequence[Row], features: _ViewFeatures) -> MicroBatch:
-        images = [features.take(view) for row in rows for view in row.views]
+        images = [view for row in rows for view in row.views]
+        places: dict[int, int] = {}
+        shown = [places.setdefault(id(view), len(places)) for view in images]
+        distinct = {id(view): features.take(view) for view in images}
         return MicroBatch(
             input_ids=_right_padded([row.token_ids for row in rows], self.pad),
             attention_mask=_right_padded([np.ones(len(row), np.int64) for row in rows], 0),
             mm_token_type_ids=_right_padded([row.image_mask.astype(np.int64) for row in rows], 0),
-            pixel_values=torch.cat([pixels for pixels, _ in images]),
-            image_grid_thw=torch.cat([grid for _, grid in images]),
+            pixel_values=torch.cat([pixels for pixels, _ in distinct.values()]),
+            view_grids=torch.cat([grid for _, grid in distinct.values()]),
+            shown=torch.tensor(shown),
             loss_mask=_right_padded([row.loss_mask for row in rows], False),
             rollout_logprobs=_right_padded([row.rollout_logprobs for row in rows], 0.0),
             advantages=_right_padded([row.advantages for row in rows], 0.0),

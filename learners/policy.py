@@ -78,7 +78,7 @@ class Policy(nn.Module):
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             mm_token_type_ids=batch.mm_token_type_ids,
-            pixel_values=batch.pixel_values,
+            mm_encoder_outputs={"image": self._see(batch)},
             image_grid_thw=batch.image_grid_thw,
             use_cache=False,
         ).last_hidden_state
@@ -88,6 +88,12 @@ class Policy(nn.Module):
         )
         empty = torch.zeros(batch.loss_mask.shape, dtype=torch.float32, device=hidden.device)
         return empty.masked_scatter(batch.loss_mask, logprobs), empty.masked_scatter(batch.loss_mask, entropy)
+
+    def _see(self, batch: MicroBatch) -> Any:
+        """The vision tower's output for every image in row order; each distinct view goes through it once."""
+        seen = self.vlm.model.get_image_features(batch.pixel_values, batch.view_grids, return_dict=True)
+        seen.pooler_output = tuple(seen.pooler_output[view] for view in batch.shown.tolist())
+        return seen
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by the model's own module names (``model.visual...``, ``model.language_model...``,

@@ -128,6 +128,8 @@ def test_a_shared_view_is_processed_once(batcher: Batcher) -> None:
     batches = list(counting.batches(counting.plan([Sample(one, (1.0,)) for one in some])))
     assert len(processed) == 1 + 5
     assert sum(len(batch.image_grid_thw) for batch in batches) == 10
+    for members, batch in zip(counting.plan([Sample(one, (1.0,)) for one in some]).bins, batches, strict=True):
+        assert len(batch.view_grids) == 1 + len(members) and batch.shown.tolist()[::2] == [0] * len(members)
 
 
 def test_silent_batches_fill_up(batcher: Batcher) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from episodes.types import Trajectory
+from episodes.types import Trajectory, View
 from learners import policy as policy_module
 from learners.batch import Batcher, Plan, Sample, expand
 from learners.config import LearnerConfig
@@ -132,6 +132,28 @@ def test_positions_are_transformers_own_for_the_full_ids(policy: Policy, batcher
     assert time == [*range(4), *[4] * 6, *range(7, 22), *[22] * 8, *range(26, 38)]
     assert row[4:10] == [4, 4, 4, 5, 5, 5] and column[4:10] == [4, 5, 6, 4, 5, 6]
     assert row[25:33] == [22, 22, 23, 23, 24, 24, 25, 25] and column[25:33] == [22, 23] * 4
+
+
+def test_a_shared_view_sees_and_learns_what_its_copies_do(policy: Policy, batcher: Batcher) -> None:
+    """Three trajectories of one coarse view, as one view and as three equal ones: the same log-probs and gradients."""
+    shared = view(3, 2)
+
+    def outcome(coarse: list[View]) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        some = [trajectory("q", n, coarse=coarse[n], crop=view(2, 4, n), seed=n) for n in range(3)]
+        (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
+        policy.zero_grad()
+        logprobs, _ = policy(batch, 1.0, BANNED)
+        logprobs.sum().backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in policy.named_weights()}
+        return logprobs.detach(), gradients, len(batch.view_grids)
+
+    one, grads, views = outcome([shared] * 3)
+    three, wanted, copies = outcome([View(shared.box, shared.pixels.copy()) for _ in range(3)])
+    assert (views, copies) == (4, 6)
+    assert (one - three).abs().max() < 1e-6
+    assert any("visual" in name for name in grads)
+    for name, gradient in grads.items():
+        assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
 
 
 def test_chunks_change_neither_logprobs_nor_gradients(
