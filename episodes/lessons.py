@@ -72,8 +72,8 @@ def crop_anywhere(side: int, rng: np.random.Generator) -> Box:
 
 
 def crop_cutting(target: Box, side: int, rng: np.random.Generator, margin: int = 5) -> Box:
-    """A box with one edge through ``target``, at least ``margin`` pixels inside it: what is cut by less looks whole to a
-    model of this size, and lessons that say otherwise blur the others."""
+    """A box with one edge through ``target``, at least ``margin`` pixels inside it: what is cut by less looks whole to
+    a model of this size, and lessons that say otherwise blur the others."""
     around = crop_with(target, side, 0.004, 0.18, rng)
     corners = [around.x1, around.y1, around.x2, around.y2]
     edge = int(rng.integers(4))
