@@ -47,7 +47,7 @@ class PretrainConfig:
     """Pages of eight scenes that both language parts learn from."""
     looks: int = 40
     """Lessons in pointing in each of the policy's batches."""
-    reads: int = 28
+    reads: int = 16
     """Lessons in reading in each of the policy's batches."""
     verifies: int = 48
     """Lessons in each of the reward model's batches."""
