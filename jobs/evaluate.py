@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     recipe, overrides = recipe_of(options)
     model = [f"rollout.engine.model={options.model}", f"learner.model={options.model}"] if options.model else []
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width: 80 would break the table
     try:
         config = load_config(recipe, [*overrides, *model, f"evaluation.questions={options.questions}"])
         prepare_embedded(config.embedded)
