@@ -38,7 +38,7 @@ class StepSize:
     rows: int
     length_mismatches: int
     real_tokens: int
-    padded_tokens: int
+    passed_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class Learner:
             image_pad=tokenizer.convert_tokens_to_ids(family.image_pad),
             pad=tokenizer.convert_tokens_to_ids(family.turn_end),
             token_budget=config.micro_batch_tokens,
+            packing=config.packing,
         )
         self.policy = Policy(config)
         self.reference = _reference(config, self.device)
@@ -88,7 +89,7 @@ class Learner:
             trajectories=step.rows,
             length_mismatches=step.length_mismatches,
             micro_batches=step.passes,
-            padding=1 - step.real_tokens / step.padded_tokens,
+            padding=1 - step.real_tokens / step.passed_tokens,
             seconds=time.perf_counter() - started,
             means=means,
             turns=tuple(sums.means(turn, with_kl=self.reference is not None) for turn in range(1, TURNS + 1)),
@@ -182,7 +183,7 @@ class Learner:
     def _agree(self, plan: Plan) -> StepSize:
         lengths, passes = plan.lengths, torch.tensor(len(plan.bins), device=self.device)
         denominator = OBJECTIVES[self.config.loss.objective].denominator(lengths)
-        counts = [sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.real_tokens, plan.padded_tokens]
+        counts = [sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.real_tokens, plan.passed_tokens]
         totals = torch.tensor([denominator, *counts], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
         torch.distributed.all_reduce(totals)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cluster.compat import repair_torchvision
+from learners import attention
 from learners.batch import MicroBatch
-from learners.config import LearnerConfig
+from learners.config import LearnerConfig, Packing
 
 CHUNK_LOGITS = 1 << 24
 """Logits held at once: 64 MiB in fp32 (a vocabulary of 150k gives 110 tokens a chunk)."""
@@ -64,8 +65,9 @@ class Policy(nn.Module):
         from transformers import AutoModelForImageTextToText
 
         self.vlm: Any = AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=torch.float32, attn_implementation="sdpa"
+            config.model, dtype=torch.float32, attn_implementation=attention.implementation(config)
         )
+        self.attention, self.packing = config.attention, config.packing
         self.vlm.lm_head = LogProbHead.adopt(self.vlm.lm_head)
         if config.freeze_vision:
             self.vlm.model.visual.requires_grad_(False)
@@ -74,7 +76,14 @@ class Policy(nn.Module):
 
     def forward(self, batch: MicroBatch, temperature: float, banned_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(log-probs, entropy), both float32[B, S] in nats: entry t describes token t; 0 outside the loss mask."""
-        hidden = self.vlm.model(
+        states = self._packed(batch) if self.packing is Packing.SEQUENCES else self._padded(batch)
+        logprobs, entropy = self.vlm.lm_head(states, batch.input_ids[batch.loss_mask], temperature, banned_ids)
+        empty = torch.zeros(batch.loss_mask.shape, dtype=torch.float32, device=states.device)
+        return empty.masked_scatter(batch.loss_mask, logprobs), empty.masked_scatter(batch.loss_mask, entropy)
+
+    def _padded(self, batch: MicroBatch) -> Tensor:
+        """[sampled tokens, H]: for each the state after the token before it, which says what comes next."""
+        states = self.vlm.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             mm_token_type_ids=batch.mm_token_type_ids,
@@ -82,12 +91,25 @@ class Policy(nn.Module):
             image_grid_thw=batch.image_grid_thw,
             use_cache=False,
         ).last_hidden_state
-        wanted = batch.loss_mask[:, 1:]  # what the state after token t - 1 says about token t
-        logprobs, entropy = self.vlm.lm_head(
-            hidden[:, :-1][wanted], batch.input_ids[:, 1:][wanted], temperature, banned_ids
+        return states[_before(batch.loss_mask)]
+
+    def _packed(self, batch: MicroBatch) -> Tensor:
+        """The same with the rows end to end in one sequence, each with the positions it has by itself."""
+        real = batch.attention_mask.bool()
+        positions, _ = self.vlm.model.get_rope_index(
+            batch.input_ids,
+            mm_token_type_ids=batch.mm_token_type_ids,
+            image_grid_thw=batch.image_grid_thw,
+            attention_mask=batch.attention_mask,
         )
-        empty = torch.zeros(batch.loss_mask.shape, dtype=torch.float32, device=hidden.device)
-        return empty.masked_scatter(batch.loss_mask, logprobs), empty.masked_scatter(batch.loss_mask, entropy)
+        states = self.vlm.model(
+            input_ids=batch.input_ids[real][None],
+            position_ids=positions[:, None, real],
+            mm_encoder_outputs={"image": self._see(batch)},
+            use_cache=False,
+            **attention.boundaries(real.sum(1), self.attention),
+        ).last_hidden_state
+        return states[0, _before(batch.loss_mask)[real]]
 
     def _see(self, batch: MicroBatch) -> Any:
         """The vision tower's output for every image in row order; each distinct view goes through it once."""
@@ -99,3 +121,8 @@ class Policy(nn.Module):
         """Parameters by the model's own module names (``model.visual...``, ``model.language_model...``,
         ``lm_head.weight``; the last is absent where embeddings are tied), which vLLM's loaders accept."""
         yield from self.vlm.named_parameters()
+
+
+def _before(mask: Tensor) -> Tensor:
+    """bool[B, S]: the token before each one of ``mask``, whose first column is empty."""
+    return nn.functional.pad(mask[:, 1:], (0, 1))
