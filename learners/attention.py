@@ -71,7 +71,7 @@ def row_by_row(
 
     rows = zip(*(tensor.split(list(row_lengths), dim=2) for tensor in (query, key, value)), strict=True)
     seen = [
-        sdpa_attention_forward(module, *row, attention_mask, dropout=dropout, scaling=scaling, is_causal=True)[0]
-        for row in rows
+        sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, is_causal=True)[0]
+        for q, k, v in rows
     ]
     return torch.cat(seen, dim=1), None

@@ -125,6 +125,24 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Adapters beside frozen layers of the language model; needs the package peft (``pip install 'ergo-rl[lora]'``)."""
+
+    rank: int = 0
+    """Width of the adapters; 0: none, and every weight is trained. Above 0 nothing but the adapters is."""
+    alpha: float = 32.0
+    """An adapter's product counts alpha / rank times."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers of the language model's blocks that get one."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha <= 0 or not self.targets:
+            raise ValueError(f"lora: rank is {self.rank}, alpha {self.alpha}, targets {self.targets}")
+
+
+@dataclass
 class LearnerConfig:
     model: str = "models/panels-policy"
     """Local folder or hub name of a vision-language model of a known family."""
@@ -132,6 +150,7 @@ class LearnerConfig:
     """Precision of the passes; the optimiser's master weights are fp32 in any case."""
     freeze_vision: bool = False
     """Leave the vision tower as it is."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     attention: Attention = Attention.SDPA
     """sdpa | flash_attention_2."""
     packing: Packing = Packing.SEQUENCES
@@ -153,6 +172,10 @@ class LearnerConfig:
     """DeepSpeed ZeRO: 1 shards the optimiser's state, 2 the gradients too, 3 the parameters too."""
     stage3_persistence_threshold: int = 100_000
     """ZeRO-3 keeps parameters with fewer elements than this whole on every rank."""
+    offload_optimizer: bool = False
+    """Keep master weights and the optimiser's state in main memory and step there: 12 bytes a parameter less on the
+    GPUs together, slower steps. DeepSpeed compiles its CPUAdam at the first start (a minute, ninja, a C++ compiler).
+    Without a GPU all of it is in main memory anyhow."""
     micro_batch_tokens: int = 8192
     """Tokens of one forward pass, images and padding included. The vision tower then sees at most four times as many
     patches (2 x 2 to a token). A longer trajectory gets a pass of its own."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cluster.compat import repair_torchvision
 from learners import attention
+from learners.adapters import add_adapters, weights_of
 from learners.batch import MicroBatch
 from learners.config import LearnerConfig, Packing
 
@@ -71,6 +72,8 @@ class Policy(nn.Module):
         self.vlm.lm_head = LogProbHead.adopt(self.vlm.lm_head)
         if config.freeze_vision:
             self.vlm.model.visual.requires_grad_(False)
+        if config.lora.rank:
+            add_adapters(self.vlm, config.lora)
         if config.gradient_checkpointing:
             self.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -119,8 +122,10 @@ class Policy(nn.Module):
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by the model's own module names (``model.visual...``, ``model.language_model...``,
-        ``lm_head.weight``; the last is absent where embeddings are tied), which vLLM's loaders accept."""
-        yield from self.vlm.named_parameters()
+        ``lm_head.weight``; the last is absent where embeddings are tied), which vLLM's loaders accept; without
+        adapters, which ``adapters.weights_of`` merges."""
+        for weight in weights_of(self.vlm):
+            yield weight.name, weight.base
 
 
 def _before(mask: Tensor) -> Tensor:
