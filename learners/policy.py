@@ -7,54 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cluster.compat import repair_torchvision
 from learners import attention
 from learners.adapters import add_adapters, weights_of
 from learners.batch import MicroBatch
 from learners.config import LearnerConfig, Packing
-
-CHUNK_LOGITS = 1 << 24
-"""Logits held at once: 64 MiB in fp32 (a vocabulary of 150k gives 110 tokens a chunk)."""
-
-
-class LogProbHead(nn.Linear):
-    """The language-model head, asked for log-probs of given tokens instead of logits over everything.
-
-    One call per pass whatever the number of tokens, so that ranks which share the weights (ZeRO-3) gather
-    it equally often; inside, logits exist for one chunk at a time and are recomputed in the backward pass."""
-
-    @classmethod
-    def adopt(cls, head: nn.Linear) -> LogProbHead:
-        """Takes over the parameter itself, so tied embeddings stay tied."""
-        if head.bias is not None:
-            raise ValueError("language-model heads with a bias are not supported")
-        adopted = cls(1, 1, bias=False, device="meta")
-        adopted.in_features, adopted.out_features, adopted.weight = head.in_features, head.out_features, head.weight
-        return adopted
-
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets: Tensor, temperature: float, banned_ids: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [N, H], targets int64[N] -> (log-probs float32[N], entropy float32[N], nats).
-
-        Of the distribution that was sampled: bans at minus infinity, logits divided by the temperature, then
-        the softmax, as vLLM's ``processed_logprobs``."""
-        banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=hidden.device)
-        size = max(1, CHUNK_LOGITS // self.out_features)
-        parts = [
-            checkpoint(self._chunk, chunk, wanted, temperature, banned, use_reentrant=False)
-            for chunk, wanted in zip(hidden.split(size), targets.split(size), strict=True)
-        ]
-        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
-
-    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float, banned: Tensor) -> tuple[Tensor, Tensor]:
-        logits = super().forward(hidden).float().index_fill(-1, banned, -torch.inf) / temperature
-        every = torch.log_softmax(logits, dim=-1)
-        with torch.no_grad():  # a metric, not a term of the loss
-            entropy = -(every.exp() * every.masked_fill(every == -torch.inf, 0)).sum(-1)
-        return every.gather(-1, targets[:, None]).squeeze(-1), entropy
+from learners.head import LogProbHead
 
 
 class Policy(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from episodes.types import Trajectory, View
-from learners import policy as policy_module
+from learners import head as head_module
 from learners.attention import boundaries
 from learners.batch import Batcher, Plan, Sample, expand
 from learners.config import Attention, Dtype, LearnerConfig, Packing
@@ -243,7 +243,7 @@ def test_chunks_change_neither_logprobs_nor_gradients(
         return logprobs.detach(), policy.vlm.lm_head.weight.grad.clone()
 
     whole, gradient = run()
-    monkeypatch.setattr(policy_module, "CHUNK_LOGITS", 5 * policy.vlm.lm_head.out_features)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 5 * policy.vlm.lm_head.out_features)
     chunked, chunked_gradient = run()
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(chunked_gradient, gradient, atol=1e-5, rtol=1e-5)
