@@ -1,4 +1,5 @@
-"""Trajectories -> micro-batches: expand placeholders once, add pixels, pad on the right.
+"""Trajectories -> micro-batches: expand placeholders once, add pixels, pad on the right (``Policy`` takes the padding
+out again where rows go end to end).
 
 A trajectory holds one placeholder per image, as it was sent to the engine, which expanded it. Here it is
 expanded for the learner, the only other place; the lengths of both are compared for every trajectory
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from episodes.families import ModelFamily
 from episodes.types import BoolArray, FloatArray, Trajectory, View
+from learners.config import Packing
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +106,12 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Which rows share a micro-batch: ``bins`` of indices into ``rows``."""
+    """Which rows share a micro-batch: ``bins`` of indices into ``rows``; ``packing``: how they go through the model."""
 
     rows: tuple[Row, ...]
     bins: tuple[tuple[int, ...], ...]
     length_mismatches: int
+    packing: Packing
 
     @property
     def lengths(self) -> list[int]:
@@ -120,7 +123,10 @@ class Plan:
         return sum(len(row) for row in self.rows)
 
     @property
-    def padded_tokens(self) -> int:
+    def passed_tokens(self) -> int:
+        """Through the model, padding included."""
+        if self.packing is Packing.SEQUENCES:
+            return self.real_tokens
         return sum(len(members) * max(len(self.rows[member]) for member in members) for members in self.bins)
 
 
@@ -129,16 +135,17 @@ class Batcher:
     """Makes micro-batches for one model family.
 
     image_processor: the model's own Hugging Face image processor. image_pad, pad: token ids. token_budget:
-    padded tokens of a micro-batch; a longer row gets one of its own."""
+    tokens of a micro-batch with its padding, if it has any; a longer row gets one of its own."""
 
     family: ModelFamily
     image_processor: Any
     image_pad: int
     pad: int
     token_budget: int
+    packing: Packing = Packing.SEQUENCES
 
     def plan(self, samples: Sequence[Sample]) -> Plan:
-        """Expand, compare lengths with the engine's, drop what is not in the loss, pack.
+        """Expand, compare lengths with the engine's, drop what is not in the loss, share out.
 
         A trajectory whose length differs is left out with a warning: its log-probs would belong to other
         tokens. Where nothing is left one silent row stays, because ranks that share parameters must run
@@ -147,12 +154,16 @@ class Batcher:
         wrong = [differs(row, sample.trajectory) for row, sample in zip(rows, samples, strict=True)]
         scored = [row for row, bad in zip(rows, wrong, strict=True) if row.scored and not bad]
         kept = scored or [silenced(rows[0])]
-        return Plan(tuple(kept), pack([len(row) for row in kept], self.token_budget), sum(wrong))
+        return self._planned(kept, sum(wrong))
 
     def plan_all(self, trajectories: Sequence[Trajectory]) -> Plan:
         """Every trajectory, for a forward pass only; row i of the plan is trajectory i."""
-        rows = tuple(expand(Sample(trajectory, (0.0,)), self.family, self.image_pad) for trajectory in trajectories)
-        return Plan(rows, pack([len(row) for row in rows], self.token_budget), 0)
+        return self._planned([expand(Sample(one, (0.0,)), self.family, self.image_pad) for one in trajectories], 0)
+
+    def _planned(self, rows: Sequence[Row], length_mismatches: int) -> Plan:
+        share_out = end_to_end if self.packing is Packing.SEQUENCES else side_by_side
+        bins = share_out([len(row) for row in rows], self.token_budget)
+        return Plan(tuple(rows), bins, length_mismatches, self.packing)
 
     def batches(self, plan: Plan, count: int | None = None) -> Iterator[MicroBatch]:
         """The micro-batches of a plan, then silent ones up to ``count``. Made lazily; each distinct view is
@@ -233,15 +244,30 @@ def silenced(row: Row) -> Row:
     return replace(row, loss_mask=np.zeros_like(row.loss_mask))
 
 
-def pack(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ...], ...]:
-    """Longest first, as many as fit: ``members x longest <= token_budget``. Neighbours in length share a
-    batch, so little is padded; every index appears once."""
+def side_by_side(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ...], ...]:
+    """For rows that are padded to the longest: longest first, as many as fit, ``members x longest <= token_budget``.
+    Neighbours in length share a batch, so little is padded; every index appears once."""
     bins: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= token_budget:
             bins[-1].append(index)
         else:
             bins.append([index])
+    return tuple(tuple(members) for members in bins)
+
+
+def end_to_end(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ...], ...]:
+    """For rows without padding: in their order, as many as fit. A group stays together, so that its coarse view goes
+    through the vision tower about once; every index appears once."""
+    bins: list[list[int]] = []
+    used = 0
+    for index, length in enumerate(lengths):
+        if bins and used + length <= token_budget:
+            bins[-1].append(index)
+            used += length
+        else:
+            bins.append([index])
+            used = length
     return tuple(tuple(members) for members in bins)
 
 

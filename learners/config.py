@@ -15,6 +15,21 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Attention(StrEnum):
+    """SDPA is torch's own and runs everywhere; FLASH needs a GPU, bfloat16 and the package flash-attn."""
+
+    SDPA = "sdpa"
+    FLASH = "flash_attention_2"
+
+
+class Packing(StrEnum):
+    """How the rows of a micro-batch go through the language model. NONE: beside each other, padded to the longest.
+    SEQUENCES: end to end without padding, each with its own positions and seeing itself alone."""
+
+    NONE = "none"
+    SEQUENCES = "sequences"
+
+
 class Schedule(StrEnum):
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -110,6 +125,24 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Adapters beside frozen layers of the language model; needs the package peft (``pip install 'ergo-rl[lora]'``)."""
+
+    rank: int = 0
+    """Width of the adapters; 0: none, and every weight is trained. Above 0 nothing but the adapters is."""
+    alpha: float = 32.0
+    """An adapter's product counts alpha / rank times."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers of the language model's blocks that get one."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha <= 0 or not self.targets:
+            raise ValueError(f"lora: rank is {self.rank}, alpha {self.alpha}, targets {self.targets}")
+
+
+@dataclass
 class LearnerConfig:
     model: str = "models/panels-policy"
     """Local folder or hub name of a vision-language model of a known family."""
@@ -117,6 +150,11 @@ class LearnerConfig:
     """Precision of the passes; the optimiser's master weights are fp32 in any case."""
     freeze_vision: bool = False
     """Leave the vision tower as it is."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    attention: Attention = Attention.SDPA
+    """sdpa | flash_attention_2."""
+    packing: Packing = Packing.SEQUENCES
+    """sequences | none (rows padded to the longest of their micro-batch)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     temperature: float = 1.0
@@ -134,8 +172,13 @@ class LearnerConfig:
     """DeepSpeed ZeRO: 1 shards the optimiser's state, 2 the gradients too, 3 the parameters too."""
     stage3_persistence_threshold: int = 100_000
     """ZeRO-3 keeps parameters with fewer elements than this whole on every rank."""
+    offload_optimizer: bool = False
+    """Keep master weights and the optimiser's state in main memory and step there: 12 bytes a parameter less on the
+    GPUs together, slower steps. DeepSpeed compiles its CPUAdam at the first start (a minute, ninja, a C++ compiler).
+    Without a GPU all of it is in main memory anyhow."""
     micro_batch_tokens: int = 8192
-    """Padded tokens, images included, of one forward pass."""
+    """Tokens of one forward pass, images and padding included. The vision tower then sees at most four times as many
+    patches (2 x 2 to a token). A longer trajectory gets a pass of its own."""
     bucket_bytes: int = 256 << 20
     """Size of the pieces in which weights leave, bytes."""
     collective_timeout_s: int = 1800
@@ -146,3 +189,5 @@ class LearnerConfig:
             raise ValueError(f"zero_stage is {self.zero_stage}; known: 1, 2, 3")
         if self.ranks < 1 or self.temperature <= 0:
             raise ValueError(f"need ranks >= 1 and temperature > 0, got {self.ranks} and {self.temperature}")
+        if self.attention is Attention.FLASH and self.dtype is not Dtype.BFLOAT16:
+            raise ValueError("attention=flash_attention_2 needs dtype=bfloat16")

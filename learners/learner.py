@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from torch import Tensor
 from cluster.compat import repair_torchvision
 from episodes.families import family_of, load_tokenizer
 from episodes.types import FloatArray, Trajectory
-from learners import checkpoint
+from learners import checkpoint, zero
+from learners.adapters import Weight, weights_of
 from learners.batch import Batcher, MicroBatch, Plan, Sample
-from learners.config import Dtype, LearnerConfig
+from learners.config import Dtype, LearnerConfig, LoraConfig
 from learners.losses import TokenBatch, policy_loss
 from learners.objectives import OBJECTIVES
 from learners.policy import Policy
@@ -38,7 +37,7 @@ class StepSize:
     rows: int
     length_mismatches: int
     real_tokens: int
-    padded_tokens: int
+    passed_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class Learner:
         self.step = 0
         torch.set_num_threads(config.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _join(place, self.device, config.collective_timeout_s)
+        zero.join(place.rank, place.world, place.address, place.port, self.device, config.collective_timeout_s)
         family, tokenizer = family_of(config.model), load_tokenizer(config.model)
         self.banned_ids = family.banned_ids(tokenizer)
         self.batcher = Batcher(
@@ -68,10 +67,11 @@ class Learner:
             image_pad=tokenizer.convert_tokens_to_ids(family.image_pad),
             pad=tokenizer.convert_tokens_to_ids(family.turn_end),
             token_budget=config.micro_batch_tokens,
+            packing=config.packing,
         )
         self.policy = Policy(config)
         self.reference = _reference(config, self.device)
-        self.engine = _engine(self.policy, config)
+        self.engine = zero.engine_of(self.policy, config)
 
     def update(self, samples: Sequence[Sample]) -> UpdateReport:
         """One optimiser step on this rank's share. Raises ValueError when no rank has a token to learn from."""
@@ -88,7 +88,7 @@ class Learner:
             trajectories=step.rows,
             length_mismatches=step.length_mismatches,
             micro_batches=step.passes,
-            padding=1 - step.real_tokens / step.padded_tokens,
+            padding=1 - step.real_tokens / step.passed_tokens,
             seconds=time.perf_counter() - started,
             means=means,
             turns=tuple(sums.means(turn, with_kl=self.reference is not None) for turn in range(1, TURNS + 1)),
@@ -139,11 +139,12 @@ class Learner:
         return [found[member] for member in range(len(trajectories))]
 
     def buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights as (name, CPU tensor in the compute precision), in lists of about ``bucket_bytes``. Every
-        rank must run through it; parameters are whole only for the time of their own bucket."""
-        for members in _in_buckets(list(self.policy.named_weights()), self.config.bucket_bytes):
-            with _gathered([parameter for _, parameter in members], self.config.zero_stage):
-                bucket = [(name, parameter.detach().to("cpu", copy=True)) for name, parameter in members]
+        """The weights as (name, CPU tensor in the compute precision), in lists of about ``bucket_bytes``, adapters
+        merged. Every rank must run through it; parameters are whole only for the time of their own bucket."""
+        for members in _in_buckets(weights_of(self.policy.vlm), self.config.bucket_bytes):
+            parts = [parameter for weight in members for parameter in weight.parameters]
+            with zero.gathered(parts, self.config.zero_stage):
+                bucket = [(weight.name, weight.value()) for weight in members]
             yield bucket
 
     def weights(self) -> Iterator[bytes]:
@@ -182,7 +183,7 @@ class Learner:
     def _agree(self, plan: Plan) -> StepSize:
         lengths, passes = plan.lengths, torch.tensor(len(plan.bins), device=self.device)
         denominator = OBJECTIVES[self.config.loss.objective].denominator(lengths)
-        counts = [sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.real_tokens, plan.padded_tokens]
+        counts = [sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.real_tokens, plan.passed_tokens]
         totals = torch.tensor([denominator, *counts], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
         torch.distributed.all_reduce(totals)
@@ -195,26 +196,6 @@ class Learner:
         torch.distributed.all_reduce(sums.histogram)
         torch.distributed.all_reduce(sums.largest, torch.distributed.ReduceOp.MAX)
         return sums
-
-
-def _join(place: Rank, device: torch.device, timeout_s: int) -> None:
-    """Enter the process group: NCCL on GPUs, gloo on CPUs."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
-    os.environ |= {
-        "RANK": str(place.rank), "WORLD_SIZE": str(place.world), "LOCAL_RANK": "0",
-        "MASTER_ADDR": place.address, "MASTER_PORT": str(place.port),
-    }  # fmt: skip
-    import deepspeed
-
-    # DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start: half a minute, a compiler, and
-    # ranks that must share a machine. gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
-        verbose=False,
-    )
 
 
 def _image_processor(model: str) -> Any:
@@ -230,56 +211,17 @@ def _reference(config: LearnerConfig, device: torch.device) -> Policy | None:
     if not config.loss.kl:
         return None
     dtype = torch.bfloat16 if config.dtype is Dtype.BFLOAT16 else torch.float32
-    return Policy(config).requires_grad_(False).eval().to(device, dtype)
+    return Policy(replace(config, lora=LoraConfig())).requires_grad_(False).eval().to(device, dtype)
 
 
-def _engine(policy: Policy, config: LearnerConfig) -> Any:
-    import deepspeed
-
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        weight_decay=config.optimizer.weight_decay,
-    )
-    engine, *_ = deepspeed.initialize(
-        model=policy,
-        optimizer=optimizer,
-        dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": 1,  # of no effect: micro-batches are made by token budget
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.optimizer.max_grad_norm,
-            "bf16": {"enabled": config.dtype is Dtype.BFLOAT16},
-            "zero_optimization": {
-                "stage": config.zero_stage,
-                "stage3_param_persistence_threshold": config.stage3_persistence_threshold,
-            },
-            "zero_allow_untested_optimizer": True,
-        },
-    )
-    return engine
-
-
-def _in_buckets(
-    weights: Sequence[tuple[str, torch.nn.Parameter]], bucket_bytes: int
-) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+def _in_buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:
     """Consecutive weights of at most ``bucket_bytes`` together; a larger one alone."""
-    bucket: list[tuple[str, torch.nn.Parameter]] = []
+    bucket: list[Weight] = []
     size = 0
-    for name, parameter in weights:
-        # ZeRO-3 leaves parameters with 0 elements; ds_numel is their true number
-        new = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        if bucket and size + new > bucket_bytes:
+    for weight in weights:
+        if bucket and size + weight.bytes > bucket_bytes:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, parameter))
-        size += new
+        bucket.append(weight)
+        size += weight.bytes
     yield bucket
-
-
-def _gathered(parameters: list[torch.nn.Parameter], zero_stage: int) -> Any:
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage == 3)

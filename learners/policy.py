@@ -7,52 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cluster.compat import repair_torchvision
+from learners import attention
+from learners.adapters import add_adapters, weights_of
 from learners.batch import MicroBatch
-from learners.config import LearnerConfig
-
-CHUNK_LOGITS = 1 << 24
-"""Logits held at once: 64 MiB in fp32 (a vocabulary of 150k gives 110 tokens a chunk)."""
-
-
-class LogProbHead(nn.Linear):
-    """The language-model head, asked for log-probs of given tokens instead of logits over everything.
-
-    One call per pass whatever the number of tokens, so that ranks which share the weights (ZeRO-3) gather
-    it equally often; inside, logits exist for one chunk at a time and are recomputed in the backward pass."""
-
-    @classmethod
-    def adopt(cls, head: nn.Linear) -> LogProbHead:
-        """Takes over the parameter itself, so tied embeddings stay tied."""
-        if head.bias is not None:
-            raise ValueError("language-model heads with a bias are not supported")
-        adopted = cls(1, 1, bias=False, device="meta")
-        adopted.in_features, adopted.out_features, adopted.weight = head.in_features, head.out_features, head.weight
-        return adopted
-
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets: Tensor, temperature: float, banned_ids: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [N, H], targets int64[N] -> (log-probs float32[N], entropy float32[N], nats).
-
-        Of the distribution that was sampled: bans at minus infinity, logits divided by the temperature, then
-        the softmax, as vLLM's ``processed_logprobs``."""
-        banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=hidden.device)
-        size = max(1, CHUNK_LOGITS // self.out_features)
-        parts = [
-            checkpoint(self._chunk, chunk, wanted, temperature, banned, use_reentrant=False)
-            for chunk, wanted in zip(hidden.split(size), targets.split(size), strict=True)
-        ]
-        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
-
-    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float, banned: Tensor) -> tuple[Tensor, Tensor]:
-        logits = super().forward(hidden).float().index_fill(-1, banned, -torch.inf) / temperature
-        every = torch.log_softmax(logits, dim=-1)
-        with torch.no_grad():  # a metric, not a term of the loss
-            entropy = -(every.exp() * every.masked_fill(every == -torch.inf, 0)).sum(-1)
-        return every.gather(-1, targets[:, None]).squeeze(-1), entropy
+from learners.config import LearnerConfig, Packing
+from learners.head import LogProbHead
 
 
 class Policy(nn.Module):
@@ -64,17 +25,27 @@ class Policy(nn.Module):
         from transformers import AutoModelForImageTextToText
 
         self.vlm: Any = AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=torch.float32, attn_implementation="sdpa"
+            config.model, dtype=torch.float32, attn_implementation=attention.implementation(config)
         )
+        self.attention, self.packing = config.attention, config.packing
         self.vlm.lm_head = LogProbHead.adopt(self.vlm.lm_head)
         if config.freeze_vision:
             self.vlm.model.visual.requires_grad_(False)
+        if config.lora.rank:
+            add_adapters(self.vlm, config.lora)
         if config.gradient_checkpointing:
             self.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def forward(self, batch: MicroBatch, temperature: float, banned_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(log-probs, entropy), both float32[B, S] in nats: entry t describes token t; 0 outside the loss mask."""
-        hidden = self.vlm.model(
+        states = self._packed(batch) if self.packing is Packing.SEQUENCES else self._padded(batch)
+        logprobs, entropy = self.vlm.lm_head(states, batch.input_ids[batch.loss_mask], temperature, banned_ids)
+        empty = torch.zeros(batch.loss_mask.shape, dtype=torch.float32, device=states.device)
+        return empty.masked_scatter(batch.loss_mask, logprobs), empty.masked_scatter(batch.loss_mask, entropy)
+
+    def _padded(self, batch: MicroBatch) -> Tensor:
+        """[sampled tokens, H]: for each the state after the token before it, which says what comes next."""
+        states = self.vlm.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             mm_token_type_ids=batch.mm_token_type_ids,
@@ -82,12 +53,25 @@ class Policy(nn.Module):
             image_grid_thw=batch.image_grid_thw,
             use_cache=False,
         ).last_hidden_state
-        wanted = batch.loss_mask[:, 1:]  # what the state after token t - 1 says about token t
-        logprobs, entropy = self.vlm.lm_head(
-            hidden[:, :-1][wanted], batch.input_ids[:, 1:][wanted], temperature, banned_ids
+        return states[_before(batch.loss_mask)]
+
+    def _packed(self, batch: MicroBatch) -> Tensor:
+        """The same with the rows end to end in one sequence, each with the positions it has by itself."""
+        real = batch.attention_mask.bool()
+        positions, _ = self.vlm.model.get_rope_index(
+            batch.input_ids,
+            mm_token_type_ids=batch.mm_token_type_ids,
+            image_grid_thw=batch.image_grid_thw,
+            attention_mask=batch.attention_mask,
         )
-        empty = torch.zeros(batch.loss_mask.shape, dtype=torch.float32, device=hidden.device)
-        return empty.masked_scatter(batch.loss_mask, logprobs), empty.masked_scatter(batch.loss_mask, entropy)
+        states = self.vlm.model(
+            input_ids=batch.input_ids[real][None],
+            position_ids=positions[:, None, real],
+            mm_encoder_outputs={"image": self._see(batch)},
+            use_cache=False,
+            **attention.boundaries(real.sum(1), self.attention),
+        ).last_hidden_state
+        return states[0, _before(batch.loss_mask)[real]]
 
     def _see(self, batch: MicroBatch) -> Any:
         """The vision tower's output for every image in row order; each distinct view goes through it once."""
@@ -97,5 +81,12 @@ class Policy(nn.Module):
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by the model's own module names (``model.visual...``, ``model.language_model...``,
-        ``lm_head.weight``; the last is absent where embeddings are tied), which vLLM's loaders accept."""
-        yield from self.vlm.named_parameters()
+        ``lm_head.weight``; the last is absent where embeddings are tied), which vLLM's loaders accept; without
+        adapters, which ``adapters.weights_of`` merges."""
+        for weight in weights_of(self.vlm):
+            yield weight.name, weight.base
+
+
+def _before(mask: Tensor) -> Tensor:
+    """bool[B, S]: the token before each one of ``mask``, whose first column is empty."""
+    return nn.functional.pad(mask[:, 1:], (0, 1))

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from episodes.types import Trajectory
-from learners.batch import Batcher, Sample, expand, pack
+from learners.batch import Batcher, Sample, end_to_end, expand, side_by_side
+from learners.config import Packing
 from tests.factories import FAMILY, IDS, IMAGE_PAD, shared_view, trajectory, view
 
 
@@ -22,7 +23,7 @@ def batcher(tiny: Path) -> Batcher:
     repair_torchvision()
     from transformers import AutoImageProcessor
 
-    return Batcher(FAMILY, AutoImageProcessor.from_pretrained(tiny), IMAGE_PAD, IDS["<|im_end|>"], token_budget=120)
+    return Batcher(FAMILY, AutoImageProcessor.from_pretrained(tiny), IMAGE_PAD, IDS["<|im_end|>"], 120, Packing.NONE)
 
 
 def test_placeholders_are_expanded_once() -> None:
@@ -111,7 +112,7 @@ def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
             assert batch.input_ids[place, : len(row)].tolist() == row.token_ids.tolist()
             assert not batch.loss_mask[place, len(row) :].any()
     assert sum(int(batch.loss_mask.sum()) for batch in batches) == sum(plan.lengths)
-    assert sum(batch.input_ids.numel() for batch in batches) == plan.padded_tokens
+    assert sum(batch.input_ids.numel() for batch in batches) == plan.passed_tokens
 
 
 def test_a_shared_view_is_processed_once(batcher: Batcher) -> None:
@@ -149,16 +150,31 @@ def test_micro_batch_refuses_unequal_lengths(batcher: Batcher) -> None:
         replace(batch, advantages=torch.zeros(1))
 
 
-def test_pack_by_hand() -> None:
+def test_side_by_side_by_hand() -> None:
     # longest first: 9 | 6 5 (2 x 6 = 12) | 4 3 3 (3 x 4 = 12) | 2
-    assert pack([3, 9, 4, 6, 2, 5, 3], 12) == ((1,), (3, 5), (2, 0, 6), (4,))
-    assert pack([50], 12) == ((0,),)
+    assert side_by_side([3, 9, 4, 6, 2, 5, 3], 12) == ((1,), (3, 5), (2, 0, 6), (4,))
+    assert side_by_side([50], 12) == ((0,),)
+
+
+def test_end_to_end_by_hand() -> None:
+    # in their order: 3 + 9 = 12 | 4 + 6 + 2 = 12 | 5 + 3
+    assert end_to_end([3, 9, 4, 6, 2, 5, 3], 12) == ((0, 1), (2, 3, 4), (5, 6))
+    assert end_to_end([50, 5], 12) == ((0,), (1,))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 200))
-def test_pack_keeps_everything_within_the_budget(lengths: list[int], budget: int) -> None:
-    bins = pack(lengths, budget)
-    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
-    assert all(
-        len(members) == 1 or len(members) * max(lengths[index] for index in members) <= budget for members in bins
-    )
+def test_everything_is_shared_out_within_the_budget(lengths: list[int], budget: int) -> None:
+    for bins, tokens in (
+        (side_by_side(lengths, budget), lambda members: len(members) * max(lengths[index] for index in members)),
+        (end_to_end(lengths, budget), lambda members: sum(lengths[index] for index in members)),
+    ):
+        assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+        assert all(len(members) == 1 or tokens(members) <= budget for members in bins)
+
+
+def test_packed_rows_pass_no_padding(batcher: Batcher) -> None:
+    """Rows of 45, 39 and 45 tokens: 3 x 45 are passed where they are padded, 129 where they are not."""
+    some = [Sample(trajectory(sample=n, replies=replies), (1.0,)) for n, replies in enumerate([(5, 7), (3, 3), (5, 7)])]
+    for packing, passed in ((Packing.NONE, 3 * 45), (Packing.SEQUENCES, 45 + 39 + 45)):
+        plan = replace(batcher, packing=packing, token_budget=4096).plan(some)
+        assert plan.passed_tokens == passed and plan.real_tokens == 129 and len(plan.bins) == 1

@@ -1,6 +1,6 @@
 import pytest
 
-from learners.config import LearnerConfig, LossConfig, ObjectiveName, OptimizerConfig, Schedule
+from learners.config import Attention, LearnerConfig, LossConfig, ObjectiveName, OptimizerConfig, Schedule
 
 
 def test_warm_up_then_schedule_by_hand() -> None:
@@ -16,7 +16,9 @@ def test_warm_up_then_schedule_by_hand() -> None:
     assert rates[Schedule.COSINE] == pytest.approx([0.5, 1, 1, 0.853553, 0.5, 0.146447, 0, 0], abs=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"zero_stage": 4}, {"zero_stage": 0}, {"ranks": 0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"zero_stage": 4}, {"zero_stage": 0}, {"ranks": 0}, {"temperature": 0.0}, {"attention": Attention.FLASH}]
+)
 def test_impossible_values_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LearnerConfig(**wrong)

@@ -1,15 +1,17 @@
 """Log-probs of the policy against transformers' own full-sequence logits, and padding against none."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from episodes.types import Trajectory, View
-from learners import policy as policy_module
+from learners import head as head_module
+from learners.attention import boundaries
 from learners.batch import Batcher, Plan, Sample, expand
-from learners.config import LearnerConfig
+from learners.config import Attention, Dtype, LearnerConfig, Packing
 from learners.policy import Policy
 from tests.factories import FAMILY, IDS, IMAGE_PAD, trajectory, view
 
@@ -18,14 +20,15 @@ BANNED = tuple(sorted(IDS[token] for token in FAMILY.vision_tokens))
 
 @pytest.fixture(scope="module")
 def policy(tiny: Path) -> Policy:
-    return Policy(LearnerConfig(model=str(tiny)))
+    """Rows padded: the plain way, which packing is compared with."""
+    return Policy(LearnerConfig(model=str(tiny), packing=Packing.NONE))
 
 
 @pytest.fixture(scope="module")
 def batcher(tiny: Path, policy: Policy) -> Batcher:
     from transformers import AutoImageProcessor
 
-    return Batcher(FAMILY, AutoImageProcessor.from_pretrained(tiny), IMAGE_PAD, IDS["<|im_end|>"], token_budget=4096)
+    return Batcher(FAMILY, AutoImageProcessor.from_pretrained(tiny), IMAGE_PAD, IDS["<|im_end|>"], 4096, Packing.NONE)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,78 @@ def test_positions_are_transformers_own_for_the_full_ids(policy: Policy, batcher
     assert row[25:33] == [22, 22, 23, 23, 24, 24, 25, 25] and column[25:33] == [22, 23] * 4
 
 
+@pytest.fixture(scope="module")
+def packed(tiny: Path) -> Policy:
+    return Policy(LearnerConfig(model=str(tiny), packing=Packing.SEQUENCES))
+
+
+@torch.no_grad()
+def test_packed_rows_have_the_positions_they_have_alone(
+    packed: Policy, policy: Policy, batcher: Batcher, some: list[Trajectory]
+) -> None:
+    """The rows of a padded batch end to end: each starts at 0 and has its own mRoPE; no padding in between."""
+
+    def positions(network: Policy, some: list[Trajectory]) -> torch.Tensor:
+        (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
+        seen: list[torch.Tensor] = []
+        hook = network.vlm.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        network(batch, 1.0, BANNED)
+        hook.remove()
+        return seen[0]
+
+    plan = batcher.plan([Sample(one, (1.0,)) for one in some])
+    wanted = torch.cat([positions(policy, [some[member]]) for member in plan.bins[0]], dim=-1)
+    assert wanted.shape == (3, 1, plan.real_tokens)
+    assert torch.equal(positions(packed, some), wanted)
+
+
+def test_packed_and_padded_rows_have_one_gradient(
+    packed: Policy, policy: Policy, batcher: Batcher, some: list[Trajectory]
+) -> None:
+    (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
+    assert (batch.attention_mask == 0).any()
+    outcomes = []
+    for network in (policy, packed):
+        network.zero_grad()
+        logprobs, entropy = network(batch, 1.0, BANNED)
+        (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+        gradient = torch.cat([parameter.grad.double().flatten() for _, parameter in network.named_weights()])
+        outcomes.append((logprobs.detach(), entropy.detach(), gradient))
+    (logprobs, entropy, gradient), (packed_logprobs, packed_entropy, packed_gradient) = outcomes
+    torch.testing.assert_close(packed_logprobs, logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed_entropy, entropy, atol=1e-4, rtol=0)
+    assert (packed_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@torch.no_grad()
+def test_a_packed_row_sees_no_other(packed: Policy, batcher: Batcher, some: list[Trajectory]) -> None:
+    """Another first row changes nothing of the second, exactly: it is not in its sums at all."""
+
+    def second(first: Trajectory) -> torch.Tensor:
+        (batch,) = replace(batcher, packing=Packing.SEQUENCES).batches(
+            replace(batcher, packing=Packing.SEQUENCES).plan([Sample(first, (1.0,)), Sample(some[1], (1.0,))])
+        )
+        return packed(batch, 1.0, BANNED)[0][1][batch.loss_mask[1]]
+
+    assert torch.equal(
+        second(some[4]), second(replace(some[4], sample=1, turns=some[4].turns[:1], views=some[4].views[:1]))
+    )
+
+
+def test_flash_attention_is_told_the_boundaries() -> None:
+    told = boundaries(torch.tensor([3, 5, 2]), Attention.FLASH)
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 8, 10]
+    assert told["cu_seq_lens_q"].dtype == torch.int32 and told["max_length_q"] == told["max_length_k"] == 5
+
+
+def test_flash_attention_must_be_installed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU and the package flash-attn"):
+        Policy(LearnerConfig(model=str(tiny), attention=Attention.FLASH, dtype=Dtype.BFLOAT16))
+
+
 def test_a_shared_view_sees_and_learns_what_its_copies_do(policy: Policy, batcher: Batcher) -> None:
     """Three trajectories of one coarse view, as one view and as three equal ones: the same log-probs and gradients."""
     shared = view(3, 2)
@@ -168,7 +243,7 @@ def test_chunks_change_neither_logprobs_nor_gradients(
         return logprobs.detach(), policy.vlm.lm_head.weight.grad.clone()
 
     whole, gradient = run()
-    monkeypatch.setattr(policy_module, "CHUNK_LOGITS", 5 * policy.vlm.lm_head.out_features)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 5 * policy.vlm.lm_head.out_features)
     chunked, chunked_gradient = run()
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(chunked_gradient, gradient, atol=1e-5, rtol=1e-5)

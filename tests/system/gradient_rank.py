@@ -1,20 +1,27 @@
-"""One process of ``test_gradients``: ``python -m tests.system.gradient_rank MODEL RANK WORLD PORT OUT BUDGET STAGE...``
+"""One process of ``test_gradients``: ``python -m tests.system.gradient_rank MODEL RANK WORLD PORT OUT BUDGET RUN...``
 
-Writes, for each ZeRO stage: the gradient of a first step, its norm as the optimiser saw it, the weights after it, the
-gradient of a second step, and that of another objective with a divergence from the weights at the start. All stages run
-in one process, because most of its time is importing."""
+A run is a ZeRO stage or one of ``OTHERS``; all share one process, because most of its time is importing. A stage gives
+the gradient of a first step, its norm as the optimiser saw it, the weights after it, the gradient of a second step,
+however it is split and laid out, and that of another objective with a divergence from the weights at the start."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from episodes.types import Trajectory
-from learners.batch import Sample
-from learners.config import LearnerConfig, LossConfig, ObjectiveName, OptimizerConfig
+from learners import zero
+from learners.adapters import weights_of
+from learners.attention import implementation
+from learners.batch import Plan, Sample
+from learners.config import Dtype, LearnerConfig, LoraConfig, LossConfig, ObjectiveName, OptimizerConfig, Packing
 from learners.learner import Learner, Rank
 from tests.factories import trajectory, view
 
@@ -22,6 +29,8 @@ ADVANTAGES = (1.5, -0.5, 0.25, -1.0, 0.0, 2.0, -0.75, math.nan, 0.5, -1.5)
 OTHER = LossConfig(objective=ObjectiveName.GRPO, kl=0.1)
 FIRST_RANK = 3
 """Of two ranks the first takes so many trajectories, the second the others: their micro-batches differ in number."""
+SPLITS = (1, 2, 4, 8)
+LORA = LoraConfig(rank=4, alpha=6.0)
 
 
 def samples() -> list[Sample]:
@@ -38,33 +47,68 @@ def samples() -> list[Sample]:
     ]
 
 
+def share(place: Rank) -> list[Sample]:
+    if place.world == 1:
+        return samples()
+    return samples()[FIRST_RANK:] if place.rank else samples()[:FIRST_RANK]
+
+
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     return {name: safe_get_full_grad(parameter).clone() for name, parameter in learner.policy.named_weights()}
 
 
-def run(model: str, place: Rank, stage: int, budget: int) -> dict[str, object]:
-    config = LearnerConfig(
-        model=model, ranks=place.world, zero_stage=stage, stage3_persistence_threshold=0, micro_batch_tokens=budget,
-        optimizer=OptimizerConfig(lr=1e-3, max_grad_norm=1e-2), bucket_bytes=100_000, loss=OTHER,
+def masters(learner: Learner) -> dict[str, torch.Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in learner.policy.named_weights()}
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor for bucket in learner.buckets() for name, tensor in bucket}
+
+
+def config_of(model: str, place: Rank, **changes: Any) -> LearnerConfig:
+    plain = LearnerConfig(
+        model=model, ranks=place.world, stage3_persistence_threshold=0, packing=Packing.NONE, bucket_bytes=100_000,
+        optimizer=OptimizerConfig(lr=1e-3, max_grad_norm=1e-2),
     )  # fmt: skip
-    learner = Learner(config, place)
+    return replace(plain, **changes)
+
+
+def lay(learner: Learner, packing: Packing) -> None:
+    """Rows end to end or side by side, from now on."""
+    learner.policy.vlm.set_attn_implementation(implementation(replace(learner.config, packing=packing)))
+    learner.policy.packing, learner.batcher = packing, replace(learner.batcher, packing=packing)
+
+
+def split(plan: Plan, count: int, packing: Packing) -> Plan:
+    """The same rows in so many micro-batches, or as many as there are rows."""
+    pieces = np.array_split(np.arange(len(plan.rows)), min(count, len(plan.rows)))
+    return replace(plan, bins=tuple(tuple(piece.tolist()) for piece in pieces), packing=packing)
+
+
+def stage(model: str, place: Rank, budget: int, stage: int) -> dict[str, Any]:
+    learner = Learner(config_of(model, place, zero_stage=stage, micro_batch_tokens=budget, loss=OTHER), place)
     learner.config.loss = LossConfig()
-    mine = samples()
-    if place.world == 2:
-        mine = mine[FIRST_RANK:] if place.rank else mine[:FIRST_RANK]
-    found: dict[str, object] = {}
-    plan = learner.batcher.plan(mine)
+    found: dict[str, Any] = {}
+    plan = learner.batcher.plan(share(place))
     step, sums = learner.accumulate(plan)
     found["own_passes"], found["passes"], found["tokens"] = len(plan.bins), step.passes, step.tokens
     found["loss"], found["masked"] = sums.total("loss") / step.denominator, step.tokens - sums.total("kept")
     found["first"] = gradients(learner)
     found["norm"] = learner.apply(lr=1e-3)
-    found["weights"] = {name: tensor for bucket in learner.buckets() for name, tensor in bucket}
+    found["weights"] = weights(learner)
     learner.accumulate(plan)
     found["second"] = gradients(learner)
     learner.apply(lr=0.0)  # forgets that gradient, changes no weight
+    for packing in Packing:
+        lay(learner, packing)
+        for count in SPLITS:
+            step, _ = learner.accumulate(split(plan, count, packing))
+            found["split", packing.value, count] = step.passes, gradients(learner)
+            learner.apply(lr=0.0)
     learner.config.loss = OTHER
     step, sums = learner.accumulate(plan)
     found["other_loss"], found["rows"] = sums.total("loss") / step.denominator, step.rows
@@ -72,11 +116,76 @@ def run(model: str, place: Rank, stage: int, budget: int) -> dict[str, object]:
     return found
 
 
+def offloaded(model: str, place: Rank, budget: int) -> dict[str, Any]:
+    """Master weights and optimiser state apart from the passes, ZeRO-2: where DeepSpeed lost all but the last
+    micro-batch's gradient before PR #7981."""
+    learner = Learner(config_of(model, place, offload_optimizer=True, micro_batch_tokens=budget), place)
+    plan = learner.batcher.plan(share(place))
+    found: dict[str, Any] = {"passes": learner.accumulate(plan)[0].passes, "first": gradients(learner)}
+    found["norm"] = learner.apply(lr=1e-3)
+    learner.accumulate(plan)
+    return found | {"weights": weights(learner), "second": gradients(learner)}
+
+
+def half(model: str, place: Rank, budget: int) -> dict[str, Any]:
+    """bfloat16 passes, by ZeRO stage: a step of 1e-6, and the same gradient before and after a step of 0."""
+    found: dict[str, Any] = {}
+    for stage in (1, 2, 3):
+        config = config_of(model, place, zero_stage=stage, dtype=Dtype.BFLOAT16, micro_batch_tokens=budget)
+        learner = Learner(config, place)
+        plan = learner.batcher.plan(share(place))
+        learner.accumulate(plan)
+        gradient = gradients(learner)
+        learner.apply(lr=0.0)
+        learner.accumulate(plan)
+        again, before, seen = gradients(learner), masters(learner), weights(learner)
+        learner.apply(lr=1e-6)
+        found[str(stage)] = {
+            "gradient": gradient, "again": again, "masters": (before, masters(learner)),
+            "weights": (seen, weights(learner)),
+        }  # fmt: skip
+    return found
+
+
+def adapted(model: str, place: Rank, budget: int, out: Path) -> dict[str, Any]:
+    """LoRA under ZeRO-3: two steps, what is published, what is exported, and the log-probs of both."""
+    config = config_of(
+        model, place, zero_stage=3, lora=LORA, micro_batch_tokens=budget, optimizer=OptimizerConfig(lr=1e-2)
+    )
+    learner = Learner(config, place)
+    found: dict[str, Any] = {"base": weights(learner)}
+    for _ in range(2):
+        learner.update(share(place))
+    found["published"] = weights(learner)
+    found["adapters"] = {}
+    for weight in weights_of(learner.policy.vlm):
+        if weight.adapter is not None:
+            down, up, scale = weight.adapter
+            with zero.gathered([down, up], 3):
+                found["adapters"][weight.name] = down.detach().clone(), up.detach().clone(), scale
+    scored = [one.trajectory for one in samples() if not math.isnan(one.advantages[0])]
+    found["logprobs"] = [torch.from_numpy(one) for one in learner.logprobs(scored)]
+    learner.export(out / "adapted")
+    return found
+
+
+OTHERS: dict[str, Callable[[str, Rank, int, Path], dict[str, Any]]] = {
+    "offloaded": lambda model, place, budget, out: offloaded(model, place, budget),
+    "bfloat16": lambda model, place, budget, out: half(model, place, budget),
+    "adapted": adapted,
+}
+
+
 def main() -> None:
-    model, rank, world, port, out, budget, *stages = sys.argv[1:]
-    place = Rank(int(rank), int(world), "127.0.0.1", int(port))
-    found = {int(stage): run(model, place, int(stage), int(budget)) for stage in stages}
-    torch.save(found, Path(out) / f"world{world}-rank{rank}.pt")
+    model, rank, world, port, folder, budget, *runs = sys.argv[1:]
+    place, out = Rank(int(rank), int(world), "127.0.0.1", int(port)), Path(folder)
+    found = {
+        run: OTHERS[run](model, place, int(budget), out)
+        if run in OTHERS
+        else stage(model, place, int(budget), int(run))
+        for run in runs
+    }
+    torch.save(found, out / f"world{world}-rank{rank}.pt")
 
 
 if __name__ == "__main__":

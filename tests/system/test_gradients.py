@@ -1,4 +1,5 @@
-"""Whatever the ranks, the ZeRO stage and the micro-batches: one gradient, that of the step's loss written out."""
+"""Whatever the ranks, the ZeRO stage and the micro-batches: one gradient, that of the step's loss written out. And what
+else has to hold on real ranks: offloading, precision of the master weights, adapters."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import torch
 
 from cluster.compat import repair_torchvision
 from episodes.types import Turn
+from learners.config import Packing
 from tests.factories import FAMILY, IDS, IMAGE_PAD, tiny_model
-from tests.system.gradient_rank import OTHER, samples
+from tests.system.gradient_rank import LORA, OTHER, SPLITS, samples
 
 pytestmark = pytest.mark.system
 
@@ -129,16 +132,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[int, Any]]:
-    """(world, rank) -> stage -> what that process found."""
-    out = tmp_path_factory.mktemp("gradients")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gradients")
+
+
+@pytest.fixture(scope="module")
+def found(model: Path, out: Path) -> dict[tuple[int, int], dict[int | str, Any]]:
+    """(world, rank) -> ZeRO stage or name of a run -> what that process found."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ports = {1: free_port(), 2: free_port()}
-    stages = {1: ["2"], 2: ["1", "2", "3"]}
+    runs = {1: ["2", "bfloat16"], 2: ["1", "2", "3", "offloaded", *(["adapted"] if find_spec("peft") else [])]}
     places = [(2, 0), (2, 1), (1, 0)]
     processes = []
     for world, rank in places:
-        arguments = [str(model), str(rank), str(world), str(ports[world]), str(out), str(BUDGET), *stages[world]]
+        arguments = [str(model), str(rank), str(world), str(ports[world]), str(out), str(BUDGET), *runs[world]]
         with (out / f"world{world}-rank{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(
@@ -152,7 +159,11 @@ def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[i
     finally:
         for process in processes:
             process.kill()
-    return {(world, rank): torch.load(out / f"world{world}-rank{rank}.pt") for world, rank in places}
+    results = {}
+    for world, rank in places:
+        loaded = torch.load(out / f"world{world}-rank{rank}.pt", weights_only=False)
+        results[world, rank] = {int(run) if run.isdigit() else run: value for run, value in loaded.items()}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +217,71 @@ def test_another_objective_has_another_denominator_and_one_gradient(
     assert result["other_loss"] == pytest.approx(loss, abs=1e-6)
     assert difference(result["other"], result["second"]) > 1e-2
     assert difference(result["other"], gradient) <= 1e-5
+
+
+@pytest.mark.parametrize(("world", "rank", "stage"), CASES, ids=NAMES)
+def test_splits_and_layouts_change_no_gradient(found: Any, world: int, rank: int, stage: int) -> None:
+    """1, 2, 4 and 8 micro-batches (of two ranks the second has six rows, so six at most), padded and end to end."""
+    result, most = found[world, rank][stage], 6 if world == 2 else 8
+    for packing in Packing:
+        for count in SPLITS:
+            passes, gradient = result["split", packing.value, count]
+            assert passes == min(count, most)
+            assert difference(gradient, result["second"]) <= 1e-5, (packing, count)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_offloading_changes_neither_gradient_nor_step(found: Any, rank: int) -> None:
+    got, wanted = found[2, rank]["offloaded"], found[2, rank][2]
+    assert got["passes"] == wanted["passes"] > 1
+    assert got["norm"] == pytest.approx(wanted["norm"], rel=1e-6)
+    for what in ("first", "weights", "second"):
+        assert difference(got[what], wanted[what]) <= 1e-5, what
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_master_weights_are_fp32_where_passes_are_bf16(found: Any, stage: str) -> None:
+    """A step of 1e-6 (Adam's sign) moves nearly every master weight by 1e-6, and hardly any of the bf16 ones, whose
+    spacing near 0.1 is 5e-4."""
+    result = found[1, 0]["bfloat16"][stage]
+    (before, after), (seen, now) = result["masters"], result["weights"]
+    moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
+    assert {one.dtype for one in after.values()} == {torch.float32}
+    assert {one.dtype for one in now.values()} == {torch.bfloat16}
+    assert 0.9e-6 <= moved.mean() <= 1.1e-6
+    assert torch.cat([(now[name] != seen[name]).flatten() for name in now]).float().mean() < 0.05
+    assert difference(result["again"], result["gradient"]) == 0, "nothing of a step is left in the next"
+
+
+def test_gradients_of_bf16_passes_are_added_up_in_fp32(found: Any, first: Any) -> None:
+    """Under ZeRO-1 ranks exchange the sum in bf16: it is rounded once, not with every micro-batch."""
+    one, two, three = (found[1, 0]["bfloat16"][stage]["gradient"] for stage in "123")
+    assert difference(two, first[0]) <= 0.1, "bf16 forward and backward"
+    assert difference(three, two) <= 1e-6
+    assert any((part.bfloat16() != part).any() for part in two.values())
+    assert all(torch.equal(one[name], part.bfloat16().float()) for name, part in two.items())
+
+
+@pytest.mark.skipif(not find_spec("peft"), reason="needs peft")
+def test_what_is_published_is_base_and_adapters(found: Any, model: Path, out: Path) -> None:
+    """Two ranks of ZeRO-3: every adapted weight is base + alpha / rank x up x down, on both ranks and in the export,
+    and plain transformers with these weights has the policy's log-probs."""
+    result = found[2, 0]["adapted"]
+    published = result["published"]
+    assert all(torch.equal(published[name], other) for name, other in found[2, 1]["adapted"]["published"].items())
+    assert len(result["adapters"]) == 2 * len(LORA.targets)
+    for name, wanted in result["base"].items():
+        if name in result["adapters"]:
+            down, up, scale = result["adapters"][name]
+            assert scale == LORA.alpha / LORA.rank and up.abs().max() > 1e-3
+            wanted = wanted + scale * (up @ down)
+        torch.testing.assert_close(published[name], wanted, atol=1e-6, rtol=0)
+    exported = dict(opened(out / "adapted").named_parameters())
+    assert all(torch.equal(exported[name], value) for name, value in published.items())
+    with torch.no_grad():
+        plain = replies(model, opened(model, published))
+    for ours, theirs in zip(result["logprobs"], plain, strict=True):
+        torch.testing.assert_close(ours, torch.stack([logprob for logprob, *_ in theirs]), atol=1e-5, rtol=0)
 
 
 def test_the_fixture_is_what_it_says(found: Any) -> None:

@@ -38,7 +38,7 @@ def test_engine_and_learner_agree_on_lengths_and_log_probs(
         family, tokenizer = family_of("models/panels-policy"), load_tokenizer("models/panels-policy")
         pad = tokenizer.convert_tokens_to_ids(family.image_pad)
         everyone = [one for group in groups for one in group]
-        assert not any(differs(expand(Sample(one, 0.0), family, pad), one) for one in everyone)
+        assert not any(differs(expand(Sample(one, (0.0,)), family, pad), one) for one in everyone)
         found = np.concatenate([await differences(untied, group) for group in groups])
         assert found.mean() <= 1e-5 and found.max() <= 1e-3, (found.mean(), found.max())
 

@@ -1,0 +1,170 @@
+"""Padding and tokens per second of the learner: one padded batch, padded batches by token budget, rows end to end.
+
+    python benchmarks/learner.py                   # about a minute on one core; prints JSON, and one line in words
+
+Forward and backward passes of the tiny policy over the same random trajectories, mixed as in training: groups that
+share a coarse view, crops of every size, replies of log-normal lengths, one trajectory in five without a second turn.
+Lengths are the method's at ``--scale`` 1 (640 visual tokens a view), a quarter of them by default. The ways take turns;
+their medians are compared, in CPU seconds of this process, so that other work on the machine counts little. "Tokens"
+are never padding. Exit status 1 where the token budget leaves 10 % of padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from episodes.families import ModelFamily, family_of, load_tokenizer
+from episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
+from learners.batch import Batcher, Sample
+from learners.config import LearnerConfig, Packing
+from learners.policy import Policy
+
+PADDING_LIMIT = 0.1
+WAYS = {
+    "one_batch": (Packing.NONE, False),
+    "budget": (Packing.NONE, True),
+    "packed": (Packing.SEQUENCES, True),
+}
+"""Name -> (layout, whether the token budget holds)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Lengths of a step, tokens. view: most visual tokens of a view; reply: median of a reply; longest: its limit."""
+
+    view: int = 640
+    prompt: int = 120
+    reply: int = 120
+    longest: int = 512
+
+    def scaled(self, scale: float) -> Mixture:
+        return Mixture(*(max(4, round(value * scale)) for value in (self.view, self.prompt, self.reply, self.longest)))
+
+    def trajectories(
+        self, family: ModelFamily, marks: tuple[int, int, int], groups: int, seed: int
+    ) -> list[Trajectory]:
+        """Eight trajectories for each group. marks: ids of the tokens around an image, and of its placeholder."""
+        rng, found = np.random.default_rng(seed), []
+        for group in range(groups):
+            coarse = self._view(family, rng, 1.0)
+            for sample in range(8):
+                crop = self._view(family, rng, rng.uniform(0.05, 1.0))
+                views = (coarse, crop) if rng.random() < 0.8 else (coarse,)
+                found.append(self._played(f"q{group}", sample, views, family, marks, rng))
+        return found
+
+    def _view(self, family: ModelFamily, rng: np.random.Generator, share: float) -> View:
+        """Of any shape, with about ``share`` of the budget."""
+        ratio, budget = rng.uniform(0.5, 2.0), max(family.min_visual_tokens, round(self.view * share))
+        side = (budget**0.5) * family.multiple
+        width, height = family.fit(round(side * ratio**0.5), round(side / ratio**0.5), budget)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return View(Box(0, 0, width, height), pixels)
+
+    def _played(
+        self, name: str, sample: int, views: tuple[View, ...], family: ModelFamily,
+        marks: tuple[int, int, int], rng: np.random.Generator,
+    ) -> Trajectory:  # fmt: skip
+        turns, length = [], 0
+        for shown in views:
+            text = rng.integers(0, 200, self.prompt).tolist()
+            prompt = np.array([marks[0], marks[2], marks[1], *text], np.int32)
+            count = int(np.clip(rng.lognormal(np.log(self.reply), 0.6), 4, self.longest))
+            length += len(prompt) - 1 + family.visual_tokens(shown)
+            reply = rng.integers(0, 200, count).astype(np.int32)
+            turns.append(Turn(prompt, reply, np.full(count, -5.0, np.float32), "", Finish.STOP, length, 0))
+            length += count
+        outcome = Outcome.ANSWERED if len(turns) == 2 else Outcome.BAD_BOX
+        return Trajectory(name, sample, views, tuple(turns), outcome, "ok")
+
+
+def figures(passed: dict[str, int], seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
+    """passed: tokens through the model by way, padding included; seconds: of each repetition by way; tokens: real."""
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    first = medians["one_batch"]
+    return {
+        "tokens": tokens,
+        **{f"{way}/padding": round(1 - tokens / passed[way], 4) for way in passed},
+        **{f"{way}/tokens_per_s": round(tokens / value, 1) for way, value in medians.items()},
+        **{f"{way}/speedup": round(first / value, 3) for way, value in medians.items()},
+    }
+
+
+def verdict(found: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the token budget holds padding below the limit, and the line in words."""
+    good = found["budget/padding"] < PADDING_LIMIT
+    parts = [
+        f"{way.replace('_', ' ')}: {found[f'{way}/padding']:.0%} padding, {found[f'{way}/tokens_per_s']:.0f} tokens/s "
+        f"({found[f'{way}/speedup']:.2f} times)"
+        for way in WAYS
+    ]
+    return good, f"{'ok' if good else 'TOO MUCH PADDING'}; {'; '.join(parts)}"
+
+
+def prepared(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], None]], dict[str, int], int]:
+    """For each way a function that makes one step's passes; tokens passed by each; real tokens."""
+    from transformers import AutoImageProcessor
+
+    model, family = arguments.model, family_of(arguments.model)
+    tokenizer = load_tokenizer(model)
+    start, end, pad = map(tokenizer.convert_tokens_to_ids, ("<|vision_start|>", "<|vision_end|>", family.image_pad))
+    mixture = Mixture().scaled(arguments.scale)
+    played = mixture.trajectories(family, (start, end, pad), arguments.groups, arguments.seed)
+    samples = [Sample(one, (1.0,)) for one in played]
+    banned, steps, passed, tokens = family.banned_ids(tokenizer), {}, {}, 0
+    for way, (packing, bounded) in WAYS.items():
+        policy = Policy(LearnerConfig(model=model, packing=packing, freeze_vision=arguments.freeze_vision))
+        budget = round(arguments.budget * arguments.scale) if bounded else sys.maxsize
+        batcher = Batcher(family, AutoImageProcessor.from_pretrained(model), pad, end, budget, packing)
+        plan = batcher.plan(samples)
+        passed[way], tokens = plan.passed_tokens, plan.real_tokens
+
+        def step(policy: Policy = policy, batcher: Batcher = batcher, plan: Any = plan) -> None:
+            for batch in batcher.batches(plan):
+                logprobs, _ = policy(batch, 1.0, banned)
+                logprobs.sum().backward()
+
+        warm = replace(plan, bins=((0,),))
+        step(plan=warm)
+        steps[way] = step
+    return steps, passed, tokens
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/panels-policy", help="default models/panels-policy")
+    parser.add_argument("--groups", type=int, default=4, help="of eight trajectories; default 4")
+    parser.add_argument("--scale", type=float, default=0.25, help="of all lengths and of the budget; default 0.25")
+    parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch at scale 1; default 16384")
+    parser.add_argument("--repeats", type=int, default=3, help="default 3")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--freeze-vision", action="store_true", help="no gradient for the vision tower")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    steps, passed, tokens = prepared(arguments)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(arguments.repeats):
+        for way, step in steps.items():
+            started = time.process_time()
+            step()
+            seconds[way].append(time.process_time() - started)
+    found = figures(passed, seconds, tokens)
+    good, line = verdict(found)
+    print(json.dumps(vars(arguments) | found, indent=2))
+    print(line, file=sys.stderr)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

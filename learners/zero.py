@@ -1,0 +1,85 @@
+"""DeepSpeed: the group of processes, its engine, and parameters made whole."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from learners.config import Dtype, LearnerConfig
+
+
+def join(rank: int, world: int, address: str, port: int, device: torch.device, timeout_s: int) -> None:
+    """Enter the process group that rank 0 opens at ``address:port``: NCCL on GPUs, gloo on CPUs."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0",
+        "MASTER_ADDR": address, "MASTER_PORT": str(port),
+    }  # fmt: skip
+    import deepspeed
+
+    # DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start: half a minute, a compiler, and
+    # ranks that must share a machine. gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+
+
+def engine_of(model: torch.nn.Module, config: LearnerConfig) -> Any:
+    """The model under ZeRO. Parameters that need no gradient are left alone."""
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=_optimizer(trained, config), dist_init_required=False, config=settings(config)
+    )
+    return engine
+
+
+def settings(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration. Master weights and optimiser state are fp32 whatever the passes are."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "stage3_param_persistence_threshold": config.stage3_persistence_threshold,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # of no effect: micro-batches are made by token budget
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": config.dtype is Dtype.BFLOAT16},
+        # Else gradients of bf16 passes are added up in bf16, which loses what a late micro-batch adds.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _optimizer(parameters: Sequence[torch.nn.Parameter], config: LearnerConfig) -> torch.optim.Optimizer:
+    kind: Any = torch.optim.AdamW
+    if config.offload_optimizer and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        kind = DeepSpeedCPUAdam
+    return kind(
+        list(parameters),
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        weight_decay=config.optimizer.weight_decay,
+    )
+
+
+def gathered(parameters: Sequence[torch.nn.Parameter], zero_stage: int) -> Any:
+    """A context in which these parameters are whole on every rank; all ranks enter it together."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), enabled=zero_stage == 3)

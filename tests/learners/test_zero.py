@@ -1,0 +1,28 @@
+"""What DeepSpeed is told."""
+
+import torch
+
+from learners.config import Dtype, LearnerConfig, OptimizerConfig
+from learners.zero import settings
+
+
+def test_settings_by_hand() -> None:
+    config = LearnerConfig(
+        zero_stage=3, stage3_persistence_threshold=7, dtype=Dtype.BFLOAT16, optimizer=OptimizerConfig(max_grad_norm=0.5)
+    )
+    assert settings(config) == {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 7},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def test_the_optimiser_goes_to_main_memory_where_asked() -> None:
+    zero = settings(LearnerConfig(offload_optimizer=True))["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    assert "offload_optimizer" not in settings(LearnerConfig())["zero_optimization"]
