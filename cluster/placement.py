@@ -77,10 +77,14 @@ class Cluster:
         self._resources[role] = resources
 
     def reserve(self, role: str, count: int, resources: Resources) -> None:
-        """Reserve ``count`` places for ``role`` together: all of them or none.
+        """Reserve ``count`` places for ``role`` together: all of them or none. What the role had before is given back
+        first.
 
         Raises TimeoutError with the numbers when the cluster cannot hold them within ``wait_s``."""
         bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        if (former := self._gangs.pop(role, None)) is not None:
+            self._reserved.remove(former)
+            remove_placement_group(former)
         gang = placement_group([bundle] * count, strategy="PACK")
         self._reserved.append(gang)
         self._gangs[role], self._resources[role] = gang, resources
