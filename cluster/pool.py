@@ -129,13 +129,13 @@ class Pool:
         indices = range(self._next_index, self._next_index + size - len(self._workers))
         added = [_Worker(index, self._spawn(index)) for index in indices]
         self._next_index += len(added)
-        self._workers += added
         draining = asyncio.gather(*(self._drain(worker) for worker in removed))
-        starts = [asyncio.wait_for(self._start(worker), self._start_deadline_s) for worker in added]
+        starts = [asyncio.wait_for(self._join(worker), self._start_deadline_s) for worker in added]
         failures = [error for error in await asyncio.gather(*starts, return_exceptions=True) if error is not None]
         await draining
         for worker in [worker for worker in added if not worker.ready.is_set()]:
-            self._workers.remove(worker)
+            if worker in self._workers:
+                self._workers.remove(worker)
             ray.kill(worker.actor)
         if failures:
             raise TimeoutError(
@@ -150,13 +150,27 @@ class Pool:
             ray.kill(worker.actor)
         self._workers = []
 
+    async def _join(self, worker: _Worker) -> None:
+        """A new worker comes into the list when it has started: ``call_all`` does not wait for its start, and from then
+        on cannot miss it."""
+        await self._begin(worker.actor.start.remote())
+        self._workers.append(worker)
+        await self._admit(worker)
+
     async def _start(self, worker: _Worker) -> None:
+        await self._begin(worker.actor.start.remote())
+        await self._admit(worker)
+
+    @staticmethod
+    async def _begin(started: Awaitable[Any]) -> None:
         try:
-            await worker.actor.start.remote()
-            if self._prepare is not None:
-                await self._prepare(worker.actor)
+            await started
         except RayTaskError as error:
             raise _original(error) from error
+
+    async def _admit(self, worker: _Worker) -> None:
+        if self._prepare is not None:
+            await self._begin(self._prepare(worker.actor))
         worker.ready.set()
         async with self._changed:
             self._changed.notify_all()

@@ -32,6 +32,7 @@ from jobs.prepare import prepare_embedded
 from jobs.proof import Proof
 from jobs.recovery import Keeper, Revival
 from jobs.run import Run
+from jobs.scale import scalable
 from jobs.stopping import Stop, Stopped
 from jobs.view import View
 from learners.learner_group import LearnerFailed, LearnerGroup
@@ -49,13 +50,14 @@ async def train(config: TrainConfig) -> Path:
     with Run.open(config) as run, Cluster.connect(config.cluster) as cluster, Stop.on_signals(run.view) as stop:
         rollouts, rewards, learners = await stop.unless(launch(cluster, config, run.view))
         revive = Revival(config.recovery)
-        while True:
-            crew = Crew(rollouts, rewards, learners)
-            try:
-                await live(config, run, crew, questions, chain([first], probes), held, stop)
-                break
-            except LearnerFailed as error:
-                learners = await stop.unless(revive(error, cluster, config, run))
+        async with scalable(run, rollouts, rewards):
+            while True:
+                crew = Crew(rollouts, rewards, learners)
+                try:
+                    await live(config, run, crew, questions, chain([first], probes), held, stop)
+                    break
+                except LearnerFailed as error:
+                    learners = await stop.unless(revive(error, cluster, config, run))
         await learners.export(run.folder / "policy")
         run.ended(done=True, why="all steps are done")
         run.view.say(run.summary())

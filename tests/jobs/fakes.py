@@ -5,6 +5,7 @@ used the same questions, seeds, versions and scores in the same steps."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -150,6 +151,7 @@ class World:
         monkeypatch.setattr(train, "launch", launch)
         monkeypatch.setattr(train, "Proof", Proof)
         monkeypatch.setattr(train.Cluster, "connect", lambda config: _Nothing())
+        monkeypatch.setattr(train, "scalable", lambda *_: contextlib.nullcontext())
         monkeypatch.setattr(recovery.LearnerGroup, "launch", relaunch)
         monkeypatch.setattr(run, "Shelf", lambda folder: Shelf(folder, self.disk))
         monkeypatch.setattr(state.ray, "put", Reference)
