@@ -51,6 +51,11 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
             raise ValueError(f"checkpoint.every is {self.every}, checkpoint.keep {self.keep}; need at least 0 and 1")
+        if "@" in self.url.split("://")[-1].split("/")[0]:
+            raise ValueError(
+                "checkpoint.url holds a user or password: it would be in config.yaml and in the logs; put it into the "
+                "environment, where the storage's own package looks"
+            )
 
     def due(self, step: int, total_steps: int) -> bool:
         return self.every > 0 and (step % self.every == 0 or step == total_steps)

@@ -23,6 +23,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.rollout_pool import RolloutPool
+from cluster.compat import keep_ray_local
 from jobs.commands import EXPECTED, explain
 from jobs.config import ConfigError
 from jobs.run import Run
@@ -141,9 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --rollout-workers or --reward-workers, at least 1")
     folder = next((path for path in (Path(options.run), Path("runs") / options.run) if (path / ADDRESS).exists()), None)
     place = json.loads((folder / ADDRESS).read_text()) if folder else {}
+    address: str = options.address or place.get("address", "auto")
+    if address.startswith("127.0.0.1:"):
+        keep_ray_local()
     try:
         ray.init(
-            address=options.address or place.get("address", "auto"),
+            address=address,
             namespace=place.get("namespace", options.namespace),
             logging_level=logging.ERROR,
             log_to_driver=False,

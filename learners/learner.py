@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -227,15 +228,26 @@ def _join(place: Rank, device: torch.device, timeout_s: int) -> None:
         "RANK": str(place.rank), "WORLD_SIZE": str(place.world), "LOCAL_RANK": "0",
         "MASTER_ADDR": place.address, "MASTER_PORT": str(place.port),
     }  # fmt: skip
+    if place.address == "127.0.0.1" and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: nobody else needs to reach them
     import deepspeed
 
     # DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start: half a minute, a compiler, and
     # ranks that must share a machine. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
-        verbose=False,
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
+    store = _store(place, timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # finds the group made
+
+
+def _store(place: Rank, timeout: datetime.timedelta) -> torch.distributed.TCPStore:
+    """Where ranks find one another. Left to itself torch listens on every interface; here only on ``place.address``."""
+    if place.rank:
+        return torch.distributed.TCPStore(place.address, place.port, place.world, timeout=timeout)
+    listener = socket.create_server((place.address, place.port))
+    return torch.distributed.TCPStore(
+        place.address, place.port, place.world, True, timeout, master_listen_fd=listener.detach()
     )
 
 

@@ -67,9 +67,10 @@ class LearnerRank:
 
     def address(self) -> tuple[str, int]:
         """Where this process could listen as rank 0."""
+        address = ray.util.get_node_ip_address()
         with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+            probe.bind((address, 0))
+            return address, int(probe.getsockname()[1])
 
     def start(self, rank: int, address: str, port: int) -> None:
         from learners.learner import Learner, Rank

@@ -36,6 +36,13 @@ class EndpointConfig:
     concurrency: int = 32
     """Requests in flight per reward worker."""
 
+    def __post_init__(self) -> None:
+        if "@" in self.url.split("://")[-1].split("/")[0]:
+            raise ValueError(
+                "reward.verifier.endpoint.url holds a user or password: it would be in config.yaml and in the logs; "
+                "put the key into the environment and name the variable in reward.verifier.endpoint.api_key_env"
+            )
+
 
 @dataclass
 class VerifierConfig:
