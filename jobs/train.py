@@ -7,7 +7,7 @@ import asyncio
 import random
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -40,6 +40,15 @@ from rewards.reward_pool import RewardPool
 from rewards.tce import weights_of
 
 
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """The three roles, started."""
+
+    rollouts: RolloutPool
+    rewards: RewardPool
+    learners: LearnerGroup
+
+
 async def train(config: TrainConfig) -> Path:
     """Run the whole training, or what is left of it; returns the run's folder.
 
@@ -48,17 +57,16 @@ async def train(config: TrainConfig) -> Path:
     questions, probes, held = QuestionStream(config.questions), QuestionStream(config.questions), heldout(config)
     first = next(probes)  # what is wrong with the data is said before anything starts
     with Run.open(config) as run, Cluster.connect(config.cluster) as cluster, Stop.on_signals(run.view) as stop:
-        rollouts, rewards, learners = await stop.unless(launch(cluster, config, run.view))
-        revive = Revival(config.recovery)
-        async with scalable(run, rollouts, rewards):
+        crew, revive = await stop.unless(launch(cluster, config, run.view)), Revival(config.recovery)
+        async with scalable(run, crew.rollouts, crew.rewards):
             while True:
-                crew = Crew(rollouts, rewards, learners)
                 try:
                     await live(config, run, crew, questions, chain([first], probes), held, stop)
                     break
                 except LearnerFailed as error:
                     learners = await stop.unless(revive(error, cluster, config, run))
-        await learners.export(run.folder / "policy")
+                    crew = replace(crew, learners=learners)
+        await crew.learners.export(run.folder / "policy")
         run.ended(done=True, why="all steps are done")
         run.view.say(run.summary())
         return run.folder
@@ -81,7 +89,7 @@ async def live(
     flow = Flow(questions, rollouts, rewards, config.seed, config.questions.on_bad_row, state.flow)
     keeper = Keeper(run, learners, state)
 
-    def wanted(group: Group) -> bool:  # of one that the reward model did not judge nothing is known yet
+    def wanted(group: Group) -> bool:  # of one that was not judged nothing is known yet
         return credit.teaches(group) or unscored_share([group]) > config.reward.unscored_tolerance
 
     await weights.publish(version=state.step)
@@ -95,8 +103,7 @@ async def live(
                 flow.keep_ahead(config.groups_per_step * (1 + config.max_staleness))
                 with report.timed("rollout"):
                     oldest = step - config.max_staleness
-                    taking = flow.take(config.groups_per_step, oldest, wanted, config.spare_groups)
-                    groups = await stop.unless(taking)
+                    groups = await stop.unless(flow.take(config.groups_per_step, oldest, wanted, config.spare_groups))
                     groups = await stop.unless(rescored(groups, rewards, config.reward, run.view))
                 report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups) | flow.metrics())
                 if config.shuffle_rewards:
@@ -118,22 +125,13 @@ async def live(
             stop.check()
 
 
-@dataclass(frozen=True, slots=True)
-class Crew:
-    """The three roles, started."""
-
-    rollouts: RolloutPool
-    rewards: RewardPool
-    learners: LearnerGroup
-
-
-async def launch(cluster: Cluster, config: TrainConfig, view: View) -> tuple[RolloutPool, RewardPool, LearnerGroup]:
+async def launch(cluster: Cluster, config: TrainConfig, view: View) -> Crew:
     """All three roles at once; the slowest decides when training can begin."""
     with view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
         rollouts, rewards = launch_players(cluster, config)
         learners = await LearnerGroup.launch(cluster, config.learner)
         await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
-    return rollouts, rewards, learners
+    return Crew(rollouts, rewards, learners)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -129,7 +129,7 @@ class World:
 
         async def launch(cluster: Any, config: TrainConfig, view: Any) -> Any:
             self.engines += 1
-            return Rollouts(self), Rewards(self), self.learners()
+            return train.Crew(Rollouts(self), Rewards(self), self.learners())  # type: ignore[arg-type]
 
         class Proof:
             @classmethod

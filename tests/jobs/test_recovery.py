@@ -19,6 +19,7 @@ from jobs import outage
 from jobs.checkpoints import CheckpointConfig
 from jobs.config import ConfigError, RecoveryConfig, TrainConfig, load_config
 from jobs.outage import RewardsUnavailable
+from jobs.run import Run
 from jobs.stopping import Stopped
 from jobs.train import train
 from learners.learner_group import LearnerFailed
@@ -324,3 +325,21 @@ def test_other_questions_are_refused(config: TrainConfig, world: World, data: Pa
     write_questions(mine, (question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(12)))
     with pytest.raises(ConfigError, match=r"questions\.paths had 10 rows at .*, now 12: other files"):
         go(config)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
+    config: TrainConfig, world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "in-the-way").write_text("a file")
+    with pytest.raises(OSError, match="in-the-way"):
+        go(replace(config, runs_dir=str(tmp_path / "in-the-way")))
+    url = f"file://{tmp_path / 'in-the-way'}"
+    with pytest.raises(OSError, match=r"checkpoint\.url: cannot write to file://"):
+        go(replace(config, checkpoint=CheckpointConfig(url=url)))
+    assert world.engines == 0
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(config: TrainConfig, world: World) -> None:
+    with Run.open(config) as running:
+        assert running.folder.name == "story"
+        assert go(config).name == "story-2"

@@ -88,8 +88,8 @@ class Life:
             _signal(pid, signal.SIGKILL)
 
     def of_kind(self, title: str, below: str | None = None) -> int:
-        """The process whose command begins with ``title``; below one that begins with ``below`` also one that merely was
-        spawned (vLLM names its processes only where setproctitle is installed)."""
+        """The process whose command begins with ``title``; below one that begins with ``below`` also one that merely
+        was spawned (vLLM names its processes only where setproctitle is installed)."""
         roots = [self.process.pid] if below is None else [self.of_kind(below)]
         for root in roots:
             for pid, command in descendants(root):
