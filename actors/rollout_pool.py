@@ -10,7 +10,7 @@ import ray
 
 from actors.rollout_worker import Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
 from cluster.placement import Cluster
-from cluster.pool import Pool
+from cluster.pool import Faults, Pool
 from episodes.coarse_to_fine import EpisodeConfig
 from episodes.types import Box, Question, Trajectory
 
@@ -46,7 +46,8 @@ class RolloutPool:
                 version, buckets = self._weights
                 await worker.load_weights.remote(version, *buckets)
 
-        self = cls(Pool(spawn, config.workers, config.restarts, "rollout workers", catch_up), config)
+        faults = Faults(config.restarts, config.stall_s, config.backoff_s)
+        self = cls(Pool(spawn, config.workers, faults, "rollout workers", catch_up), config)
         return self
 
     async def ready(self, deadline_s: float) -> None:

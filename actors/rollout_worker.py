@@ -40,7 +40,11 @@ class RolloutConfig:
     group_size: int = 8
     """Trajectories per question (GRPO's G)."""
     restarts: int = 3
-    """Dead workers replaced before the run gives up."""
+    """Dead or hung workers replaced before the run gives up."""
+    stall_s: float = 900.0
+    """A worker that has work and finishes none of it for so long counts as dead, seconds."""
+    backoff_s: float = 2.0
+    """Wait before the second replacement in a row, in seconds; doubled each time, a minute at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ so they outlive the workers that played them."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import ray
@@ -69,11 +70,11 @@ class TrajectoryStore:
             self._failure = error
             self._changed.notify_all()
 
-    async def take(self, count: int, oldest: int) -> list[Group]:
-        """The next ``count`` groups whose every turn was sampled by version ``oldest`` or later."""
-        taken: list[Group] = []
-        while len(taken) < count:
-            async with self._changed:
+    async def take(self, oldest: int) -> Group | None:
+        """The next group, if its every turn was sampled by version ``oldest`` or later. None where it was not: it is
+        dropped and counted, and whoever wants another one in its place has to have it played."""
+        async with self._changed:
+            while True:
                 while self._next not in self._groups and self._next not in self._skipped:
                     if self._failure is not None:
                         raise self._failure
@@ -81,10 +82,22 @@ class TrajectoryStore:
                 group = self._groups.pop(self._next, None)
                 self._skipped.discard(self._next)
                 self._next += 1
-            if group is None:
-                continue
-            if group.oldest_version < oldest:
-                self.dropped += 1
-                continue
-            taken.append(group)
-        return taken
+                if group is None:
+                    continue
+                if group.oldest_version < oldest:
+                    self.dropped += 1
+                    return None
+                return group
+
+    def contents(self) -> tuple[tuple[Group, ...], tuple[int, ...]]:
+        """The groups that wait here and the numbers that were skipped, both in order."""
+        return tuple(self._groups[number] for number in sorted(self._groups)), tuple(sorted(self._skipped))
+
+    def restore(self, next_number: int, groups: Iterable[Group], skipped: Iterable[int], dropped: int) -> None:
+        """What ``contents``, ``next_number`` and ``dropped`` said, into an empty store.
+
+        Raises ValueError for a group or a skipped number that was handed out before."""
+        self._groups = {group.number: group for group in groups}
+        self._skipped, self._next, self.dropped = set(skipped), next_number, dropped
+        if past := sorted(number for number in {*self._groups, *self._skipped} if number < next_number):
+            raise ValueError(f"groups {past} come before group {next_number}, which is handed out next")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,21 @@ def keep_discarded_draws() -> None:
             generators.update(hidden)
 
     CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = sample_and_restore, bookkeeping_without_them
+
+
+# --- a Ray that other machines cannot reach --------------------------------------------------------------------------
+# On Linux ``ray.init()`` turns 127.0.0.1 into the machine's address and then listens on every interface, without a
+# password; "bind to the node's address" (ray #55484, #59852) does not change that for a local start in 2.60. With the
+# switch that it has for Windows and macOS, where firewalls ask, a node's address is 127.0.0.1 and all its servers keep
+# to it. Remove when ``ray.init(_node_ip_address="127.0.0.1")`` is taken at its word on Linux.
+
+
+def keep_ray_local() -> None:
+    """For this process and its children: a Ray that is started has the address 127.0.0.1, and one there is joined."""
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 # --- vLLM's processes ------------------------------------------------------------------------------------------------

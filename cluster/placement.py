@@ -14,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.compat import keep_ray_local
 from cluster.resources import Resources
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ class ClusterConfig:
     """Ray address to join (``auto``, ``host:port``); null starts Ray on this machine, or joins the cluster of
     a submitted job."""
     namespace: str = "ergo-rl"
+    local_only: bool = True
+    """A Ray that is started here listens on 127.0.0.1 only: whoever reaches its ports can run code. false: on every
+    interface, so that other machines can join."""
     object_store_gib: float = 2.0
     """Object store of a Ray that is started here."""
     wait_s: float = 300.0
@@ -56,6 +60,8 @@ class Cluster:
                 "object_store_memory": int(config.object_store_gib * 2**30),
                 "include_dashboard": False,
             }
+            if local and config.local_only:
+                keep_ray_local()
             ray.init(
                 address=config.address,
                 namespace=config.namespace,
@@ -77,10 +83,14 @@ class Cluster:
         self._resources[role] = resources
 
     def reserve(self, role: str, count: int, resources: Resources) -> None:
-        """Reserve ``count`` places for ``role`` together: all of them or none.
+        """Reserve ``count`` places for ``role`` together: all of them or none. What the role had before is given back
+        first.
 
         Raises TimeoutError with the numbers when the cluster cannot hold them within ``wait_s``."""
         bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        if (former := self._gangs.pop(role, None)) is not None:
+            self._reserved.remove(former)
+            remove_placement_group(former)
         gang = placement_group([bundle] * count, strategy="PACK")
         self._reserved.append(gang)
         self._gangs[role], self._resources[role] = gang, resources

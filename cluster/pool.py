@@ -1,9 +1,10 @@
-"""A pool of like Ray actors: spread calls, replace the dead, resubmit what they held, resize while running."""
+"""A pool of like Ray actors: spread calls, replace the dead and the hung, resubmit what they held, resize meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,26 @@ Spawn = Callable[[int], ActorHandle]
 """Creates the actor with this index. The actor has an async method ``start()`` that returns when it is ready."""
 Prepare = Callable[[ActorHandle], Awaitable[None]]
 """Brings a started worker up to date before it is used (its weights, say)."""
+LONGEST_BACKOFF_S = 60.0
 
 
 class PoolExhausted(RuntimeError):
     """Workers kept dying and the budget of restarts is spent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What a pool does about workers that fail. restarts: replacements before it gives up; stall_s: a worker that has
+    work and finishes none of it for so long counts as dead; backoff_s: wait before the second replacement in a row,
+    doubled each time, ``LONGEST_BACKOFF_S`` at most (a call that succeeds ends the row)."""
+
+    restarts: int = 3
+    stall_s: float = 900.0
+    backoff_s: float = 2.0
+
+
+class _Hung(Exception):
+    """A worker has work and finishes none of it."""
 
 
 @dataclass(eq=False)
@@ -29,22 +46,34 @@ class _Worker:
     index: int
     actor: ActorHandle
     load: int = 0
+    progress: float = 0.0
+    """When it last began to have work or finished some (``time.monotonic``)."""
+    in_a_row: int = 0
+    """Replacements since it last finished a call."""
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    repair: asyncio.Task[None] | None = None
 
 
 class Pool:
     """Calls go to the least loaded worker. One asyncio loop owns the pool.
 
-    A worker's death is no caller's business: the worker is replaced and the call is made again, until the
-    budget of ``restarts`` is spent (PoolExhausted). What a method raises rises here as it was raised."""
+    A worker's death is no caller's business, nor that it hangs: the worker is replaced and the call is made again,
+    until the budget of restarts is spent (PoolExhausted). What a method raises rises here as it was raised."""
 
     def __init__(
-        self, spawn: Spawn, size: int, restarts: int = 3, name: str = "workers", prepare: Prepare | None = None
+        self,
+        spawn: Spawn,
+        size: int,
+        faults: Faults | None = None,
+        name: str = "workers",
+        prepare: Prepare | None = None,
     ):
         if size < 1:
             raise ValueError(f"a pool of {name} needs at least one worker, got {size}")
         self._spawn, self._prepare, self.name = spawn, prepare, name
-        self._restarts_left = restarts
+        self._faults = faults or Faults()
+        self._restarts_left = self._faults.restarts
+        self._start_deadline_s: float | None = None
         self._exhausted = ""
         self.restarts = 0
         self._workers = [_Worker(index, spawn(index)) for index in range(size)]
@@ -55,7 +84,9 @@ class Pool:
         return len(self._workers)
 
     async def ready(self, deadline_s: float) -> None:
-        """Wait until every worker has started. Raises TimeoutError with what is free in the cluster."""
+        """Wait until every worker has started; replacements are given as long. Raises TimeoutError with what is free in
+        the cluster, PoolExhausted where one dies."""
+        self._start_deadline_s = deadline_s
         try:
             await asyncio.wait_for(together(*(self._start(worker) for worker in self._workers)), deadline_s)
         except TimeoutError:
@@ -65,6 +96,8 @@ class Pool:
                 f"only {up} of {len(self._workers)} {self.name} were ready after {deadline_s:.0f} s; "
                 f"free in the cluster: {free}. Ask for fewer, or for less per worker."
             ) from None
+        except RayActorError as error:
+            raise PoolExhausted(f"{self.name}: one died while it started: {error}") from error
 
     async def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         """Call ``method`` on the least loaded worker. References among ``args`` go to Ray as they are.
@@ -74,47 +107,70 @@ class Pool:
         while True:
             worker = await self._least_loaded()
             actor = worker.actor
-            worker.load += 1
             try:
                 answer = getattr(actor, method).options(num_returns=num_returns).remote(*args)
                 if num_returns == 1:
-                    return await answer
-                return (await answer[0], *answer[1:])
-            except RayTaskError as error:
-                raise _original(error) from error
-            except RayActorError as error:
-                await self._replace(worker, actor, error)
-            finally:
-                worker.load -= 1
+                    return await self._watched(worker, answer)
+                return (await self._watched(worker, answer[0]), *answer[1:])
+            except (RayActorError, _Hung) as error:
+                await self._replaced(worker, actor, error)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """Call ``method`` on every worker; a worker that dies meanwhile is replaced, prepared and called again."""
         return list(await asyncio.gather(*(self._call_one(worker, method, args) for worker in list(self._workers))))
 
     async def resize(self, size: int) -> None:
-        """Grow or shrink. New workers take calls once started and prepared; removed ones finish what they hold."""
+        """Grow or shrink. New workers take calls once started and prepared; removed ones finish what they hold.
+
+        Raises TimeoutError where a new one does not come up within the deadline of ``ready``; it is gone then."""
         if size < 1:
             raise ValueError(f"a pool of {self.name} needs at least one worker, got {size}")
-        added: list[_Worker] = []
-        while len(self._workers) + len(added) < size:
-            added.append(_Worker(self._next_index, self._spawn(self._next_index)))
-            self._next_index += 1
-        self._workers += added
         removed, self._workers = self._workers[size:], self._workers[:size]
-        await asyncio.gather(*(self._start(worker) for worker in added), *(self._drain(worker) for worker in removed))
+        indices = range(self._next_index, self._next_index + size - len(self._workers))
+        added = [_Worker(index, self._spawn(index)) for index in indices]
+        self._next_index += len(added)
+        draining = asyncio.gather(*(self._drain(worker) for worker in removed))
+        starts = [asyncio.wait_for(self._join(worker), self._start_deadline_s) for worker in added]
+        failures = [error for error in await asyncio.gather(*starts, return_exceptions=True) if error is not None]
+        await draining
+        for worker in [worker for worker in added if not worker.ready.is_set()]:
+            if worker in self._workers:
+                self._workers.remove(worker)
+            ray.kill(worker.actor)
+        if failures:
+            raise TimeoutError(
+                f"{len(failures)} of {len(added)} new {self.name} did not start: {type(failures[0]).__name__} "
+                f"{failures[0]}; there are {len(self)} now"
+            ) from failures[0]
 
     async def close(self) -> None:
         for worker in self._workers:
+            if worker.repair is not None:
+                worker.repair.cancel()
             ray.kill(worker.actor)
         self._workers = []
 
+    async def _join(self, worker: _Worker) -> None:
+        """A new worker comes into the list when it has started: ``call_all`` does not wait for its start, and from then
+        on cannot miss it."""
+        await self._begin(worker.actor.start.remote())
+        self._workers.append(worker)
+        await self._admit(worker)
+
     async def _start(self, worker: _Worker) -> None:
+        await self._begin(worker.actor.start.remote())
+        await self._admit(worker)
+
+    @staticmethod
+    async def _begin(started: Awaitable[Any]) -> None:
         try:
-            await worker.actor.start.remote()
-            if self._prepare is not None:
-                await self._prepare(worker.actor)
+            await started
         except RayTaskError as error:
             raise _original(error) from error
+
+    async def _admit(self, worker: _Worker) -> None:
+        if self._prepare is not None:
+            await self._begin(self._prepare(worker.actor))
         worker.ready.set()
         async with self._changed:
             self._changed.notify_all()
@@ -129,30 +185,81 @@ class Pool:
 
     async def _call_one(self, worker: _Worker, method: str, args: tuple[Any, ...]) -> Any:
         while True:
-            await worker.ready.wait()
+            await self._until_ready(worker)
             actor = worker.actor
             try:
-                return await getattr(actor, method).remote(*args)
-            except RayTaskError as error:
-                raise _original(error) from error
-            except RayActorError as error:
-                await self._replace(worker, actor, error)
+                return await self._watched(worker, getattr(actor, method).remote(*args))
+            except (RayActorError, _Hung) as error:
+                await self._replaced(worker, actor, error)
 
-    async def _replace(self, worker: _Worker, dead: ActorHandle, error: RayActorError) -> None:
-        """Replace a dead actor in its place; many callers may see one death, the first one acts."""
-        if worker.actor is not dead:
-            return
-        worker.ready.clear()
-        if self._restarts_left == 0:
-            self._exhausted = f"{self.name}: worker {worker.index} died and no restarts are left: {error}"
+    async def _until_ready(self, worker: _Worker) -> None:
+        async with self._changed:
+            while not worker.ready.is_set():
+                if self._exhausted:
+                    raise PoolExhausted(self._exhausted)
+                await self._changed.wait()
+
+    async def _watched(self, worker: _Worker, answer: ray.ObjectRef) -> Any:
+        """The answer, unless the worker hangs: it has work, and no call of it has ended for ``stall_s``."""
+        if worker.load == 0:
+            worker.progress = time.monotonic()
+        worker.load += 1
+        waiting = asyncio.ensure_future(_awaited(answer))
+        try:
+            while not waiting.done():
+                left = worker.progress + self._faults.stall_s - time.monotonic()
+                if left <= 0:
+                    raise _Hung(f"it finished nothing for {self._faults.stall_s:.0f} s")
+                await asyncio.wait({waiting}, timeout=left)
+            if not isinstance(waiting.exception(), RayActorError):
+                worker.progress, worker.in_a_row = time.monotonic(), 0
+            return waiting.result()
+        except RayTaskError as error:
+            raise _original(error) from error
+        except asyncio.CancelledError:
+            ray.cancel(answer)  # nobody waits for it: let the worker do something else
+            raise
+        finally:
+            worker.load -= 1
+            waiting.cancel()
+
+    async def _replaced(self, worker: _Worker, dead: ActorHandle, error: Exception) -> None:
+        """Returns when a dead actor has been replaced in its place. Many callers may see one death: one repair is
+        begun, and goes on whatever becomes of the callers."""
+        if worker.actor is dead and worker.repair is None:
+            worker.ready.clear()
+            worker.repair = asyncio.create_task(self._repair(worker, error))
+        if worker.repair is not None:
+            await asyncio.shield(worker.repair)
+
+    async def _repair(self, worker: _Worker, error: Exception) -> None:
+        try:
+            while self._restarts_left:
+                self._restarts_left -= 1
+                self.restarts += 1
+                logger.warning(
+                    "%s: worker %d died (%s: %s); replacing it (%d left)",
+                    self.name, worker.index, type(error).__name__, str(error)[:300], self._restarts_left,
+                )  # fmt: skip
+                ray.kill(worker.actor)  # a hung one, or what is left of it
+                if worker.in_a_row:
+                    wait_s = self._faults.backoff_s * 2 ** (worker.in_a_row - 1)
+                    await asyncio.sleep(min(wait_s, LONGEST_BACKOFF_S))
+                worker.in_a_row += 1
+                worker.actor = self._spawn(worker.index)
+                try:
+                    await asyncio.wait_for(self._start(worker), self._start_deadline_s)
+                    return
+                except Exception as another:  # whatever it is, the budget bounds how often it is tried
+                    error = another
+            self._exhausted = (
+                f"{self.name}: worker {worker.index} died and no restarts are left: {type(error).__name__} {error}"
+            )
+            raise PoolExhausted(self._exhausted) from error
+        finally:
+            worker.repair = None
             async with self._changed:
                 self._changed.notify_all()
-            raise PoolExhausted(self._exhausted) from error
-        self._restarts_left -= 1
-        self.restarts += 1
-        logger.warning("%s: worker %d died (%s); replacing it", self.name, worker.index, type(error).__name__)
-        worker.actor = self._spawn(worker.index)
-        await self._start(worker)
 
     async def _drain(self, worker: _Worker) -> None:
         while worker.load:
@@ -177,3 +284,7 @@ def _original(error: RayTaskError) -> Exception:
         return error
     cause.add_note(str(error))
     return cause
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer

@@ -10,7 +10,9 @@ from cluster.placement import Cluster
 from cluster.pool import PoolExhausted
 from episodes.families import UnknownFamily, family_of
 from episodes.questions import DatasetError
+from jobs.checkpoints import DamagedCheckpoint
 from jobs.config import ConfigError, TrainConfig
+from jobs.outage import RewardsUnavailable
 from jobs.proof import WeightsDiffer
 from learners.learner_group import LearnerFailed
 from rewards.config import Backend
@@ -20,16 +22,24 @@ from rewards.verifier import VerifierUnavailable
 DEFAULT_RECIPE = "configs/panels.yaml"
 EXPECTED = (
     ConfigError,
+    DamagedCheckpoint,
     DatasetError,
     LearnerFailed,
     OSError,  # a model or file that is not there, a Ray address that does not answer
     PoolExhausted,
+    RewardsUnavailable,
     TimeoutError,
     UnknownFamily,
     VerifierUnavailable,
     WeightsDiffer,
 )
 """What can go wrong without a bug of ours: the message says it all, a traceback would only hide it."""
+
+
+def explain(error: BaseException) -> str:
+    """The message and our notes to it, on one line; Ray's notes are tracebacks."""
+    notes = [note for note in getattr(error, "__notes__", []) if "\n" not in note]
+    return "; ".join([str(error), *notes])
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

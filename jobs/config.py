@@ -19,6 +19,7 @@ from actors.rollout_worker import RolloutConfig
 from cluster.placement import ClusterConfig
 from episodes.coarse_to_fine import EpisodeConfig
 from episodes.questions import QuestionsConfig
+from jobs.checkpoints import CheckpointConfig
 from jobs.evaluation import EvaluationConfig
 from jobs.guards import GuardsConfig
 from jobs.metrics import MetricsConfig
@@ -65,6 +66,16 @@ class ProofConfig:
 
 
 @dataclass
+class RecoveryConfig:
+    """What a run does about a learner that fails; rollout and reward workers have ``restarts`` of their own."""
+
+    learner_restarts: int = 3
+    """Times that the learner is started again, from the last checkpoint, before the run gives up; engines stay."""
+    backoff_s: float = 5.0
+    """Wait before the first of them, in seconds; doubled each time."""
+
+
+@dataclass
 class TrainConfig:
     name: str = MISSING
     """Name of the run and of its folder."""
@@ -84,6 +95,11 @@ class TrainConfig:
     """With dynamic_sampling: play at most so many times groups_per_step questions in a step."""
     shuffle_rewards: bool = False
     """A control: deal the scores of a step to its trajectories at random. Nothing about the task can be learned."""
+    resume: str = "auto"
+    """auto: go on with the unfinished run of this name, if there is one; never: begin a new one; a path or URL of a run
+    or a checkpoint: begin a new one from there."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     samples_every: int = 5
     """Write the trajectories of one group (text and pictures) every so many steps; 0: never."""
     embedded: EmbeddedData = field(default_factory=EmbeddedData)

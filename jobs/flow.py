@@ -1,4 +1,4 @@
-"""The flow of questions: played, scored, put into the store; as many ahead of the learner as allowed."""
+"""The flow of questions: played, scored, put into the store; as many ahead of the learner as told."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import Unplayable, stable_seed, without_image
 from actors.trajectory_store import Group, TrajectoryStore
-from episodes.questions import BadRow, OnBadRow, QuestionStream
+from episodes.questions import BadRow, Cursor, OnBadRow, QuestionStream
+from episodes.types import Question
 from jobs.metrics import Metrics
 from rewards.reward_pool import RewardPool
 
@@ -20,49 +22,123 @@ logger = logging.getLogger(__name__)
 MOST_UNPLAYABLE_IN_A_ROW = 64
 
 
+@dataclass(frozen=True, slots=True)
+class FlowState:
+    """Where a flow stands between two steps: every number below ``next_number`` is done with, every number from there
+    to ``started`` is in ``groups``, in ``skipped`` or in ``in_flight``. So each question is used exactly once.
+
+    next_number: of the group that is handed out next; started: how many numbers were given out; cursor: of the question
+    that comes after them; in_flight: number and cursor of each question that is being played or scored; unplayable,
+    replaced, stale, bad_rows: counts since the start of the run."""
+
+    next_number: int = 0
+    started: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    in_flight: tuple[tuple[int, Cursor], ...] = ()
+    skipped: tuple[int, ...] = ()
+    groups: tuple[Group, ...] = ()
+    unplayable: int = 0
+    replaced: int = 0
+    stale: int = 0
+    bad_rows: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = [*(group.number for group in self.groups), *self.skipped, *(number for number, _ in self.in_flight)]
+        if sorted(numbers) != list(range(self.next_number, self.started)):
+            raise ValueError(
+                f"numbers {self.next_number} to {self.started - 1} should be there once each, found {sorted(numbers)}"
+            )
+
+
 class Flow:
     """Plays and scores questions in the background. Synchronous and asynchronous training differ only in how
-    far ahead ``allow`` lets it run."""
+    many questions ``keep_ahead`` lets it play."""
 
     def __init__(
         self,
         questions: QuestionStream,
         rollouts: RolloutPool,
         rewards: RewardPool,
-        store: TrajectoryStore,
         seed: int,
         on_bad_row: OnBadRow,
+        state: FlowState | None = None,
     ) -> None:
-        self._questions, self._rollouts, self._rewards, self._store = questions, rollouts, rewards, store
+        """Goes on from ``state``; what was in flight then is asked for again by ``keep_ahead``.
+
+        Raises ValueError where the state does not fit ``questions``."""
+        state = state or FlowState()
+        self._questions, self._rollouts, self._rewards = questions, rollouts, rewards
         self._seed, self._on_bad_row = seed, on_bad_row
-        self._started = self._allowed = store.next_number
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._store = TrajectoryStore()
+        self._store.restore(state.next_number, state.groups, state.skipped, state.stale)
+        self._started, self._again = state.started, list(state.in_flight)
+        self._in_flight: dict[int, tuple[Cursor, asyncio.Task[None] | None]] = {
+            number: (cursor, None) for number, cursor in state.in_flight
+        }
+        questions.restore(state.cursor)
+        self._bad_rows_before = state.bad_rows - questions.skipped.total()
         self._unplayable_in_a_row = 0
         self._slowest: dict[str, float] = {}
-        self.unplayable = self.replaced = 0
+        self.unplayable, self.replaced = state.unplayable, state.replaced
 
-    def allow(self, groups: int) -> None:
-        """Let ``groups`` more questions be played."""
-        self._allowed += groups
-        while self._started < self._allowed:
+    def state(self) -> FlowState:
+        """Between two steps: groups that were handed out are done with."""
+        groups, skipped = self._store.contents()
+        return FlowState(
+            next_number=self._store.next_number,
+            started=self._started,
+            cursor=self._questions.cursor,
+            in_flight=tuple((number, cursor) for number, (cursor, _) in sorted(self._in_flight.items())),
+            skipped=skipped,
+            groups=groups,
+            unplayable=self.unplayable,
+            replaced=self.replaced,
+            stale=self._store.dropped,
+            bad_rows=self._bad_rows,
+        )
+
+    def keep_ahead(self, groups: int) -> None:
+        """See to it that ``groups`` questions are played, scored or waiting in the store."""
+        for number, cursor in self._again:
+            self._ask(number, self._reread(cursor))
+        self._again.clear()
+        self._more(groups - len(self._in_flight) - len(self._store))
+
+    def _more(self, groups: int) -> None:
+        """Begin ``groups`` more questions."""
+        for _ in range(groups):
+            question = next(self._questions)
             number, self._started = self._started, self._started + 1
-            task = asyncio.create_task(self._play_and_score(number))
-            self._in_flight.add(task)
-            task.add_done_callback(self._in_flight.discard)
+            self._in_flight[number] = (self._questions.cursor, None)
+            self._ask(number, question)
+
+    def _reread(self, behind: Cursor) -> Question:
+        """The question that a cursor stands behind; the stream goes on where it was."""
+        onward = self._questions.cursor
+        self._questions.restore(Cursor(behind.epoch, behind.position - 1))
+        question = next(self._questions)
+        self._questions.restore(onward)
+        return question
+
+    def _ask(self, number: int, question: Question) -> None:
+        task = asyncio.create_task(self._play_and_score(number, question))
+        self._in_flight[number] = (self._in_flight[number][0], task)
 
     async def take(self, count: int, oldest: int, wanted: Callable[[Group], bool], spare: int) -> list[Group]:
         """The next ``count`` groups, sampled by version ``oldest`` or later. In place of one that is not ``wanted``
         another question is played, ``spare`` times at most (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2);
-        after that groups are taken as they come.
+        after that groups are taken as they come. Another one is played for each that is too old, too.
 
         Decided in the order of questions, so what is taken does not depend on which was finished first; and at once,
         so that engines need not wait for the whole step's groups to be judged."""
         taken: list[Group] = []
         while len(taken) < count:
-            (group,) = await self._store.take(1, oldest)
-            if spare and not wanted(group):
+            group = await self._store.take(oldest)
+            if group is None:
+                self._more(1)
+            elif spare and not wanted(group):
                 spare, self.replaced = spare - 1, self.replaced + 1
-                self.allow(1)
+                self._more(1)
             else:
                 taken.append(group)
         return taken
@@ -73,7 +149,7 @@ class Flow:
         slowest = {f"time/slowest_{what}_s": seconds for what, seconds in self._slowest.items()}
         self._slowest.clear()
         return slowest | {
-            "count/bad_rows": float(self._questions.skipped.total()),
+            "count/bad_rows": float(self._bad_rows),
             "count/unplayable": float(self.unplayable),
             "count/rollout_restarts": float(self._rollouts.restarts),
             "count/reward_restarts": float(self._rewards.restarts),
@@ -82,13 +158,17 @@ class Flow:
         }
 
     async def stop(self) -> None:
-        for task in self._in_flight:
+        tasks = [task for _, task in self._in_flight.values() if task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._in_flight, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _play_and_score(self, number: int) -> None:
+    @property
+    def _bad_rows(self) -> int:
+        return self._bad_rows_before + self._questions.skipped.total()
+
+    async def _play_and_score(self, number: int, question: Question) -> None:
         try:
-            question = next(self._questions)
             with self._timed("play"):
                 rollout = await self._rollouts.play(question, stable_seed(self._seed, number))
             if isinstance(rollout, Unplayable):
@@ -99,6 +179,7 @@ class Flow:
             with self._timed("score"):
                 scores = await self._rewards.score(seen, rollout.trajectories)
             await self._store.add(Group(number, seen, rollout.played, scores, rollout.trajectories))
+            del self._in_flight[number]
         except Exception as error:  # to whoever waits at the store: a task's error would be lost here
             await self._store.fail(error)
 
@@ -121,7 +202,8 @@ class Flow:
                 f"the last one, {question.question_id!r}: {question.reason}"
             )
         await self._store.skip(number)
-        self.allow(1)
+        del self._in_flight[number]
+        self._more(1)
 
 
 @asynccontextmanager

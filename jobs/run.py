@@ -1,25 +1,31 @@
-"""The run directory: resolved config, metrics, TensorBoard events, samples; and the live view of it all."""
+"""The run directory: config, metrics, TensorBoard events, samples, checkpoints; and the live view of it all."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 from actors.trajectory_store import Group
 from episodes.types import Score, Trajectory, View
+from jobs.checkpoints import Shelf, name_of, step_of
 from jobs.config import ConfigError, TrainConfig
 from jobs.evaluation import Evaluation
 from jobs.guards import Guards
 from jobs.metrics import Metrics
+from jobs.resume import CHECKPOINTS, ENDED, Start, copies_of, find_start
+from jobs.state import CONFIG, RECORDS, RunState, read_state, restore_learners, write_state
 from jobs.view import View as TerminalView
+from learners.learner_group import LearnerGroup
 
 logger = logging.getLogger(__name__)
 
@@ -44,33 +50,100 @@ class StepReport:
 class Run:
     """One run's folder. Open it with ``Run.open``; everything in it can be read while the run goes on."""
 
-    def __init__(self, folder: Path, config: TrainConfig, view: TerminalView) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder, self.config, self.view = folder, config, view
-        self._events = SummaryWriter(str(folder / "tensorboard"))
-        self._evaluations: list[Metrics] = []
-        self._guards, self._alarms = Guards(config.guards), set[str]()
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+    def __init__(self, start: Start, config: TrainConfig, view: TerminalView) -> None:
+        self.folder, self.config, self.view = start.folder, config, view
+        self.shelf, self.copies = Shelf(start.folder / CHECKPOINTS), copies_of(config, start.folder)
+        self._source = self._checkpoint = start.checkpoint
+        self._records: dict[str, IO[str]] = {}
+        self._events: Any = None
 
     @classmethod
     @contextmanager
     def open(cls, config: TrainConfig) -> Iterator[Run]:
-        """Make the folder ``runs_dir/name``, a new number behind the name where that one is taken."""
-        folder = _fresh_folder(Path(config.runs_dir), config.name)
-        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
-        log_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        """The folder ``runs_dir/name``: that of an unfinished run, or a new one, with a number behind the name where
+        that one is taken (``jobs.resume``). ``restore`` comes next."""
+        start = find_start(config)
+        OmegaConf.save(OmegaConf.structured(config), start.folder / CONFIG)
+        log_file = logging.FileHandler(start.folder / "run.log", encoding="utf-8")
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(log_file)
-        with TerminalView(config.name, config.total_steps, folder) as view:
-            run = cls(folder, config, view)
+        with start.lock, TerminalView(config.name, config.total_steps, start.folder) as view:
+            run = cls(start, config, view)
+            run.rewind(start.checkpoint)
             try:
                 yield run
+            except Exception as error:
+                run.ended(done=False, why=f"{type(error).__name__}: {error}")
+                raise
             finally:
-                run._metrics.close()
-                run._events.close()
+                run._close()
                 logging.getLogger().removeHandler(log_file)
                 log_file.close()
+
+    def rewind(self, checkpoint: Path | None) -> None:
+        """Records, alarms and picture as they were at a checkpoint; None: at the start. What came after is gone."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._close()
+        self._checkpoint = checkpoint
+        for name in RECORDS:
+            content = (checkpoint / name).read_bytes() if checkpoint and (checkpoint / name).exists() else b""
+            aside = self.folder / f".{name}"
+            aside.write_bytes(content)
+            aside.replace(self.folder / name)
+        (self.folder / ENDED).unlink(missing_ok=True)
+        step = 0 if checkpoint is None else step_of(checkpoint.name)
+        self._records = {name: (self.folder / name).open("a", encoding="utf-8", buffering=1) for name in RECORDS}
+        self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+        self._guards, self._alarms = Guards(self.config.guards), set[str]()
+        metrics, self._evaluations = self._lines("metrics.jsonl"), self._lines("evaluations.jsonl")
+        for one in metrics:
+            self._guards.watch(one)
+        self.view.rewind(step, metrics, self._evaluations)
+
+    async def last_checkpoint(self) -> Path | None:
+        """A checked one; where this run has saved none yet, the one that it began from. Raises DamagedCheckpoint."""
+        return await asyncio.to_thread(self.shelf.newest) or self._source
+
+    async def restore(self, learners: LearnerGroup, rows: int) -> RunState:
+        """The state at the checkpoint that this folder was brought to, with ``learners`` (fresh ones) brought to it;
+        that of a new run where there is none. rows: of the training questions.
+
+        Raises DamagedCheckpoint where the content cannot be read, ConfigError for other questions."""
+        checkpoint = self._checkpoint
+        if checkpoint is None:
+            return RunState(rows=rows)
+        with self.view.waiting(f"going on from {checkpoint}"):
+            state = await asyncio.to_thread(read_state, checkpoint)
+            if state.rows != rows:
+                raise ConfigError(f"questions.paths had {state.rows} rows at {checkpoint}, now {rows}: other files")
+            await restore_learners(learners, checkpoint)
+        return state
+
+    async def save(self, state: RunState, learners: LearnerGroup) -> None:
+        """A checkpoint of a run between two steps; old ones are removed after it. Raises OSError."""
+        figures = [one for one in self._evaluations if one["step"] == state.step]
+        score = figures[-1].get(f"eval/{self.config.checkpoint.best}") if figures else None
+        with self.shelf.draft(state.step, score) as draft:
+            await write_state(draft, state, self.config, self.folder, learners)
+        if self.copies is not None:
+            await asyncio.to_thread(self.copies.put, self.shelf.folder / name_of(state.step))
+        stay = await asyncio.to_thread(self.shelf.prune, self.config.checkpoint.keep)
+        if self.copies is not None:
+            await asyncio.to_thread(self.copies.prune, stay)
+
+    def ended(self, done: bool, why: str) -> None:
+        """``ended.json``: a run that is done is not gone on with."""
+        (self.folder / ENDED).write_text(json.dumps({"done": done, "why": why}) + "\n")
+
+    def _lines(self, name: str) -> list[Metrics]:
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    def _close(self) -> None:
+        for file in self._records.values():
+            file.close()
+        if self._events is not None:
+            self._events.close()
 
     @contextmanager
     def step(self, step: int) -> Iterator[StepReport]:
@@ -79,7 +152,7 @@ class Run:
         with report.timed("step"):
             yield report
         self._guard(report)
-        self._metrics.write(json.dumps({"step": step, "time": time.time(), **report.metrics}) + "\n")
+        self._record("metrics.jsonl", {"step": step, "time": time.time(), **report.metrics})
         for name, value in report.metrics.items():
             self._events.add_scalar(name, value, step)
         self.view.show(step, report.metrics)
@@ -98,12 +171,27 @@ class Run:
         metrics = evaluation.metrics(self.config.metrics)
         for bad in evaluation.unplayable:
             logger.warning("held-out question %r cannot be played: %s", bad.question_id, bad.reason)
-        with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._record("evaluations.jsonl", {"step": step, **metrics})
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
         self.view.show_evaluation(step, metrics)
-        self._evaluations.append(metrics)
+        self._evaluations.append({"step": step, **metrics})
+
+    def evaluation_due(self, step: int) -> bool:
+        """Of the policy after ``step`` updates; not where it was evaluated before the run was stopped."""
+        due = self.config.evaluation.due(step, self.config.total_steps)
+        return due and not any(one["step"] == step for one in self._evaluations)
+
+    def log_questions(self, step: int, groups: Sequence[Group]) -> None:
+        """A line of ``questions.jsonl``: what the learner has just learned from."""
+        used = [
+            {"number": one.number, "id": one.question.id, "samples": len(one.scores), "oldest": one.oldest_version}
+            for one in groups
+        ]
+        self._record("questions.jsonl", {"step": step, "questions": used})
+
+    def _record(self, name: str, line: dict[str, Any]) -> None:
+        self._records[name].write(json.dumps(line) + "\n")
 
     def summary(self) -> str:
         """What the run changed on the held-out questions, in one line."""
@@ -168,16 +256,3 @@ def _draw_boxes(trajectories: tuple[Trajectory, ...], scale: int = 3) -> Image.I
             draw.rectangle(edges, outline="black", width=4)  # white on black is seen on any background
             draw.rectangle(edges, outline="white", width=2)
     return picture
-
-
-def _fresh_folder(runs: Path, name: str) -> Path:
-    if not name or "/" in name or name.startswith("."):
-        raise ConfigError(f"name {name!r} cannot be a folder name")
-    for number in range(1, 10_000):
-        folder = runs / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise ConfigError(f"there are too many runs called {name!r} in {runs}")

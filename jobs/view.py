@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +72,10 @@ class View:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the terminal back."""
         if self.console.is_terminal:
             self._live.stop()
 
@@ -92,6 +96,15 @@ class View:
             for name in sentences.keys() - self._warnings.keys():
                 self.say(f"[bold red]alarm:[/bold red] {sentences[name]}")
         self._warnings = sentences
+
+    def rewind(self, step: int, metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> None:
+        """The picture as it was after ``step`` steps."""
+        self._history = {}
+        for one in (*metrics, *evaluations):
+            for _, name in _SHOWN:
+                if name in one:
+                    self._history.setdefault(name, []).append(one[name])
+        self._progress.update(self._task, completed=step)
 
     def show(self, step: int, metrics: Metrics) -> None:
         self._latest = metrics

@@ -1,12 +1,23 @@
-"""Weights as a Hugging Face folder, and DeepSpeed's own state for going on."""
+"""Weights as a Hugging Face folder, and the optimiser's state for going on, whole and by parameter.
+
+DeepSpeed's own checkpoints are pickles of each rank's part: they are loaded with code execution allowed
+(``torch.load(weights_only=False)`` in 0.19) and fit the same number of ranks and the same stage only. So the state
+leaves as the weights do: for each trained parameter its fp32 master and both moments of Adam, whole, as safetensors.
+Any number of ranks and any ZeRO stage can take it up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = "counters"
+"""int64[2]: the updates of the run, the updates that the optimiser counts."""
 
 
 def export(vlm: Any, weights: Mapping[str, Tensor], source: str, path: Path) -> None:
@@ -18,14 +29,86 @@ def export(vlm: Any, weights: Mapping[str, Tensor], source: str, path: Path) -> 
     AutoProcessor.from_pretrained(source).save_pretrained(path)
 
 
-def save(engine: Any, path: Path, step: int) -> None:
-    """Every rank's part of the optimiser state, weights and step. Every rank must call it."""
-    engine.save_checkpoint(str(path), tag=f"step-{step}", client_state={"step": step})
+def full_state(engine: Any, weights: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole fp32 tensor on the CPU) of each trained parameter's master, ``NAME`` itself, and of its moments,
+    ``NAME/exp_avg`` and ``NAME/exp_avg_sq`` (not before the first update). Every rank must run through it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    moments = MOMENTS if engine.optimizer.optimizer.state else ()
+    for name, parameter in weights:
+        yield name, safe_get_full_fp32_param(parameter).cpu()
+        for moment in moments:
+            yield f"{name}/{moment}", safe_get_full_optimizer_state(parameter, moment).cpu()
 
 
-def restore(engine: Any, path: Path) -> int:
-    """The newest state under ``path``; returns its step. Raises FileNotFoundError where there is none."""
-    found, state = engine.load_checkpoint(str(path))
-    if found is None:
-        raise FileNotFoundError(f"no learner state under {path}")
-    return int(state["step"])
+def counted(engine: Any) -> int:
+    """The updates that the optimiser itself counts (for Adam's bias correction)."""
+    states = list(engine.optimizer.optimizer.state.values())
+    return int(states[0]["step"]) if states else 0
+
+
+def take_up(
+    engine: Any, weights: Sequence[tuple[str, nn.Parameter]], state: Mapping[str, Tensor], updates: int, rank: int
+) -> None:
+    """Put a part of ``full_state`` in place: masters, moments and the weights of the passes. Every rank must call it
+    with the same part. updates: as ``counted`` said; 0 leaves the moments alone.
+
+    Raises ValueError for a parameter of another shape, KeyError for one whose moments are not in this part."""
+    optimizer = engine.optimizer
+    sharded = hasattr(optimizer, "fp32_partitioned_groups_flat")  # ZeRO-3
+    if updates:
+        _prepare_moments(optimizer, updates, sharded)
+    for name, parameter in weights:
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        keys = {None: name} | ({moment: f"{name}/{moment}" for moment in MOMENTS} if updates else {})
+        for moment, key in keys.items():
+            value = state[key].to(engine.device)
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{key} is {tuple(value.shape)} in the checkpoint, {shape} in the model")
+            (_set_sharded if sharded else _set_whole)(parameter, value, moment, rank)
+    parameters = [parameter for _, parameter in weights]
+    with _gathered(parameters, sharded), torch.no_grad():
+        for name, parameter in weights:
+            parameter.data.copy_(state[name].to(engine.device))
+
+
+def _prepare_moments(optimizer: Any, updates: int, sharded: bool) -> None:
+    """Adam makes its state in the first step; a fresh engine has none that could be set."""
+    flats = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
+    for flat in flats:
+        if flat not in optimizer.optimizer.state:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            optimizer.optimizer.state[flat] = moments
+        optimizer.optimizer.state[flat]["step"] = torch.tensor(float(updates))
+    if not sharded:
+        optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed links them after the first step
+
+
+def _set_whole(parameter: nn.Parameter, value: Tensor, moment: str | None, rank: int) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if moment is None:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _set_sharded(parameter: Any, value: Tensor, moment: str | None, rank: int) -> None:
+    """This rank's piece. Not by ``safe_set_full_...``: it fails where a parameter does not divide by the ranks, because
+    the last piece is padded (DeepSpeed 0.19)."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    size = parameter.ds_tensor.numel()
+    piece = torch.zeros(size, dtype=value.dtype, device=value.device)
+    mine = value.flatten()[rank * size : (rank + 1) * size]
+    piece[: len(mine)] = mine
+    if moment is None:
+        safe_set_local_fp32_param(parameter, piece)
+    else:
+        safe_set_local_optimizer_state(parameter, piece, moment)
+
+
+def _gathered(parameters: list[nn.Parameter], sharded: bool) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=sharded)

@@ -130,7 +130,7 @@ class LoraConfig:
 
     rank: int = 0
     """Width of the adapters; 0: none, and every weight is trained. Above 0 nothing but the adapters is."""
-    alpha: float = 32.0
+    alpha: int = 32
     """An adapter's product counts alpha / rank times."""
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

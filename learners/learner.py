@@ -76,6 +76,7 @@ class Learner:
     def update(self, samples: Sequence[Sample]) -> UpdateReport:
         """One optimiser step on this rank's share. Raises ValueError when no rank has a token to learn from."""
         started = time.perf_counter()
+        torch.manual_seed(self.step * self.place.world + self.place.rank)  # the step is the state of every draw
         step, sums = self.accumulate(self.batcher.plan(samples))
         lr = self.config.optimizer.learning_rate(self.step)
         grad_norm = self.apply(lr)
@@ -158,13 +159,36 @@ class Learner:
         if self.place.rank == 0:
             checkpoint.export(self.policy.vlm, weights, self.config.model, path)
 
-    def save(self, path: Path) -> None:
-        checkpoint.save(self.engine, path, self.step)
+    def state(self) -> Iterator[bytes]:
+        """All that the optimiser knows, as safetensors files for ``restore``: whole tensors, whatever the ranks. Every
+        rank must run through it."""
+        counters = torch.tensor([self.step, checkpoint.counted(self.engine)])
+        # three fp32 tensors for a weight of two bytes at least
+        for members in _in_buckets(self._trained(), self.config.bucket_bytes // 6):
+            parts = [(weight.name, weight.base) for weight in members]
+            yield safetensors.torch.save(
+                {checkpoint.COUNTERS: counters, **dict(checkpoint.full_state(self.engine, parts))}
+            )
 
-    def restore(self, path: Path) -> int:
-        """Returns the step that comes next."""
-        self.step = checkpoint.restore(self.engine, path)
+    def restore(self, files: Iterable[bytes]) -> int:
+        """Take up what ``state`` gave, on any number of ranks; returns the step that comes next. Every rank must call
+        it. Raises ValueError where it is of another model."""
+        missing = {weight.name: weight.base for weight in self._trained()}
+        for file in files:
+            tensors = safetensors.torch.load(file)
+            self.step, updates = tensors.pop(checkpoint.COUNTERS).tolist()
+            names = [name for name in tensors if "/" not in name]
+            if unknown := [name for name in names if name not in missing]:
+                raise ValueError(f"the state has weights that the model does not train: {unknown[:3]}")
+            members = [(name, missing.pop(name)) for name in names]
+            checkpoint.take_up(self.engine, members, tensors, updates, self.place.rank)
+        if missing:
+            raise ValueError(f"the state lacks {len(missing)} weights that the model trains: {sorted(missing)[:3]}")
         return self.step
+
+    def _trained(self) -> list[Weight]:
+        """By their own names: adapters too, which ``weights_of`` merges into their layers."""
+        return [Weight(name, each) for name, each in self.policy.vlm.named_parameters() if each.requires_grad]
 
     def close(self) -> None:
         if torch.distributed.is_initialized():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 ROLE = "learner"
 GRACE_S = 5.0
 """When a rank fails: how long to look whether another one's death is the cause."""
+
+AHEAD = 2
+"""Files of a state that are made before the first of them is taken."""
 
 
 class LearnerFailed(RuntimeError):
@@ -64,9 +67,10 @@ class LearnerRank:
 
     def address(self) -> tuple[str, int]:
         """Where this process could listen as rank 0."""
+        address = ray.util.get_node_ip_address()
         with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+            probe.bind((address, 0))
+            return address, int(probe.getsockname()[1])
 
     def start(self, rank: int, address: str, port: int) -> None:
         from learners.learner import Learner, Rank
@@ -98,11 +102,16 @@ class LearnerRank:
     def export(self, path: Path) -> None:
         self._learner.export(path)
 
-    def save(self, path: Path) -> None:
-        self._learner.save(path)
+    def state(self) -> Iterator[bytes]:
+        yield from self._learner.state()
 
-    def restore(self, path: Path) -> int:
-        return self._learner.restore(path)
+    def attend_state(self) -> None:
+        """Take part in gathering a state that another rank sends."""
+        for _ in self._learner.state():
+            pass
+
+    def restore(self, files: Sequence[ray.ObjectRef]) -> int:
+        return self._learner.restore(ray.get(file) for file in files)
 
 
 class LearnerGroup:
@@ -146,13 +155,17 @@ class LearnerGroup:
         """Write a Hugging Face folder."""
         await self._all("export", [actor.export.remote(Path(path)) for actor in self._actors])
 
-    async def save(self, path: str | Path) -> None:
-        """Write the optimiser's state, weights and step, for ``restore`` with as many ranks."""
-        await self._all("save", [actor.save.remote(Path(path)) for actor in self._actors])
+    async def state(self, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> None:
+        """The optimiser's state, weights and step, for ``restore``: safetensors files (``bytes``), handed to ``keep``
+        one after the other; not many more than it has taken are made ahead."""
+        sender, *others = self._actors
+        streaming = sender.state.options(num_returns="streaming", _generator_backpressure_num_objects=AHEAD)
+        sent = _drained(streaming.remote(), keep)
+        await self._all("state", [sent, *(actor.attend_state.remote() for actor in others)])
 
-    async def restore(self, path: str | Path) -> int:
-        """Returns the step that comes next."""
-        steps = await self._all("restore", [actor.restore.remote(Path(path)) for actor in self._actors])
+    async def restore(self, files: Sequence[ray.ObjectRef]) -> int:
+        """Take up a state, with any number of ranks; returns the step that comes next."""
+        steps = await self._all("restore", [actor.restore.remote(list(files)) for actor in self._actors])
         return int(steps[0])
 
     async def close(self) -> None:
@@ -221,6 +234,16 @@ async def _awaited(answer: Awaitable[Any]) -> Any:
 
 async def _collected(stream: Any) -> list[ray.ObjectRef]:
     """All objects of a streaming task; raises what the task raised."""
-    objects = [reference async for reference in stream]
-    await stream.completed()
+    objects: list[ray.ObjectRef] = []
+
+    async def keep(reference: ray.ObjectRef) -> None:
+        objects.append(reference)
+
+    await _drained(stream, keep)
     return objects
+
+
+async def _drained(stream: Any, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> None:
+    async for reference in stream:
+        await keep(reference)
+    await stream.completed()

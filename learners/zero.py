@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+from torch._C._distributed_c10d import TCPStore
 
 from learners.config import Dtype, LearnerConfig
 
 
 def join(rank: int, world: int, address: str, port: int, device: torch.device, timeout_s: int) -> None:
-    """Enter the process group that rank 0 opens at ``address:port``: NCCL on GPUs, gloo on CPUs."""
+    """Enter the process group that rank 0 opens at ``address:port``, and nowhere else: NCCL on GPUs, gloo on CPUs."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0",
         "MASTER_ADDR": address, "MASTER_PORT": str(port),
     }  # fmt: skip
+    if address == "127.0.0.1" and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: nobody else needs to reach them
     import deepspeed
 
     # DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start: half a minute, a compiler, and
     # ranks that must share a machine. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
+    store = _store(rank, world, address, port, timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # finds the group made
+
+
+def _store(rank: int, world: int, address: str, port: int, timeout: datetime.timedelta) -> TCPStore:
+    """Where ranks find one another. Left to itself torch listens on every interface; here only on ``address``."""
+    if rank:
+        return TCPStore(address, port, world, timeout=timeout)
+    listener = socket.create_server((address, port))
+    return TCPStore(address, port, world, True, timeout, master_listen_fd=listener.detach())
 
 
 def engine_of(model: torch.nn.Module, config: LearnerConfig) -> Any:

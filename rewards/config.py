@@ -36,6 +36,13 @@ class EndpointConfig:
     concurrency: int = 32
     """Requests in flight per reward worker."""
 
+    def __post_init__(self) -> None:
+        if "@" in self.url.split("://")[-1].split("/")[0]:
+            raise ValueError(
+                "reward.verifier.endpoint.url holds a user or password: it would be in config.yaml and in the logs; "
+                "put the key into the environment and name the variable in reward.verifier.endpoint.api_key_env"
+            )
+
 
 @dataclass
 class VerifierConfig:
@@ -82,9 +89,20 @@ class RewardConfig:
     resources: Resources = field(default_factory=Resources)
     """Per worker."""
     restarts: int = 3
-    """Dead workers replaced before the run gives up."""
+    """Dead or hung workers replaced before the run gives up."""
+    stall_s: float = 900.0
+    """A worker that has work and finishes none of it for so long counts as dead, seconds."""
+    backoff_s: float = 2.0
+    """Wait before the second replacement in a row, in seconds; doubled each time, a minute at most."""
+    unscored_tolerance: float = 0.25
+    """Where more than this share of a step's trajectories could not be scored, training waits and has them scored
+    again."""
+    outage_deadline_s: float = 3600.0
+    """After waiting so long the run is saved and ends, seconds."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.unscored_tolerance <= 1:
+            raise ValueError(f"reward.unscored_tolerance is {self.unscored_tolerance}; it is a share, 0 to 1")
         if self.gamma_quantile is not None and not 0 <= self.gamma_quantile <= 1:
             raise ValueError(f"reward.gamma_quantile is {self.gamma_quantile}; a quantile lies between 0 and 1")
         if not 0 < self.gamma <= 1:

@@ -28,7 +28,8 @@ class EndpointVerifier:
         endpoint = config.endpoint
         if not endpoint.url or not endpoint.model:
             raise ValueError("reward.verifier.endpoint needs url and model")
-        headers = {"Authorization": f"Bearer {_api_key(endpoint.api_key_env)}"} if endpoint.api_key_env else {}
+        self._secret = _api_key(endpoint.api_key_env) if endpoint.api_key_env else ""
+        headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._client = httpx.AsyncClient(
             headers=headers,
@@ -61,14 +62,19 @@ class EndpointVerifier:
         if reply.status_code in _PASSING or reply.status_code >= 500:
             raise _Passing(f"{url}: status {reply.status_code}", _seconds(reply.headers.get("Retry-After", "")))
         if reply.status_code != 200:
-            raise VerifierUnavailable(f"{url}: status {reply.status_code}: {reply.text[:500]}")
+            raise VerifierUnavailable(f"{url}: status {reply.status_code}: {self._quoted(reply)}")
         try:
             text = reply.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
-            raise VerifierUnavailable(f"{url}: not a chat completion: {reply.text[:500]}") from error
+            raise VerifierUnavailable(f"{url}: not a chat completion: {self._quoted(reply)}") from error
         if not isinstance(text, str):
-            raise VerifierUnavailable(f"{url}: a reply without text: {reply.text[:500]}")
+            raise VerifierUnavailable(f"{url}: a reply without text: {self._quoted(reply)}")
         return text
+
+    def _quoted(self, reply: httpx.Response) -> str:
+        """For messages, which are logged: an endpoint may repeat the key that it does not like."""
+        text = reply.text.replace(self._secret, "***") if self._secret else reply.text
+        return text[:500]
 
     def _body(self, question: Question, crop: View) -> dict[str, Any]:
         before, after = around_image(self._config.prompts.verify, question)

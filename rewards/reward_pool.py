@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from cluster.placement import Cluster
-from cluster.pool import Pool
+from cluster.pool import Faults, Pool
 from episodes.types import Question, Trajectory, Verdict
 from rewards.config import RewardConfig
 from rewards.reward_worker import RewardWorker
@@ -35,7 +35,8 @@ class RewardPool:
         def spawn(index: int) -> Any:
             return actor_class.options(**cluster.actor_options(ROLE, index)).remote(config)
 
-        return cls(Pool(spawn, config.workers, config.restarts, "reward workers"), config)
+        faults = Faults(config.restarts, config.stall_s, config.backoff_s)
+        return cls(Pool(spawn, config.workers, faults, "reward workers"), config)
 
     async def ready(self, deadline_s: float) -> None:
         await self._pool.ready(deadline_s)

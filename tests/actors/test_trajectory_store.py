@@ -19,12 +19,17 @@ def group(number: int, *versions: int) -> Group:
     return Group(number, question, Played(question.id, facts), scores, ray.ObjectRef.nil())
 
 
+async def take(store: TrajectoryStore, count: int, oldest: int = 0) -> list[int | None]:
+    taken = [await store.take(oldest) for _ in range(count)]
+    return [None if one is None else one.number for one in taken]
+
+
 def test_groups_come_in_the_order_of_their_questions() -> None:
     async def story() -> None:
         store = TrajectoryStore()
         for number in (2, 0, 1):
             await store.add(group(number, 0, 0))
-        assert [one.number for one in await store.take(3, oldest=0)] == [0, 1, 2]
+        assert await take(store, 3) == [0, 1, 2]
         assert store.next_number == 3 and len(store) == 0
 
     asyncio.run(story())
@@ -34,24 +39,25 @@ def test_take_waits_for_what_is_still_playing_and_passes_over_what_was_skipped()
     async def story() -> None:
         store = TrajectoryStore()
         await store.add(group(2, 0, 0))
-        taking = asyncio.create_task(store.take(2, oldest=0))
+        taking = asyncio.create_task(take(store, 2))
         await asyncio.sleep(0)
         assert not taking.done()
         await store.skip(1)
         await store.add(group(0, 0, 0))
-        assert [one.number for one in await taking] == [0, 2]
+        assert await taking == [0, 2]
 
     asyncio.run(story())
 
 
-def test_what_is_too_old_is_dropped_and_counted() -> None:
-    """A group is as old as its oldest turn."""
+def test_what_is_too_old_is_dropped_counted_and_said() -> None:
+    """A group is as old as its oldest turn. Whoever takes learns of it at once: nobody else would have another question
+    played in its place, and the next take might wait for ever."""
 
     async def story() -> None:
         store = TrajectoryStore()
         for number, versions in enumerate([(3, 2), (4, 4), (3, 3)]):
             await store.add(group(number, *versions))
-        assert [one.number for one in await store.take(2, oldest=3)] == [1, 2]
+        assert await take(store, 3, oldest=3) == [None, 1, 2]
         assert store.dropped == 1
 
     asyncio.run(story())
@@ -60,13 +66,32 @@ def test_what_is_too_old_is_dropped_and_counted() -> None:
 def test_a_failure_reaches_whoever_waits() -> None:
     async def story() -> None:
         store = TrajectoryStore()
-        taking = asyncio.create_task(store.take(1, oldest=0))
+        taking = asyncio.create_task(store.take(oldest=0))
         await asyncio.sleep(0)
         await store.fail(ValueError("the reward model is gone"))
         with pytest.raises(ValueError, match="the reward model is gone"):
             await taking
         with pytest.raises(ValueError, match="the reward model is gone"):
-            await store.take(1, oldest=0)
+            await store.take(oldest=0)
+
+    asyncio.run(story())
+
+
+def test_contents_and_restore() -> None:
+    async def story() -> None:
+        store = TrajectoryStore()
+        for number in (3, 0, 4):
+            await store.add(group(number, 0, 0))
+        await store.skip(2)
+        assert await take(store, 1) == [0]
+        groups, skipped = store.contents()
+        assert [one.number for one in groups] == [3, 4] and skipped == (2,)
+        again = TrajectoryStore()
+        again.restore(store.next_number, groups, skipped, dropped=5)
+        await again.add(group(1, 0, 0))
+        assert await take(again, 3) == [1, 3, 4] and again.dropped == 5
+        with pytest.raises(ValueError, match=r"groups \[3\] come before group 4"):
+            again.restore(4, groups, (), 0)
 
     asyncio.run(story())
 

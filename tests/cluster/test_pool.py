@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from cluster.placement import Cluster
-from cluster.pool import Pool, PoolExhausted
+from cluster.pool import Faults, Pool, PoolExhausted
 
 
 @ray.remote(num_cpus=0.01)
@@ -45,6 +45,13 @@ class Clerk:
     async def die(self) -> None:
         os._exit(1)
 
+    async def hang_unless(self, flag: str) -> str:
+        """Blocks its whole process for ever, unless a former attempt has left its flag."""
+        if not os.path.exists(flag):
+            with open(flag, "w"):
+                time.sleep(1000)
+        return "done"
+
     async def pair(self) -> tuple[str, list[int]]:
         return "facts", [1, 2, 3]
 
@@ -52,9 +59,10 @@ class Clerk:
 Story = Callable[[Pool], Coroutine[Any, Any, None]]
 
 
-def run(story: Story, size: int = 2, restarts: int = 3, prepare: Any = None) -> None:
+def run(story: Story, size: int = 2, restarts: int = 3, prepare: Any = None, stall_s: float = 60.0) -> None:
     async def play() -> None:
-        pool = Pool(lambda index: Clerk.remote(index), size, restarts, "clerks", prepare)
+        faults = Faults(restarts, stall_s, backoff_s=0.1)
+        pool = Pool(lambda index: Clerk.remote(index), size, faults, "clerks", prepare)
         try:
             await pool.ready(60)
             await story(pool)
@@ -143,7 +151,7 @@ def test_resize_adds_prepared_workers_and_lets_removed_ones_finish(ray_cluster: 
 
 def test_ready_gives_up_with_the_numbers(ray_cluster: Cluster) -> None:
     async def play() -> None:
-        pool = Pool(lambda index: Clerk.options(num_cpus=10_000).remote(index), 1, 0, "giants")
+        pool = Pool(lambda index: Clerk.options(num_cpus=10_000).remote(index), 1, Faults(0), "giants")
         with pytest.raises(TimeoutError, match="only 0 of 1 giants were ready after 1 s; free in the cluster"):
             await pool.ready(1)
         await pool.close()
@@ -157,3 +165,92 @@ def test_a_gang_that_cannot_be_held_is_refused_with_the_numbers(ray_cluster: Clu
 
     with pytest.raises(TimeoutError, match=r"did not offer 2 x \{'CPU': 5000.*free now: \{'CPU'"):
         Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000))
+
+
+def test_a_hung_worker_counts_as_dead(ray_cluster: Cluster, tmp_path: Any) -> None:
+    """What it held is done again elsewhere, its own call and those behind it."""
+
+    async def story(pool: Pool) -> None:
+        started = time.monotonic()
+        calls = [pool.call("hang_unless", str(tmp_path / "flag")), *(pool.call("who") for _ in range(3))]
+        first, *others = await asyncio.gather(*calls)
+        assert first == "done" and len(others) == 3 and pool.restarts == 1
+        assert 3 <= time.monotonic() - started < 60
+
+    run(story, size=1, stall_s=3.0)
+
+
+def test_slow_is_not_hung(ray_cluster: Cluster) -> None:
+    """Six seconds of work, but every two seconds some of it is done."""
+
+    async def story(pool: Pool) -> None:
+        assert len(await asyncio.gather(*(pool.call("who", nap) for nap in (2.0, 4.0, 6.0)))) == 3
+        await asyncio.sleep(4)  # and without work nothing is expected
+        await pool.call("who")
+        assert pool.restarts == 0
+
+    run(story, size=1, stall_s=3.5)
+
+
+def test_a_replacement_that_fails_to_start_is_replaced_with_back_off(ray_cluster: Cluster) -> None:
+    lives = iter(range(100))
+
+    @ray.remote(num_cpus=0.01)
+    class Feeble(Clerk.__ray_metadata__.modified_class):  # type: ignore[name-defined,misc]
+        async def start(self) -> None:
+            if self.index in (1, 2):
+                raise OSError("no model yet")
+            if self.index == 3:
+                os._exit(1)
+
+    async def play() -> None:
+        pool = Pool(lambda index: Feeble.remote(next(lives)), 1, Faults(4, 60.0, backoff_s=0.5), "feeble")
+        await pool.ready(60)
+        started = time.monotonic()
+        with pytest.raises(PoolExhausted, match="feeble: worker 0 died and no restarts are left"):
+            await pool.call("die")  # the fourth replacement starts, and dies of the same call
+        assert pool.restarts == 4 and time.monotonic() - started >= 0.5 + 1.0 + 2.0
+        await pool.close()
+
+    asyncio.run(play())
+
+
+def test_a_caller_that_is_cancelled_leaves_the_repair_to_go_on(ray_cluster: Cluster) -> None:
+    async def story(pool: Pool) -> None:
+        dying = asyncio.create_task(pool.call("die"))
+        while pool.restarts == 0:
+            await asyncio.sleep(0.01)
+        dying.cancel()
+        assert (await asyncio.wait_for(pool.call("who"), 60))[0] == 0 and pool.restarts == 1
+
+    run(story, size=1)
+
+
+def test_a_worker_that_dies_while_the_pool_starts_is_named(ray_cluster: Cluster) -> None:
+    @ray.remote(num_cpus=0.01)
+    class Stillborn(Clerk.__ray_metadata__.modified_class):  # type: ignore[name-defined,misc]
+        async def start(self) -> None:
+            os._exit(1)
+
+    async def play() -> None:
+        pool = Pool(lambda index: Stillborn.remote(index), 1, Faults(3), "stillborn")
+        with pytest.raises(PoolExhausted, match="stillborn: one died while it started"):
+            await pool.ready(60)
+        await pool.close()
+
+    asyncio.run(play())
+
+
+def test_a_resize_that_the_cluster_cannot_hold_changes_nothing(ray_cluster: Cluster) -> None:
+    sizes = iter((0.01, 10_000, 10_000))
+
+    async def play() -> None:
+        pool = Pool(lambda index: Clerk.options(num_cpus=next(sizes)).remote(index), 1, Faults(3), "clerks")
+        await pool.ready(60)
+        pool._start_deadline_s = 1.0
+        with pytest.raises(TimeoutError, match=r"2 of 2 new clerks did not start.*there are 1 now"):
+            await pool.resize(3)
+        assert (await pool.call("who"))[0] == 0
+        await pool.close()
+
+    asyncio.run(play())

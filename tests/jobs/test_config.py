@@ -68,6 +68,10 @@ def test_the_panels_recipe_plays_what_was_pretrained() -> None:
         ("learner.loss.objective=ppo", "learner.loss.objective: .*ppo"),
         ("learner.loss.mismatch_low=1.5", "mismatch_low is 1.5, mismatch_high 8.0; 1 lies between"),
         ("reward.weights.speed=1", "reward.weights takes accuracy, format, soft_box .*, not speed"),
+        ("checkpoint.keep=0", r"checkpoint\.keep 0; need at least"),
+        ("checkpoint.url=s3://key:secret@bucket/runs", r"checkpoint\.url holds a user or password"),
+        ("reward.verifier.endpoint.url=https://me:sk-1@host/v1", r"endpoint\.url holds a user or password"),
+        ("reward.unscored_tolerance=2", "unscored_tolerance is 2.0; it is a share"),
         ("seven", "'seven' is not an override; write key=value"),
     ],
 )

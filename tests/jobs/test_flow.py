@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
-from itertools import count
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from actors.rollout_pool import Rollout
 from actors.rollout_worker import Played, TrajectoryFacts, Unplayable
-from actors.trajectory_store import Group, TrajectoryStore
-from episodes.questions import OnBadRow
+from actors.trajectory_store import Group
+from episodes.questions import Cursor, OnBadRow
 from episodes.types import Outcome, Question, Score
-from jobs.flow import Flow
+from jobs.flow import Flow, FlowState
+from jobs.state import flow_cells, flow_state
 
 FACTS = TrajectoryFacts(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (0, 0))
+EPOCH = 10
 
 
 class Questions:
-    """q0, q1, ... without end."""
+    """q0, q1, ... without end, ten to an epoch."""
 
     def __init__(self) -> None:
         self.skipped = SimpleNamespace(total=lambda: 0)
-        self._numbers = count()
+        self.cursor = Cursor()
+
+    def restore(self, cursor: Cursor) -> None:
+        self.cursor = cursor
 
     def __next__(self) -> Question:
-        return Question(f"q{next(self._numbers)}", b"", "?", "ring")
+        epoch, position = self.cursor.epoch, self.cursor.position
+        if position == EPOCH:
+            epoch, position = epoch + 1, 0
+        self.cursor = Cursor(epoch, position + 1)
+        return Question(f"q{epoch * EPOCH + position}", b"", "?", "ring")
 
 
 def flow_of(
-    equal: Sequence[int], unplayable: Sequence[int] = (), delay: Callable[[int], float] = lambda _: 0.0
+    equal: Sequence[int] = (),
+    unplayable: Sequence[int] = (),
+    delay: Callable[[int], float] = lambda _: 0.0,
+    state: FlowState | None = None,
+    version: Callable[[], int] = lambda: 0,
 ) -> Flow:
     """Two trajectories a question, of rewards 0 and 1; of 1 and 1 for the questions ``equal``."""
 
@@ -42,14 +58,15 @@ def flow_of(
         await asyncio.sleep(delay(number))
         if number in unplayable:
             return Unplayable(question.id, "no picture")
-        return Rollout(Played(question.id, (FACTS, FACTS)), ray.ObjectRef.nil())
+        facts = replace(FACTS, policy_versions=(version(), version()))
+        return Rollout(Played(question.id, (facts, facts)), ray.ObjectRef.nil())
 
     async def score(question: Question, trajectories: Any) -> tuple[Score, ...]:
         return Score(1.0 if int(question.id[1:]) in equal else 0.0), Score(1.0)
 
     pools: Any = SimpleNamespace(play=play, score=score, restarts=0)
     questions: Any = Questions()
-    return Flow(questions, pools, pools, TrajectoryStore(), 0, OnBadRow.SKIP)
+    return Flow(questions, pools, pools, 0, OnBadRow.SKIP, state)
 
 
 def unlike(group: Group) -> bool:
@@ -61,9 +78,8 @@ def steps(flow: Flow, spare: int, how_many: int = 1, ahead: int = 0, size: int =
 
     async def story() -> list[list[str]]:
         taken = []
-        flow.allow(size * ahead)
         for _ in range(how_many):
-            flow.allow(size)
+            flow.keep_ahead(size * (1 + ahead))
             groups = await asyncio.wait_for(flow.take(size, oldest=0, wanted=unlike, spare=spare), timeout=10)
             taken.append([group.question.id for group in groups])
         await flow.stop()
@@ -111,3 +127,62 @@ def test_beside_questions_that_cannot_be_played() -> None:
     assert steps(flow, spare=12) == [["q0", "q3", "q4", "q5"]]
     metrics = flow.metrics()
     assert (metrics["count/unplayable"], metrics["count/equal_groups_replaced"]) == (1, 1)
+
+
+def test_what_is_too_old_is_replaced_so_that_nobody_waits_for_ever() -> None:
+    """q0 to q3 are played by version 0 while version 3 is asked for: q4 to q7 come in their place."""
+    now = [0]
+    flow = flow_of(version=lambda: now[0])
+
+    async def story() -> list[str]:
+        flow.keep_ahead(4)
+        await asyncio.sleep(0.05)
+        now[0] = 3
+        groups = await asyncio.wait_for(flow.take(4, oldest=3, wanted=unlike, spare=0), timeout=10)
+        return [group.question.id for group in groups]
+
+    assert asyncio.run(story()) == ["q4", "q5", "q6", "q7"]
+    assert flow.metrics()["count/stale_groups"] == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    stops=st.lists(st.integers(0, 3), max_size=4),
+    delays=st.lists(st.integers(0, 5), min_size=1, max_size=7),
+    unplayable=st.sets(st.integers(0, 20), max_size=5),
+    ahead=st.integers(0, 2),
+)
+def test_every_question_is_used_once_however_often_a_run_is_stopped(
+    stops: list[int], delays: list[int], unplayable: set[int], ahead: int
+) -> None:
+    """A run is cut into lives of so many whole steps; each one begins from the state that the one before left, which
+    went through JSON but for its groups. What it drops in the middle of a step is taken again."""
+    used: list[str] = []
+    state = FlowState()
+
+    async def life(steps: int, state: FlowState) -> FlowState:
+        flow = flow_of(unplayable=sorted(unplayable), delay=lambda n: 0.001 * delays[n % len(delays)], state=state)
+        for _ in range(steps):
+            flow.keep_ahead(3 * (1 + ahead))
+            groups = await asyncio.wait_for(flow.take(3, oldest=0, wanted=unlike, spare=0), timeout=10)
+            used.extend(group.question.id for group in groups)
+            state = flow.state()
+        flow.keep_ahead(3 * (1 + ahead))
+        await flow.take(1, oldest=0, wanted=unlike, spare=0)  # a step that is dropped
+        await flow.stop()
+        return state
+
+    for steps in [*stops, 2]:
+        state = through_json(asyncio.run(life(steps, state)))
+    order = [f"q{number}" for number in range(100) if number not in unplayable]
+    assert used == order[: len(used)] and len(used) == 3 * (sum(stops) + 2)
+
+
+def through_json(state: FlowState) -> FlowState:
+    cells = json.loads(json.dumps(flow_cells(state)))
+    return flow_state(cells, state.groups)
+
+
+def test_a_state_that_lacks_a_number_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"numbers 2 to 3 should be there once each, found \[3\]"):
+        FlowState(next_number=2, started=4, skipped=(3,))

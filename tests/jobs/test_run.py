@@ -25,6 +25,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def test_a_name_that_is_taken_gets_a_number(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, resume="never")
     for folder in ("story", "story-2", "story-3"):
         with Run.open(config) as run:
             assert run.folder == tmp_path / folder

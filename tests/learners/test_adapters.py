@@ -14,7 +14,7 @@ from learners.policy import Policy
 from tests.factories import FAMILY, IDS, IMAGE_PAD, trajectory, view
 
 BANNED = tuple(sorted(IDS[token] for token in FAMILY.vision_tokens))
-LORA = LoraConfig(rank=4, alpha=6.0, targets=["q_proj", "v_proj", "down_proj"])
+LORA = LoraConfig(rank=4, alpha=6, targets=["q_proj", "v_proj", "down_proj"])
 
 
 def test_a_merged_weight_by_hand() -> None:
@@ -26,7 +26,7 @@ def test_a_merged_weight_by_hand() -> None:
 
 
 def test_impossible_adapters_are_refused() -> None:
-    for wrong in ({"rank": -1}, {"alpha": 0.0}, {"targets": []}):
+    for wrong in ({"rank": -1}, {"alpha": 0}, {"targets": []}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             LoraConfig(**wrong)  # type: ignore[arg-type]
 

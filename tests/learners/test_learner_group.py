@@ -1,5 +1,7 @@
 import asyncio
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +103,11 @@ def furthest(some: list[np.ndarray], others: list[np.ndarray]) -> float:
 
 
 @pytest.mark.system
+@pytest.mark.timeout(600)
 def test_two_ranks_of_zero_3(
     ray_cluster: Cluster, tiny: Path, tmp_path: Path, played: list[tuple[Trajectory, ...]]
 ) -> None:
-    """Update, log-probs, weights, export, save and restore, and the death of a rank: one story, because starting two
+    """Update, log-probs, weights, export, state and restore, and the death of a rank: one story, because starting two
     ranks takes most of the time."""
     config = LearnerConfig(
         model=str(tiny),
@@ -138,18 +141,28 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
 
     buckets = await learners.weights()
     await learners.export(folder / "export")
-    await learners.save(folder / "state")
+    state = await state_of(learners)
     at_save = await learners.update(groups)
-    moved = await learners.logprobs(references[0])
-    assert await learners.restore(folder / "state") == 1
-    assert furthest(await learners.logprobs(references[0]), after) < 1e-5
+    moved = await weights_of(learners)
+    assert await learners.restore(state) == 1
+    assert furthest(await learners.logprobs(references[0]), after) == 0.0
     again = await learners.update(groups)  # the optimiser's moments were restored, too
-    assert again["learner/loss"] == pytest.approx(at_save["learner/loss"], abs=1e-5)
-    assert furthest(await learners.logprobs(references[0]), moved) < 1e-4 < furthest(moved, after)
+    assert again["learner/loss"] == at_save["learner/loss"]
+    assert bitwise(await weights_of(learners), moved)
 
     ray.kill(learners._actors[1])
     with pytest.raises(LearnerFailed, match="learner rank 1 died in update"):
         await asyncio.wait_for(learners.update(groups), timeout=60)
+
+    # in fresh processes, as after a crash: bitwise on as many ranks, and nearly so on one rank of another stage
+    for ranks, stage in ((2, 3), (1, 2)):
+        other = await LearnerGroup.launch(cluster, replace(config, ranks=ranks, zero_stage=stage))
+        assert await other.restore(state) == 1
+        assert bitwise(await weights_of(other), await files_of(buckets))
+        await other.update(groups)
+        found = await weights_of(other)
+        assert bitwise(found, moved) or (ranks == 1 and close(found, moved))
+        await other.close()
 
     assert len(buckets) > 2  # and they outlive the ranks
     weights: dict[str, torch.Tensor] = {}
@@ -157,6 +170,39 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
         weights |= safetensors.torch.load(await bucket)
     assert furthest(logprobs_of(config.model, weights, played[0]), after) < 1e-5
     assert furthest(logprobs_of(folder / "export", None, played[0]), after) < 1e-5
+
+
+async def state_of(learners: LearnerGroup) -> list[ray.ObjectRef]:
+    files: list[ray.ObjectRef] = []
+
+    async def keep(file: ray.ObjectRef) -> None:
+        files.append(file)
+
+    await learners.state(keep)
+    assert len(files) > 2, "in pieces"
+    return files
+
+
+async def files_of(references: Sequence[ray.ObjectRef]) -> dict[str, torch.Tensor]:
+    """The tensors of all files together."""
+    tensors: dict[str, torch.Tensor] = {}
+    for reference in references:
+        tensors |= safetensors.torch.load(await reference)
+    return tensors
+
+
+async def weights_of(learners: LearnerGroup) -> dict[str, torch.Tensor]:
+    return await files_of(await learners.weights())
+
+
+def bitwise(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+def close(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    """Sums over ranks are in another order; Adam makes a whole step of a gradient that is nearly 0."""
+    off = [float(((some[name] - others[name]).abs() > 1e-5).float().mean()) for name in some]
+    return some.keys() == others.keys() and max(off) < 0.05
 
 
 @pytest.mark.system

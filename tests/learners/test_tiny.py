@@ -152,6 +152,6 @@ def test_the_committed_policy_knows_where_and_points_badly() -> None:
 
 def test_the_committed_reward_model_reads_crops_and_else_guesses() -> None:
     scores = json.loads((ROOT / "models" / "panels-reward" / "scores.json").read_text())["scores"]
-    assert scores["legible"] >= 0.97
+    assert scores["original_resolution"] >= 0.97 and scores["legible"] >= 0.95
     for name in ("other_panel", "anywhere_else"):
         assert abs(scores[name] - 0.25) <= 0.05

@@ -191,6 +191,16 @@ def test_the_key_comes_from_the_named_variable_only(endpoint: Endpoint, monkeypa
         ask(endpoint.url, api_key_env="JUDGE_KEY")
 
 
+def test_an_endpoint_that_repeats_the_key_does_not_bring_it_into_the_log(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    endpoint.answer = lambda body: (401, b'{"error": "the key s3cret is not known"}', {})
+    with pytest.raises(VerifierUnavailable, match=r"status 401: .*the key \*\*\* is not known") as caught:
+        ask(endpoint.url, api_key_env="JUDGE_KEY")
+    assert "s3cret" not in str(caught.value)
+
+
 def test_an_endpoint_needs_a_url_and_a_model() -> None:
     with pytest.raises(ValueError, match="needs url and model"):
         EndpointVerifier(configured("").verifier)

@@ -30,7 +30,7 @@ OTHER = LossConfig(objective=ObjectiveName.GRPO, kl=0.1)
 FIRST_RANK = 3
 """Of two ranks the first takes so many trajectories, the second the others: their micro-batches differ in number."""
 SPLITS = (1, 2, 4, 8)
-LORA = LoraConfig(rank=4, alpha=6.0)
+LORA = LoraConfig(rank=4, alpha=6)
 
 
 def samples() -> list[Sample]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from actors.rollout_pool import Rollout
 from actors.rollout_worker import Unplayable
 from episodes.families import family_of, load_tokenizer
 from episodes.types import Question, Trajectory
 from jobs.config import TrainConfig
-from tests.system.conftest import Stack, differences
+from tests.system.conftest import Everything, Stack, differences
 
 pytestmark = pytest.mark.system
 
@@ -170,3 +172,15 @@ def test_a_dead_worker_is_replaced_with_the_current_weights(
         assert found.mean() <= 1e-5, "the replacement holds the learner's weights"
 
     runner.run(story())
+
+
+def test_the_stack_listens_to_this_machine_only(everything: Everything) -> None:
+    """Ray, engines and ranks: none of their ports is on another interface."""
+    import os
+
+    from tests.cluster.test_placement import LOOPBACK, listening, sockets_of
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path()).name
+    owners, ports = sockets_of(session), listening(os.getuid())
+    elsewhere = {owners[one]: ports[one] for one in owners.keys() & ports.keys()}
+    assert {who: port for who, port in elsewhere.items() if port.split(":")[0] not in LOOPBACK} == {}

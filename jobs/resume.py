@@ -1,0 +1,199 @@
+"""Which folder a run gets, and from which checkpoint it goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from jobs.checkpoints import MANIFEST, DamagedCheckpoint, Shelf, check, step_of
+from jobs.config import ConfigError, TrainConfig
+from jobs.copies import Copies
+from jobs.state import CONFIG
+
+AUTO, NEVER = "auto", "never"
+CHECKPOINTS = "checkpoints"
+ENDED = "ended.json"
+_MAY_DIFFER = (
+    "name", "runs_dir", "resume", "checkpoint", "recovery", "total_steps", "start_deadline_s", "samples_every",
+    "embedded", "proof", "evaluation", "metrics", "guards", "cluster",
+    *(f"{role}.{key}" for role in ("rollout", "reward", "learner") for key in ("workers", "resources", "restarts")),
+    *(f"{role}.{key}" for role in ("rollout", "reward") for key in ("stall_s", "backoff_s")),
+    *(
+        f"{engine}.{key}"
+        for engine in ("rollout.engine", "reward.verifier.engine")
+        for key in ("threads", "kv_cache_gib", "gpu_memory_utilization", "start_deadline_s", "max_num_seqs",
+                    "tensor_parallel_size", "enforce_eager")
+    ),
+    *(f"reward.verifier.endpoint.{key}" for key in ("url", "api_key_env", "timeout_s", "retries", "backoff_s",
+                                                   "max_backoff_s", "concurrency")),
+    "reward.unscored_tolerance", "reward.outage_deadline_s",
+    *(f"learner.{key}" for key in ("ranks", "threads", "zero_stage", "stage3_persistence_threshold", "bucket_bytes",
+                                   "micro_batch_tokens", "gradient_checkpointing", "collective_timeout_s")),
+)  # fmt: skip
+"""Keys (with all below them) that change how a run is done, but not what it learns from what it has learned."""
+
+
+@dataclass(slots=True)
+class Start:
+    """folder: of the run, locked while ``lock`` is open; checkpoint: a checked one to go on from; None: from step 0."""
+
+    folder: Path
+    checkpoint: Path | None
+    lock: IO[bytes]
+
+
+def find_start(config: TrainConfig) -> Start:
+    """``resume: auto`` goes on with the unfinished run of this name (the last of NAME, NAME-2, ...), unless another
+    process is at it; ``never`` begins a new one; a path or URL of a checkpoint, or of a run, begins a new one there.
+
+    Raises ConfigError (naming the keys whose values do not fit), DamagedCheckpoint, OSError."""
+    runs = Path(config.runs_dir)
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise ConfigError(f"name {config.name!r} cannot be a folder name")
+    if config.checkpoint.url:
+        Copies(config.checkpoint.url).probe()
+    if config.resume not in (AUTO, NEVER):
+        return _branch(config, runs)
+    if config.resume == AUTO and (start := _unfinished(config, runs)) is not None:
+        return start
+    return _fresh(runs, config.name)
+
+
+def copies_of(config: TrainConfig, folder: Path) -> Copies | None:
+    """Where the checkpoints of the run in ``folder`` are copied to."""
+    url = config.checkpoint.url
+    return Copies(f"{url.rstrip('/')}/{folder.name}") if url else None
+
+
+def differences(before: Any, config: TrainConfig) -> list[str]:
+    """``key (old, now new)`` of every value that must be the same to go on. before: a configuration as OmegaConf
+    loads it."""
+    now = _flat(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    old = _flat(before)
+    return [
+        f"{key} ({old[key]!r}, now {now[key]!r})"
+        for key in sorted(old.keys() & now.keys())
+        if old[key] != now[key] and not any(key == free or key.startswith(f"{free}.") for free in _MAY_DIFFER)
+    ]
+
+
+def _unfinished(config: TrainConfig, runs: Path) -> Start | None:
+    folder = next(reversed(list(_taken(runs, config.name))), None)
+    if folder is None:
+        return _from_copies(config, runs / config.name)
+    if _done(folder):
+        return None
+    lock = _locked(folder)
+    if lock is None:
+        return None
+    checkpoint = Shelf(folder / CHECKPOINTS).newest()
+    if checkpoint is None and (copies := copies_of(config, folder)) is not None:
+        checkpoint = copies.fetch(Shelf(folder / CHECKPOINTS))
+    if checkpoint is None and (folder / CONFIG).exists() and differences(OmegaConf.load(folder / CONFIG), config):
+        lock.close()
+        return None  # it has saved nothing and was another run: leave it as it is
+    if checkpoint is not None:
+        _must_fit(config, checkpoint, folder)
+    return Start(folder, checkpoint, lock)
+
+
+def _done(folder: Path) -> bool:
+    """Runs of former versions have their policy and no ``ended.json``."""
+    ended = folder / ENDED
+    return bool(json.loads(ended.read_text())["done"]) if ended.exists() else (folder / "policy").exists()
+
+
+def _from_copies(config: TrainConfig, folder: Path) -> Start | None:
+    """A machine without the run's folder, but with a URL."""
+    copies = copies_of(config, folder)
+    if copies is None or not (names := copies.names()) or step_of(names[0]) >= config.total_steps:
+        return None
+    start = _fresh(folder.parent, folder.name)
+    start.checkpoint = copies.fetch(Shelf(start.folder / CHECKPOINTS))
+    if start.checkpoint is not None:
+        _must_fit(config, start.checkpoint, folder)
+    return start
+
+
+def _branch(config: TrainConfig, runs: Path) -> Start:
+    where = Path(config.resume)
+    if "://" in config.resume:
+        start = _fresh(runs, config.name)
+        start.checkpoint = Copies(config.resume).fetch(Shelf(start.folder / CHECKPOINTS))
+    elif (where / MANIFEST).exists():
+        check(where)
+        start = _fresh(runs, config.name)
+        start.checkpoint = where
+    else:
+        found = Shelf(where / CHECKPOINTS).newest()
+        start = _fresh(runs, config.name)
+        start.checkpoint = found
+    if start.checkpoint is None:
+        raise ConfigError(f"resume: there is no checkpoint at {config.resume}; name a checkpoint, a run, auto or never")
+    _must_fit(config, start.checkpoint, where)
+    return start
+
+
+def _must_fit(config: TrainConfig, checkpoint: Path, run: Path) -> None:
+    try:
+        before = OmegaConf.load(checkpoint / CONFIG)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{checkpoint}: {CONFIG} cannot be read: {error}") from error
+    if wrong := differences(before, config):
+        raise ConfigError(
+            f"{run} holds a run that stands after step {step_of(checkpoint.name)} and has another {', '.join(wrong)}: "
+            "give the old values to go on with it, or resume=never to begin a new run"
+        )
+
+
+def _fresh(runs: Path, name: str) -> Start:
+    for number in range(1, 10_000):
+        folder = runs / _numbered(name, number)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        if (lock := _locked(folder)) is not None:
+            return Start(folder, None, lock)
+    raise ConfigError(f"there are too many runs called {name!r} in {runs}")
+
+
+def _taken(runs: Path, name: str) -> Iterator[Path]:
+    for number in range(1, 10_000):
+        if not (folder := runs / _numbered(name, number)).is_dir():
+            return
+        yield folder
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    """None where another process is at this run. The lock goes with the process, however it ends.
+
+    Raises OSError where nothing can be written there."""
+    file = (folder / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    cells: Any = config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True)
+    for key, value in cells.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,0 +1,87 @@
+"""Groups through Arrow and back, pixels included."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from actors.rollout_worker import Played, facts_of
+from actors.snapshot import SCHEMAS, read_groups, write_groups
+from actors.trajectory_store import Group
+from episodes.types import Box, Question, Score, Trajectory, Turn, Unscored
+from tests.factories import shared_view, trajectory, view
+
+
+@pytest.fixture(autouse=True)
+def object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References are what they refer to."""
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+
+
+def group(number: int) -> Group:
+    coarse = shared_view(3, 2, number)
+    crop = view(2, 3, 5, Box(3, 4, 50, 60))
+    found = trajectory(f"q{number}", 0, coarse=coarse, crop=crop, version=number)
+    lost = trajectory(f"q{number}", 1, replies=(4,), coarse=coarse, seed=3, version=number)
+    turn = replace(found.turns[0], text="<zoom>…</zoom> \U0001f50d", engine_cached_tokens=32)
+    found = replace(found, turns=(turn, found.turns[1]))
+    question = Question(f"q{number}", b"", "Which “mark”?", "B", ("ring", "bar"), (Box(1, 2, 3, 4),), "panels")
+    played = Played(question.id, (facts_of(found), facts_of(lost)))
+    scores = (Score(2.5, {"region": 1.0, "box": 0.0}, (1.5, 1.0)), Unscored("http://host/v1: status 503"))
+    trajectories: Any = (found, lost)
+    return Group(number, question, played, scores, trajectories)
+
+
+def written(groups: list[Group]) -> dict[str, io.BytesIO]:
+    files: Any = {name: io.BytesIO() for name in SCHEMAS}
+    write_groups(groups, files)
+    return {name: io.BytesIO(file.getvalue()) for name, file in files.items()}
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Trajectory | Turn) or hasattr(one, "pixels"):
+        return all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    return bool(one == other)
+
+
+def test_what_is_written_is_read_again_bit_by_bit() -> None:
+    groups = [group(7), group(9)]
+    found = list(read_groups(written(groups)))  # type: ignore[arg-type]
+    assert len(found) == 2
+    for before, after in zip(groups, found, strict=True):
+        assert (after.number, after.question, after.played, after.scores) == (
+            before.number, before.question, before.played, before.scores,
+        )  # fmt: skip
+        assert same(before.trajectories, after.trajectories)
+
+
+def test_the_coarse_view_of_a_group_is_stored_once_and_shared_again() -> None:
+    files = written([group(1)])
+    views = pa.ipc.open_stream(files["views"]).read_all()
+    assert views.num_rows == 2
+    files["views"].seek(0)
+    (found,) = read_groups(files)  # type: ignore[arg-type]
+    first, second = found.trajectories  # type: ignore[misc]
+    assert first.views[0] is second.views[0]
+
+
+def test_no_groups() -> None:
+    assert list(read_groups(written([]))) == []  # type: ignore[arg-type]
+
+
+def test_a_stream_that_is_cut_off_is_refused() -> None:
+    files = written([group(1)])
+    files["views"] = io.BytesIO(files["views"].getvalue()[:400])
+    with pytest.raises((pa.ArrowInvalid, OSError, ValueError)):
+        list(read_groups(files))  # type: ignore[arg-type]

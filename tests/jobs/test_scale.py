@@ -1,0 +1,72 @@
+"""The mailbox of a run, on a real Ray; the command from another process, as from another terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.placement import Cluster
+from jobs.config import ConfigError
+from jobs.scale import ADDRESS, Sizes, ask, main, scalable
+from tests.conftest import ROOT
+
+
+class SmallPool:
+    def __init__(self) -> None:
+        self.size = 1
+
+    async def resize(self, workers: int) -> None:
+        if workers > 3:
+            raise TimeoutError("1 of 3 new workers did not start")
+        self.size = workers
+
+
+def crew(folder: Path) -> tuple[Any, Any, Any]:
+    folder.mkdir(parents=True)
+    return SimpleNamespace(folder=folder, view=SimpleNamespace(say=lambda text: None)), SmallPool(), SmallPool()
+
+
+def test_a_run_does_what_its_mailbox_is_asked(ray_cluster: Cluster, tmp_path: Path) -> None:
+    run, rollouts, rewards = crew(tmp_path / "panels")
+
+    async def story() -> None:
+        async with scalable(run, rollouts, rewards):
+            assert await ask("panels", Sizes(rollout=3)) == "3 rollout workers"
+            assert (rollouts.size, rewards.size) == (3, 1)
+            said = await ask("panels", Sizes(rollout=4, reward=2))
+            assert said == "rollout workers not changed: 1 of 3 new workers did not start; 2 reward workers"
+            with pytest.raises(ConfigError, match=r"no run 'other' going on in this cluster; give one of: .*panels"):
+                await ask("other", Sizes(reward=1))
+        assert not (run.folder / ADDRESS).exists()
+        with pytest.raises(ConfigError, match="give one of: none"):
+            await ask("panels", Sizes(reward=1))
+
+    asyncio.run(story())
+
+
+def test_from_another_terminal(ray_cluster: Cluster, tmp_path: Path) -> None:
+    run, rollouts, rewards = crew(tmp_path / "runs" / "panels-2")
+
+    async def story() -> None:
+        async with scalable(run, rollouts, rewards):
+            command = [sys.executable, "-m", "jobs", "scale", str(run.folder), "--rollout-workers", "2"]
+            process = await asyncio.to_thread(
+                subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=100
+            )
+            assert process.returncode == 0, process.stderr
+            assert process.stdout.strip() == "2 rollout workers" and rollouts.size == 2
+
+    asyncio.run(story())
+
+
+def test_nothing_to_do_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ([], ["--reward-workers", "0"]):
+        with pytest.raises(SystemExit):
+            main(["panels", *wrong])
+        assert "at least 1" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""Signals: the first is a request, the second ends the process at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobs.stopping import Stop, Stopped
+from tests.conftest import ROOT
+
+VIEW: Any = SimpleNamespace(say=print, leave=lambda: None)
+
+
+def test_work_that_is_waited_for_is_cancelled_and_what_is_done_counts() -> None:
+    cancelled = []
+
+    async def work(seconds: float) -> str:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            cancelled.append(seconds)
+            raise
+        return "done"
+
+    async def story() -> None:
+        with Stop.on_signals(VIEW) as stop:
+            assert await stop.unless(work(0)) == "done"
+            stop.check()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Stopped, match="stopped by SIGTERM") as caught:
+                await stop.unless(work(100))
+            assert caught.value.number == signal.SIGTERM and cancelled == [100]
+            with pytest.raises(Stopped):
+                stop.check()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    asyncio.run(story())
+
+
+def test_the_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    """Even where the first one is being obeyed slowly, in a thread that nobody can cancel."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import asyncio, time\n"
+        "from tests.jobs.test_stopping import VIEW, Stop\n"
+        "async def main():\n"
+        "    with Stop.on_signals(VIEW):\n"
+        "        print('up', flush=True)\n"
+        "        await asyncio.to_thread(time.sleep, 60)\n"
+        "asyncio.run(main())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - started < 20
+    assert "quitting at once; what was not saved is lost" in said

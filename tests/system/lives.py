@@ -1,0 +1,164 @@
+"""A training run as a process that a test can watch and hurt; what it says is kept for when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from episodes.panels import PanelsConfig, Split, question
+from episodes.questions import write_questions
+from tests.conftest import ROOT
+
+ROWS = 24
+
+
+def small_run(folder: Path, steps: int, **overrides: object) -> list[str]:
+    """Two questions of four trajectories a step, from 24 questions; nothing evaluated, proved at both ends only."""
+    data = folder / "questions.parquet"
+    if not data.exists():
+        write_questions(data, (question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(ROWS)))
+    settings = {
+        "name": "run", "runs_dir": folder, "questions.paths": f"[{data}]", "embedded.panels": "null",
+        "evaluation.paths": "[]", "samples_every": 0, "total_steps": steps, "groups_per_step": 2,
+        "rollout.group_size": 4, "proof.every": 1000, "checkpoint.every": 2, **overrides,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+@dataclass
+class Life:
+    """One process of ``ergo-rl train``. log: what it says; run: its folder."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    run: Path
+    hurt: list[int] = field(default_factory=list)
+
+    def steps(self) -> list[dict[str, Any]]:
+        return lines_of(self.run / "metrics.jsonl")
+
+    def wait_for(self, what: str, happened: Callable[[], bool], timeout_s: float, pause_s: float = 0.05) -> float:
+        """Seconds it took; the test fails with the log where it does not happen, or the process ends before."""
+        started = time.monotonic()
+        while not happened():
+            if self.process.poll() is not None:
+                self.fail(f"the run ended with {self.process.returncode} before {what}")
+            if time.monotonic() - started > timeout_s:
+                self.fail(f"no {what} within {timeout_s:.0f} s")
+            time.sleep(pause_s)
+        return time.monotonic() - started
+
+    def wait_for_steps(self, count: int, timeout_s: float = 240) -> float:
+        return self.wait_for(f"{count} steps", lambda: len(self.steps()) >= count, timeout_s)
+
+    def end(self, timeout_s: float = 420) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.fail(f"the run did not end within {timeout_s:.0f} s")
+
+    def fail(self, why: str) -> Any:
+        said = self.log.read_text(errors="replace")[-4000:]
+        logged = self.run / "run.log"
+        log = logged.read_text(errors="replace")[-4000:] if logged.exists() else "none"
+        processes = "\n".join(f"{pid} {command}" for pid, command in descendants(self.process.pid))
+        pytest.fail(f"{why}\n--- output\n{said}\n--- run.log\n{log}\n--- processes\n{processes}")
+
+    def kill(self) -> None:
+        """As a machine that goes off; what the driver leaves behind is killed after half a minute, and named."""
+        family = descendants(self.process.pid)
+        self.process.kill()
+        self.process.wait()
+        started = time.monotonic()
+        while (left := still(family)) and time.monotonic() - started < 30:
+            time.sleep(0.2)
+        print(f"after SIGKILL its processes were gone in {time.monotonic() - started:.1f} s, but for {left}")
+        for pid, _ in left:
+            _signal(pid, signal.SIGKILL)
+
+    def of_kind(self, title: str, below: str | None = None) -> int:
+        """The process whose command begins with ``title``; below one that begins with ``below`` also one that merely
+        was spawned (vLLM names its processes only where setproctitle is installed)."""
+        roots = [self.process.pid] if below is None else [self.of_kind(below)]
+        for root in roots:
+            for pid, command in descendants(root):
+                if command.startswith(title) or (below is not None and "spawn_main" in command):
+                    return pid
+        self.fail(f"there is no process {title!r}" + (f" below {below!r}" if below else ""))
+        raise AssertionError
+
+    def send(self, pid: int, number: int) -> None:
+        self.hurt.append(pid)
+        _signal(pid, number)
+
+
+@contextmanager
+def living(overrides: list[str], log: Path) -> Iterator[Life]:
+    """Whatever happens inside, no process is left."""
+    places = dict(one.partition("=")[::2] for one in overrides)
+    command = [sys.executable, "-m", "jobs", "train", "configs/panels.yaml", *overrides]
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    life = Life(process, log, Path(places["runs_dir"]) / places["name"])
+    try:
+        yield life
+    finally:
+        if process.poll() is None:
+            life.kill()
+        for pid in life.hurt:
+            _signal(pid, signal.SIGKILL)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that may be being written."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def descendants(root: int) -> list[tuple[int, str]]:
+    """(process id, command) of everything below ``root``, parents first."""
+    children: dict[int, list[int]] = {}
+    commands: dict[int, str] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            commands[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ").strip()
+        except (OSError, ValueError):
+            continue  # it has ended
+        children.setdefault(parent, []).append(int(process.name))
+    found, waiting = [], [root]
+    while waiting:
+        for child in children.get(waiting.pop(0), []):
+            found.append((child, commands[child]))
+            waiting.append(child)
+    return found
+
+
+def still(family: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    alive = []
+    for pid, command in family:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            alive.append((pid, command[:60]))
+    return alive
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
