@@ -127,13 +127,16 @@ async def run_all(runs: Sequence[AblationRun], at_once: int, progress: Progress)
 
 
 async def train(run: AblationRun, progress: Progress, task: TaskID) -> bool:
-    """One run in a process of its own, its output in a file beside its folder. False where it failed."""
-    folder = run.folder / f"seed-{run.seed}"
-    shutil.rmtree(folder, ignore_errors=True)
+    """One run in a process of its own, its output in a file beside its folder; one that was interrupted with these
+    settings goes on. False where it failed."""
+    folder, begun = run.folder / f"seed-{run.seed}", run.result.with_suffix(".begun.json")
+    if not begun.exists() or json.loads(begun.read_text()) != run.settings():
+        shutil.rmtree(folder, ignore_errors=True)
     run.folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(run.settings()) + "\n")
     names = [f"name={folder.name}", f"runs_dir={run.folder}", f"seed={run.seed}"]
     command = [sys.executable, "-m", "jobs", "train", run.recipe, *run.overrides, *names]
-    with folder.with_suffix(".log").open("wb") as log:
+    with folder.with_suffix(".log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command, stdout=log, stderr=asyncio.subprocess.STDOUT, start_new_session=True
         )
