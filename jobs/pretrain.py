@@ -93,6 +93,7 @@ class Pretraining:
         model = make_model(self.tokenizer, TinyConfig(), config.seed + 1)
         model.model.visual.load_state_dict(visual.state_dict())
         model.model.visual.requires_grad_(False)
+        grounded = Grounded(model, TinyConfig().hidden, EDGE_BINS)  # before the album, whose workers draw numbers too
         schedule: Schedule = getattr(config, role)
         mix = {"looks": config.looks, "reads": config.reads} if role == "policy" else {"verifies": config.verifies}
         taught = is_finished(self.work / f"{role}.pt", schedule)  # then nobody looks into the album
@@ -105,7 +106,6 @@ class Pretraining:
             config.pointing,
             **mix,
         )
-        grounded = Grounded(model, TinyConfig().hidden, EDGE_BINS)
         seconds = self._fit(role, grounded, grounded.loss, lessons, schedule, f"{role}.pt")
         return model, seconds
 

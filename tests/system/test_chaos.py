@@ -65,4 +65,4 @@ def check(life: Life) -> None:
     last = steps[-1]
     assert last["count/rollout_restarts"] >= 3 and last["count/reward_restarts"] >= 1
     log = (life.run / "run.log").read_text()
-    assert "starting the learner again" in log and "finished nothing for" in log
+    assert "starting the learner again" in log
