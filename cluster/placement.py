@@ -83,14 +83,10 @@ class Cluster:
         self._resources[role] = resources
 
     def reserve(self, role: str, count: int, resources: Resources) -> None:
-        """Reserve ``count`` places for ``role`` together: all of them or none. What the role had before is given back
-        first.
+        """Reserve ``count`` places for ``role`` together: all of them or none.
 
         Raises TimeoutError with the numbers when the cluster cannot hold them within ``wait_s``."""
         bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-        if (former := self._gangs.pop(role, None)) is not None:
-            self._reserved.remove(former)
-            remove_placement_group(former)
         gang = placement_group([bundle] * count, strategy="PACK")
         self._reserved.append(gang)
         self._gangs[role], self._resources[role] = gang, resources
@@ -102,6 +98,12 @@ class Cluster:
                     f"the cluster did not offer {message} within {self.config.wait_s:.0f} s (cluster.wait_s)"
                 )
             logger.warning("waiting for %s", message)
+
+    def give_back(self, role: str) -> None:
+        """What ``role`` reserved last, so that it can be reserved anew; whoever still runs there is killed."""
+        if (gang := self._gangs.pop(role, None)) is not None:
+            self._reserved.remove(gang)
+            remove_placement_group(gang)
 
     def actor_options(self, role: str, index: int) -> dict[str, Any]:
         """Options for ``ActorClass.options(**...)`` of the ``index``-th actor of a role."""

@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=1, help="runs at the same time (default: %(default)s)")
     parser.add_argument("--report-only", action="store_true", help="train nothing; write what is there")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # key=value may stand behind options, too
     if "=" in options.plan:
         options.plan, options.overrides = DEFAULT_PLAN, [options.plan, *options.overrides]
     console = Console()

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--questions", type=int, default=0, help="how many questions (default: all)")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     recipe, overrides = recipe_of(options)
     model = [f"rollout.engine.model={options.model}", f"learner.model={options.model}"] if options.model else []
     console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width: 80 would break the table

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: ergo-rl train configs/panels.yaml total_steps=50 learner.optimizer.lr=1e-4",
     )
     add_recipe(parser)
-    recipe, overrides = recipe_of(parser.parse_args(argv))
+    recipe, overrides = recipe_of(parser.parse_intermixed_args(argv))
     try:
         config = load_config(recipe, overrides)
         prepare_embedded(config.embedded)

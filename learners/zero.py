@@ -17,7 +17,10 @@ from learners.config import Dtype, LearnerConfig
 
 
 def join(rank: int, world: int, address: str, port: int, device: torch.device, timeout_s: int) -> None:
-    """Enter the process group that rank 0 opens at ``address:port``, and nowhere else: NCCL on GPUs, gloo on CPUs."""
+    """Enter the process group that rank 0 opens at ``address:port``, and nowhere else: NCCL on GPUs, gloo on CPUs. A
+    process that is in one stays in it."""
+    if torch.distributed.is_initialized():
+        return
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     os.environ |= {
