@@ -17,6 +17,7 @@ import ray
 
 from actors.rollout_pool import Rollout
 from actors.rollout_worker import Played, Unplayable, facts_of
+from cluster.placement import Cluster
 from episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from jobs import recovery, run, state, train
 from jobs.checkpoints import Disk, Shelf
@@ -150,7 +151,7 @@ class World:
 
         monkeypatch.setattr(train, "launch", launch)
         monkeypatch.setattr(train, "Proof", Proof)
-        monkeypatch.setattr(train.Cluster, "connect", lambda config: _Nothing())
+        monkeypatch.setattr(train.Cluster, "connect", lambda config: contextlib.nullcontext(Cluster(config)))
         monkeypatch.setattr(train, "scalable", lambda *_: contextlib.nullcontext())
         monkeypatch.setattr(recovery.LearnerGroup, "launch", relaunch)
         monkeypatch.setattr(run, "Shelf", lambda folder: Shelf(folder, self.disk))
@@ -160,14 +161,6 @@ class World:
     def learners(self) -> Learners:
         self.launches += 1
         return Learners(self)
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def _score(one: Trajectory) -> Score:
