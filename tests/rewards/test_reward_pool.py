@@ -13,7 +13,7 @@ import ray
 from cluster.placement import Cluster
 from cluster.pool import Pool
 from cluster.resources import Resources
-from episodes.types import Outcome, Question, Trajectory, Unscored, View
+from episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
 from rewards.config import RewardConfig
 from rewards.reward_pool import RewardPool
 from rewards.reward_worker import RewardWorker
@@ -57,7 +57,7 @@ def test_a_group_by_reference(ray_cluster: Cluster, endpoint: Endpoint) -> None:
 
     scored, failed = with_pool(ray_cluster, config_for(endpoint, workers=2), use)
     assert [verdict.total for verdict in scored] == [3.5, 3.0, 0.0]
-    assert scored[0].parts == {"region": 1.0, "box": 1.0, "accuracy": 1.0, "format": 1.0}
+    assert scored[0] == Score(3.5, {"region": 1.0, "box": 1.0, "accuracy": 1.0, "format": 1.0}, (2.5, 2.0))
     assert isinstance(failed[0], Unscored) and isinstance(failed[1], Unscored) and "status 500" in failed[0].reason
     assert failed[2] == scored[2]
 
