@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kept: call it again to go on, or with more rows or seeds.",
         epilog="example: ergo-rl ablate configs/ablations/panels.yaml --out runs/ablation total_steps=40",
     )
-    parser.add_argument("plan", nargs="?", default=DEFAULT_PLAN, help="YAML plan (default: %(default)s)")
+    parser.add_argument("plan", nargs="?", default=DEFAULT_PLAN, help=f"YAML plan (default: {DEFAULT_PLAN})")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values for every run")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=1, help="runs at the same time (default: %(default)s)")
