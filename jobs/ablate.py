@@ -58,7 +58,10 @@ class AblationRun:
         return self.folder / f"seed-{self.seed}.json"
 
     def settings(self) -> dict[str, object]:
-        return {"recipe": self.recipe, "overrides": list(self.overrides), "seed": self.seed}
+        """What was given for this run: the recipe's own values under the overrides, so that an edited recipe is another
+        run too, and a new key with its default is not."""
+        given = OmegaConf.merge(OmegaConf.load(self.recipe), OmegaConf.from_dotlist(list(self.overrides)))
+        return {"seed": self.seed, "given": OmegaConf.to_container(given)}
 
     def curve(self) -> Curve | None:
         """Its evaluations, where it is done with these settings."""
