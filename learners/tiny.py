@@ -155,7 +155,7 @@ def make_model(tokenizer: Any, config: TinyConfig, seed: int, family: ModelFamil
         },
     )
     torch.manual_seed(seed)
-    model: Any = AutoModelForImageTextToText.from_config(complete, dtype=torch.float32)
+    model: Any = AutoModelForImageTextToText.from_config(complete).float()
     model.generation_config.eos_token_id = ids(family.turn_end)
     model.generation_config.pad_token_id = ids("<|endoftext|>")
     model.generation_config.bos_token_id = None

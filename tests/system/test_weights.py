@@ -21,7 +21,7 @@ async def play_all(stack: Stack, questions: list[Question]) -> list[tuple[Any, .
     return list(await asyncio.gather(*(one.trajectories for one in rollouts)))  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("which", ["untied", "tied"])
+@pytest.mark.parametrize("which", ["untied", "tied", "qwen3"])
 def test_a_perturbed_learner_and_the_engine_agree_on_prompts_and_images_seen_before(
     which: str, everything: Everything, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
