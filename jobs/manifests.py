@@ -143,10 +143,11 @@ def slurm(config: TrainConfig, entrypoint: str, extras: Extras) -> str:
         "# Ray's nodes know one another by a token that only this user can read.",
         "umask 077",
         f'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={quoted}/runs/.ray-token-"$SLURM_JOB_ID"',
+        "trap 'rm -f \"$RAY_AUTH_TOKEN_PATH\"' EXIT",
         'mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"',
         'python -c "import secrets; print(secrets.token_hex(32), end=str())" > "$RAY_AUTH_TOKEN_PATH"',
         "",
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         'address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | cut -d " " -f 1)',
         'srun --nodes=1 --ntasks=1 --nodelist="$head" \\',
         f'  ray start --head --node-ip-address="$address" --port=6379 {start} &',
@@ -162,6 +163,5 @@ def slurm(config: TrainConfig, entrypoint: str, extras: Extras) -> str:
         "# The limit is near, or scancel: the run saves; a requeued job goes on there.",
         "trap 'kill -TERM $driver; wait $driver || true; scontrol requeue \"$SLURM_JOB_ID\"; exit 0' TERM",
         "wait $driver",
-        'rm -f "$RAY_AUTH_TOKEN_PATH"',
     ]
     return "\n".join(lines) + "\n"
