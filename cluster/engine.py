@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 @dataclass
 class EngineConfig:
-    model: str = "???"
+    model: str = ""
     """Local folder or hub name."""
     dtype: str = "auto"
     """auto | float32 | bfloat16 | float16."""

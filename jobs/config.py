@@ -22,9 +22,10 @@ from episodes.questions import QuestionsConfig
 from jobs.checkpoints import CheckpointConfig
 from jobs.evaluation import EvaluationConfig
 from jobs.guards import GuardsConfig
+from jobs.hardware import HardwareConfig
 from jobs.metrics import MetricsConfig
 from learners.config import LearnerConfig
-from rewards.config import RewardConfig
+from rewards.config import Backend, RewardConfig
 from rewards.tce import weights_of
 
 
@@ -113,6 +114,7 @@ class TrainConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     @property
     def spare_groups(self) -> int:
@@ -159,7 +161,16 @@ def check(config: TrainConfig) -> None:
         + rollout.sampling.coarse_max_tokens
         + rollout.sampling.fine_max_tokens
     )
+    verifier = config.reward.verifier
     problems = [
+        (
+            verifier.backend is Backend.ENGINE and not verifier.engine.model,
+            "reward.verifier.engine.model has no value: name a reward model, or set reward.verifier.backend=endpoint",
+        ),
+        (
+            verifier.backend is Backend.ENDPOINT and not (verifier.endpoint.url and verifier.endpoint.model),
+            "reward.verifier.endpoint needs url and model where reward.verifier.backend is endpoint",
+        ),
         (config.total_steps < 1, "total_steps must be at least 1"),
         (config.groups_per_step < 1, "groups_per_step must be at least 1"),
         (rollout.group_size < 2, "rollout.group_size must be at least 2: advantages are relative to the group"),

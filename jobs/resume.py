@@ -21,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 ENDED = "ended.json"
 _MAY_DIFFER = (
     "name", "runs_dir", "resume", "checkpoint", "recovery", "total_steps", "start_deadline_s", "samples_every",
-    "embedded", "proof", "evaluation", "metrics", "guards", "cluster",
+    "embedded", "proof", "evaluation", "metrics", "guards", "cluster", "hardware",
     *(f"{role}.{key}" for role in ("rollout", "reward", "learner") for key in ("workers", "resources", "restarts")),
     *(f"{role}.{key}" for role in ("rollout", "reward") for key in ("stall_s", "backoff_s")),
     *(

@@ -72,6 +72,8 @@ def test_the_panels_recipe_plays_what_was_pretrained() -> None:
         ("checkpoint.url=s3://key:secret@bucket/runs", r"checkpoint\.url holds a user or password"),
         ("reward.verifier.endpoint.url=https://me:sk-1@host/v1", r"endpoint\.url holds a user or password"),
         ("reward.unscored_tolerance=2", "unscored_tolerance is 2.0; it is a share"),
+        ("reward.verifier.engine.model=''", r"reward\.verifier\.engine\.model has no value: name a reward model"),
+        ("reward.verifier.backend=endpoint", r"reward\.verifier\.endpoint needs url and model"),
         ("seven", "'seven' is not an override; write key=value"),
     ],
 )
