@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import ray
 
+from cluster.buckets import Bucket
 from cluster.engine import Completion, Engine, EngineConfig, EngineDied, EngineRefused, Sampling
 from cluster.resources import Resources
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
@@ -137,8 +138,8 @@ class RolloutWorker:
             ray.actor.exit_actor()
         return Played(question.id, tuple(map(facts_of, trajectories))), trajectories
 
-    async def load_weights(self, version: int, *buckets: bytes) -> float:
-        """Take over the weights of ``version``; seconds it took (generation paused meanwhile)."""
+    async def load_weights(self, version: int, *buckets: Bucket) -> float:
+        """Take over the weights of ``version``; seconds it took (generation is paused for most of it)."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         await self._engine.load_weights(version, buckets)

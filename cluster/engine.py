@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cluster.buckets import Bucket, write_shared
 
 
 @dataclass
@@ -187,9 +189,10 @@ class Engine:
             updates=tuple((span.start, int(span.version)) for span in (spans or ())[1:]),
         )
 
-    async def load_weights(self, version: int, buckets: Sequence[bytes | memoryview]) -> None:
-        """Replace the weights by ``buckets`` (safetensors, names as in a checkpoint) through vLLM's weight
-        transfer life cycle, and clear every cache that depends on them.
+    async def load_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
+        """Replace the weights by ``buckets`` (names as in a checkpoint) through vLLM's weight transfer life cycle, and
+        clear every cache that depends on them. The first bucket is laid out before generation stops, each other one
+        while the one before it is loaded.
 
         Running requests are kept: what they have sampled stays, its keys and values are computed anew, and they go on
         with the new weights; vLLM says from which token on (``Completion.updates``). A vLLM that cannot say it (0.26)
@@ -197,20 +200,17 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self._llm
-        await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
-        try:
-            await llm.start_weight_update()
-            for bucket in buckets:
-                path = await asyncio.to_thread(_write_shared, bucket)
-                try:
+        async with _files(buckets) as paths:
+            await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
+            try:
+                await llm.start_weight_update()
+                async for path in paths:
                     await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
-                finally:
-                    path.unlink()
-            # vLLM 0.26 takes no version here.
-            await llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
-            await self.clear_caches()
-        finally:
-            await llm.resume_generation()
+                # vLLM 0.26 takes no version here.
+                await llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
+                await self.clear_caches()
+            finally:
+                await llm.resume_generation()
         self.weight_version = version
 
     async def clear_caches(self) -> None:
@@ -260,9 +260,28 @@ def _prepare_environment(config: EngineConfig) -> None:
     os.environ.update(defaults)
 
 
-def _write_shared(bucket: bytes | memoryview) -> Path:
-    """A file in shared memory where there is any: vLLM's worker processes map it instead of receiving it."""
-    folder = Path("/dev/shm")
-    with tempfile.NamedTemporaryFile(dir=folder if folder.is_dir() else None, prefix="ergo-rl-", delete=False) as file:
-        file.write(bucket)
-    return Path(file.name)
+@asynccontextmanager
+async def _files(buckets: Sequence[Bucket]) -> AsyncIterator[AsyncIterator[Path]]:
+    """The buckets as files in shared memory, the first one written when the block begins, each other one while the one
+    before it is in use; whatever happens, none is left behind the block."""
+    tasks: list[asyncio.Task[Path]] = []
+
+    def begin() -> None:
+        if len(tasks) < len(buckets):
+            tasks.append(asyncio.create_task(asyncio.to_thread(write_shared, buckets[len(tasks)])))
+
+    async def paths() -> AsyncIterator[Path]:
+        for place in range(len(buckets)):
+            path = await tasks[place]
+            begin()
+            yield path
+            path.unlink()
+
+    begin()
+    await asyncio.gather(*tasks)
+    try:
+        yield paths()
+    finally:
+        for written in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(written, Path):
+                written.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """The weight channel: one protocol between whoever has weights and whoever plays with them.
 
-Transport here: Ray's object store. The source returns buckets (safetensors, no pickle) as objects that the
-driver owns; every sink pulls them by itself, on whatever node it is, late joiners too. The receiving end inside
-vLLM is ``cluster.weight_receiver``.
+Transport here: Ray's object store. The source returns buckets (``cluster.buckets``) as objects that the driver owns;
+every sink pulls them by itself, on whatever node it is, late joiners too. The receiving end inside vLLM is
+``cluster.weight_receiver``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ray
 
 class WeightSource(Protocol):
     async def weights(self) -> Sequence[ray.ObjectRef]:
-        """Buckets of the current weights, each ``bytes`` in safetensors format."""
+        """The current weights, each object a ``cluster.buckets.Bucket``."""
 
 
 class WeightSink(Protocol):
@@ -27,7 +27,7 @@ class WeightSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """gather_s: the source's part; load_s: the slowest sink's part, generation paused meanwhile."""
+    """gather_s: the source's part; load_s: the slowest sink's part, generation paused for most of it."""
 
     version: int
     gather_s: float
