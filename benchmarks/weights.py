@@ -153,7 +153,7 @@ def verdict(by_size: dict[str, dict[str, Any]]) -> tuple[bool, str]:
 
 
 async def _bytes(buckets: Sequence[ray.ObjectRef]) -> int:
-    return sum(part.nbytes for bucket in buckets for part in await bucket)
+    return sum([part.nbytes for bucket in buckets for part in await bucket])
 
 
 def main() -> int:
