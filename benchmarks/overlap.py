@@ -60,7 +60,7 @@ class Loop:
                 await self._learners.update(self._credit.batch(groups))
                 times.append(time.perf_counter())
                 self._version += 1
-                await self._weights.publish(self._version)
+                await self._weights.publish(self._version, wait=staleness == 0)
                 times.append(time.perf_counter())
                 phases = [later - earlier for earlier, later in pairwise(times)]
                 found.append(dict(zip(("rollout", "learn", "publish"), phases, strict=True)))

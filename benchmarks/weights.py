@@ -111,6 +111,7 @@ async def measure(cluster: Cluster, model: Path, arguments: argparse.Namespace) 
         del buckets
         if rollouts is not None:
             done = await WeightChannel(learners, rollouts).publish(version)
+            assert done.load_s is not None, "waited for"
             note(publish=done.gather_s + done.load_s)
     await learners.close()
     cluster.give_back("learner")

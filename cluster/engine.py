@@ -96,6 +96,7 @@ class Engine:
         self._llm = llm
         self.config = config
         self.weight_version = 0
+        self._loading = asyncio.Lock()
         self._ids = itertools.count()
 
     @classmethod
@@ -200,7 +201,7 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self._llm
-        async with _files(buckets) as paths:
+        async with self._loading, _files(buckets) as paths:
             await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
             try:
                 await llm.start_weight_update()

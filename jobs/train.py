@@ -114,8 +114,10 @@ async def live(
                     report.add(await learners.update(credit.batch(groups, oldest)))
                 keeper.reached(step + 1, flow, groups)
                 with report.timed("publish"):
-                    await weights.publish(version=step + 1)
+                    last = step + 1 == config.total_steps
+                    await weights.publish(version=step + 1, wait=last or config.max_staleness == 0)
                 if config.proof.due(step + 1, config.total_steps):
+                    await weights.settled()
                     with report.timed("proof"):
                         report.add(await proof.measure(version=step + 1))
             if run.due_samples(step):
