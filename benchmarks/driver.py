@@ -1,6 +1,6 @@
 """SIMULATION: what driver and store cost per trajectory, with 1 to 256 rollout workers whose engines are timers.
 
-    python benchmarks/driver.py                    # two to three minutes on two cores
+    python -m benchmarks.driver                   # two to three minutes on two cores
 
 Everything on the driver's side is real: the flow of questions, both pools with their Ray calls, the trajectory store,
 credit and metrics. Rollout workers and the reward model are timers in a few Ray actor processes (``--processes``): one

@@ -1,6 +1,6 @@
 """Padding and tokens per second of the learner: one padded batch, padded batches by token budget, rows end to end.
 
-    python benchmarks/learner.py                   # two minutes on one core; prints JSON, and one line in words
+    python -m benchmarks.learner                  # two minutes on one core; prints JSON, and one line in words
 
 Forward and backward passes of the tiny policy over the same random trajectories, mixed as in training: groups that
 share a coarse view, crops of every size, replies of log-normal lengths, one trajectory in five without a second turn.

@@ -1,6 +1,6 @@
 """Step time against the larger of rollout time and learning time, for staleness 0, 1, 2.
 
-    python benchmarks/overlap.py                   # a few minutes on two cores, after the start of the engines
+    python -m benchmarks.overlap                  # a few minutes on two cores, after the start of the engines
 
 One crew (rollout worker, reward worker, learner) of a recipe plays the training loop's steps, in blocks of each
 staleness that take turns. Rollout and learning time are those of the blocks of staleness 0, where nothing overlaps;

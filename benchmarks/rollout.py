@@ -1,7 +1,7 @@
 """Trajectories per second of our rollout worker, against the obvious way: vLLM's ``LLM.chat`` on all turn 1, then on
 all turn 2.
 
-    python benchmarks/rollout.py                   # two to four minutes on two cores
+    python -m benchmarks.rollout                  # two to four minutes on two cores
 
 Both play the same questions with the same model, engine settings, sampling limits and a seed of its own for each
 (question, sample, turn), so that replies have the same lengths but for draws that a sum in another order tips; both

@@ -1,6 +1,6 @@
 """Seconds and bytes per second of a publish through the object store, beside a memcpy of the same bytes.
 
-    python benchmarks/weights.py                   # a few minutes on two cores; --transport-only: a minute, no engines
+    python -m benchmarks.weights                  # a few minutes on two cores; --transport-only: a minute, no engines
 
 For each size a random Qwen2.5-VL of about so many MB (float32), a learner of one rank that holds it, and a vLLM engine
 that plays it. A publish is
