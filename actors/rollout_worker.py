@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import ray
 
+from cluster.buckets import Bucket
 from cluster.engine import Completion, Engine, EngineConfig, EngineDied, EngineRefused, Sampling
 from cluster.resources import Resources
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
@@ -51,8 +52,10 @@ class RolloutConfig:
 class TrajectoryFacts:
     """What the driver needs to know of a trajectory without ever holding its pixels.
 
-    prompt_tokens: everything but the replies; engine_prompt_tokens, cached_tokens: of all turns' prompts together, as
-    the engine saw them (turn 2 begins with turn 1), and how much of them its prefix cache held."""
+    policy_versions: of the weights that sampled the first token of each turn; updates: how often they changed while a
+    turn was being sampled; prompt_tokens: everything but the replies; engine_prompt_tokens, cached_tokens: of all
+    turns' prompts together, as the engine saw them (turn 2 begins with turn 1), and how much of them its prefix cache
+    held."""
 
     outcome: Outcome
     box_outcome: str
@@ -63,6 +66,7 @@ class TrajectoryFacts:
     policy_versions: tuple[int, ...]
     engine_prompt_tokens: int = 0
     cached_tokens: int = 0
+    updates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +138,8 @@ class RolloutWorker:
             ray.actor.exit_actor()
         return Played(question.id, tuple(map(facts_of, trajectories))), trajectories
 
-    async def load_weights(self, version: int, *buckets: bytes) -> float:
-        """Take over the weights of ``version``; seconds it took (generation paused meanwhile)."""
+    async def load_weights(self, version: int, *buckets: Bucket) -> float:
+        """Take over the weights of ``version``; seconds it took (generation is paused for most of it)."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         await self._engine.load_weights(version, buckets)
@@ -160,6 +164,7 @@ def facts_of(trajectory: Trajectory) -> TrajectoryFacts:
         policy_versions=tuple(turn.policy_version for turn in turns),
         engine_prompt_tokens=sum(turn.engine_prompt_length for turn in turns),
         cached_tokens=sum(turn.engine_cached_tokens for turn in turns),
+        updates=sum(len(turn.updates) for turn in turns),
     )
 
 

@@ -101,7 +101,7 @@ class CoarseToFine:
         thought = reply.text.partition("<zoom>")[0]
         text = f"{thought}<zoom>[{corners}]</zoom>"
         ids = self._encode(text + self.family.turn_end)
-        return _Spoken(ids, text, reply.prompt_length, reply.weight_version, reply.cached_tokens)
+        return _Spoken(ids, text, reply.prompt_length, reply.weight_version, cached_tokens=reply.cached_tokens)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -125,6 +125,7 @@ class _Spoken:
     prompt_length: int
     weight_version: int
     cached_tokens: int
+    updates: tuple[tuple[int, int], ...] = ()
     stopped: bool = True
 
     @property
@@ -142,4 +143,5 @@ def _turn(prompt: Sequence[int], reply: Completion) -> Turn:
         engine_prompt_length=reply.prompt_length,
         policy_version=reply.weight_version,
         engine_cached_tokens=reply.cached_tokens,
+        updates=tuple(reply.updates),
     )

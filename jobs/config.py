@@ -88,6 +88,9 @@ class TrainConfig:
     """Questions per optimiser update; each is played ``rollout.group_size`` times."""
     max_staleness: int = 0
     """How many policy versions a trajectory may be older than the update that uses it; 0 is on-policy."""
+    stale_weight: float = 0.0
+    """Of a group that is older than that: its advantages count so much for each version that it is too old. 0: it is
+    dropped, and another question is played in its place."""
     start_deadline_s: float = 600.0
     """Workers that are not up by then end the run."""
     dynamic_sampling: bool = False
@@ -176,6 +179,7 @@ def check(config: TrainConfig) -> None:
         (rollout.group_size < 2, "rollout.group_size must be at least 2: advantages are relative to the group"),
         (config.dynamic_sampling_most < 1, "dynamic_sampling_most must be at least 1 (times groups_per_step)"),
         (config.max_staleness < 0, "max_staleness must be 0 (on-policy) or more"),
+        (not 0 <= config.stale_weight <= 1, "stale_weight must be from 0 (drop) to 1 (count in full)"),
         (rollout.sampling.temperature <= 0, "rollout.sampling.temperature must be above 0 for training"),
         (
             learner.temperature != rollout.sampling.temperature,

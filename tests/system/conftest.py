@@ -59,6 +59,26 @@ class Stack:
         changed: int = await self.learners._actors[0].__ray_call__.remote(on_learner)
         return changed
 
+    async def remember(self) -> None:
+        """Have the learner keep a copy of its weights."""
+
+        def on_learner(rank: Any) -> None:
+            rank.kept = {name: weight.detach().clone() for name, weight in rank._learner.policy.named_weights()}
+
+        await self.learners._actors[0].__ray_call__.remote(on_learner)
+
+    async def exchange(self) -> None:
+        """The learner's weights against the copy that it keeps."""
+
+        def on_learner(rank: Any) -> None:
+            with torch.no_grad():
+                for name, weight in rank._learner.policy.named_weights():
+                    now = weight.detach().clone()
+                    weight.copy_(rank.kept[name])
+                    rank.kept[name] = now
+
+        await self.learners._actors[0].__ray_call__.remote(on_learner)
+
     async def on_worker(self, change: Callable[[Any], Any]) -> Any:
         """Run something inside the (only) rollout worker."""
         return await self.rollouts._pool._workers[0].actor.__ray_call__.remote(change)
