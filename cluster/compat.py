@@ -142,6 +142,21 @@ def keep_ray_local() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
+# --- is there an autoscaler? -----------------------------------------------------------------------------------------
+# ``request_resources`` leaves its wish in a cluster without an autoscaler as well, where nobody reads it, and Ray 2.60 has
+# no public question for it: ray.train and ray.data look for the machines that an autoscaler may bring, as this does, and
+# its sdk for the switch of the newer one. The older one (v1) may be there unseen: it learns of actors without a place by
+# itself, and brings machines at its own pace. Remove when ``ray.autoscaler.sdk`` can tell.
+
+
+def has_autoscaler() -> bool:
+    """Whether the cluster that this process is connected to can grow."""
+    from ray._private.state import state
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return state.get_max_resources_from_cluster_config() is not None or is_autoscaler_v2()
+
+
 # --- vLLM's processes ------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,7 @@ class Pool:
         self._workers = [_Worker(index, spawn(index)) for index in range(size)]
         self._next_index = size
         self._changed = asyncio.Condition()
+        self._resizing = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -125,6 +126,10 @@ class Pool:
         Raises TimeoutError where a new one does not come up within the deadline of ``ready``; it is gone then."""
         if size < 1:
             raise ValueError(f"a pool of {self.name} needs at least one worker, got {size}")
+        async with self._resizing:
+            await self._resized(size)
+
+    async def _resized(self, size: int) -> None:
         removed, self._workers = self._workers[size:], self._workers[:size]
         indices = range(self._next_index, self._next_index + size - len(self._workers))
         added = [_Worker(index, self._spawn(index)) for index in indices]

@@ -164,7 +164,7 @@ def test_a_gang_that_cannot_be_held_is_refused_with_the_numbers(ray_cluster: Clu
     from cluster.resources import Resources
 
     with pytest.raises(TimeoutError, match=r"did not offer 2 x \{'CPU': 5000.*free now: \{'CPU'"):
-        Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000))
+        asyncio.run(Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000)))
 
 
 def test_a_hung_worker_counts_as_dead(ray_cluster: Cluster, tmp_path: Any) -> None:
