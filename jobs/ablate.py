@@ -58,7 +58,10 @@ class AblationRun:
         return self.folder / f"seed-{self.seed}.json"
 
     def settings(self) -> dict[str, object]:
-        return {"recipe": self.recipe, "overrides": list(self.overrides), "seed": self.seed}
+        """What was given for this run: the recipe's own values under the overrides, so that an edited recipe is another
+        run too, and a new key with its default is not."""
+        given = OmegaConf.merge(OmegaConf.load(self.recipe), OmegaConf.from_dotlist(list(self.overrides)))
+        return {"seed": self.seed, "given": OmegaConf.to_container(given)}
 
     def curve(self) -> Curve | None:
         """Its evaluations, where it is done with these settings."""
@@ -169,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kept: call it again to go on, or with more rows or seeds.",
         epilog="example: ergo-rl ablate configs/ablations/panels.yaml --out runs/ablation total_steps=40",
     )
-    parser.add_argument("plan", nargs="?", default=DEFAULT_PLAN, help="YAML plan (default: %(default)s)")
+    parser.add_argument("plan", nargs="?", default=DEFAULT_PLAN, help=f"YAML plan (default: {DEFAULT_PLAN})")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values for every run")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=1, help="runs at the same time (default: %(default)s)")

@@ -43,7 +43,7 @@ def explain(error: BaseException) -> str:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="YAML recipe (default: %(default)s)")
+    parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=f"YAML recipe (default: {DEFAULT_RECIPE})")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe's")
 
 

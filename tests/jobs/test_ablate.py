@@ -34,7 +34,9 @@ def test_a_misspelt_key_is_named_with_its_row(tmp_path: Path, monkeypatch: pytes
 
 
 def test_runs_go_row_by_row_and_finished_ones_count_with_their_settings_only(tmp_path: Path) -> None:
-    plan = AblationPlan("r.yaml", ["a=1"], [0, 1], {"region + box": ["b=2"], "full": []})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("a: 0\nc: 3\n")
+    plan = AblationPlan(str(recipe), ["a=1"], [0, 1], {"region + box": ["b=2"], "full": []})
     runs = runs_of(plan, tmp_path)
     assert [(run.row, run.seed) for run in runs] == [("region + box", 0), ("region + box", 1), ("full", 0), ("full", 1)]
     assert runs[0].overrides == ("a=1", "b=2") and runs[0].folder == tmp_path / "region-box"
@@ -45,8 +47,12 @@ def test_runs_go_row_by_row_and_finished_ones_count_with_their_settings_only(tmp
         json.dumps({"settings": runs[0].settings(), "training_s": 90.0, "evaluations": evaluations})
     )
     assert runs[0].curve() == Curve(0, evaluations, 90.0)
-    changed = runs_of(AblationPlan("r.yaml", ["a=2"], [0], plan.rows), tmp_path)[0]
+    changed = runs_of(AblationPlan(str(recipe), ["a=2"], [0], plan.rows), tmp_path)[0]
     assert changed.curve() is None, "another override makes it another run"
+    recipe.write_text("a: 0\nc: 4\n")
+    assert runs[0].curve() is None, "and so does an edited recipe"
+    recipe.write_text("a: 5\nc: 3\n")
+    assert runs[0].curve() is not None, "but not where an override covers the edit"
     runs[0].result.write_text("{")
     assert runs[0].curve() is None, "a result that was cut off is made again"
 

@@ -14,6 +14,15 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert listed == list(cli.COMMANDS)
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python 3.11 cannot print a default of a positional argument where options and positionals may be mixed."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: ergo-rl {command}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

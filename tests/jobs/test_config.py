@@ -37,7 +37,7 @@ def test_the_default_is_todays_loss_and_no_replaced_groups() -> None:
     config = load_config(PANELS)
     loss = config.learner.loss
     assert (loss.objective, loss.clip_low, loss.clip_high, loss.dual_clip) == (ObjectiveName.DAPO, 0.2, 0.2, None)
-    assert (loss.kl, loss.mask_truncated, config.spare_groups) == (0.0, False, 0)
+    assert (loss.kl, loss.mask_truncated, config.spare_groups) == (0.1, False, 0)
     assert load_config(PANELS, ["dynamic_sampling=true"]).spare_groups == 3 * 8
 
 
