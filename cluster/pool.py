@@ -50,6 +50,8 @@ class _Worker:
     """When it last began to have work or finished some (``time.monotonic``)."""
     in_a_row: int = 0
     """Replacements since it last finished a call."""
+    missed: float | None = None
+    """When it was found dead, until its replacement has done its first work."""
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     repair: asyncio.Task[None] | None = None
 
@@ -110,9 +112,9 @@ class Pool:
             actor = worker.actor
             try:
                 answer = getattr(actor, method).options(num_returns=num_returns).remote(*args)
-                if num_returns == 1:
-                    return await self._watched(worker, answer)
-                return (await self._watched(worker, answer[0]), *answer[1:])
+                first = await self._watched(worker, answer if num_returns == 1 else answer[0])
+                self._back(worker)
+                return first if num_returns == 1 else (first, *answer[1:])
             except (RayActorError, _Hung) as error:
                 await self._replaced(worker, actor, error)
 
@@ -233,6 +235,7 @@ class Pool:
         begun, and goes on whatever becomes of the callers."""
         if worker.actor is dead and worker.repair is None:
             worker.ready.clear()
+            worker.missed = time.monotonic()
             worker.repair = asyncio.create_task(self._repair(worker, error))
         if worker.repair is not None:
             await asyncio.shield(worker.repair)
@@ -265,6 +268,13 @@ class Pool:
             worker.repair = None
             async with self._changed:
                 self._changed.notify_all()
+
+    def _back(self, worker: _Worker) -> None:
+        if worker.missed is not None and worker.ready.is_set():
+            waited, worker.missed = time.monotonic() - worker.missed, None
+            logger.warning(
+                "%s: worker %d has done its first work, %.1f s after it was found dead", self.name, worker.index, waited
+            )
 
     async def _drain(self, worker: _Worker) -> None:
         while worker.load:

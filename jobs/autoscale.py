@@ -1,7 +1,8 @@
 """How many rollout workers a run has, by who waits for whom: ``rollout.workers: {min, max}``.
 
-The learner waits while a step's groups are played (``time/rollout_s``); the workers wait while it learns. Both are parts
-of a step of a synchronous run; with ``max_staleness`` the learner waits for what playing takes longer than learning.
+The learner waits while a step's groups are played (``time/rollout_s``); the workers wait while it learns. Both are
+parts of a step of a synchronous run; with ``max_staleness`` the learner waits for what playing takes longer than
+learning.
 """
 
 from __future__ import annotations
