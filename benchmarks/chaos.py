@@ -222,7 +222,7 @@ def count(run: Path, steps: int) -> dict[str, Any]:
 
 
 def table(kills: list[Kill]) -> Iterator[str]:
-    """By kind: how often, seconds to recover (median and most), seconds until the process was gone, steps made again."""
+    """By kind: how often, seconds to recover (median, most), seconds until the process was gone, steps made again."""
     yield f"{'killed':22s}{'times':>6s}{'recovery s':>22s}{'gone s':>9s}{'steps again':>13s}"
     for kind in KINDS:
         mine = [kill for kill in kills if kill.kind == kind]
@@ -252,7 +252,9 @@ def plan(rounds: int, kinds: list[str], seed: int) -> list[str]:
 
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
-    """The folder that was asked for, or one that goes again."""
+    """The folder that was asked for, or one that goes again. Inside, SIGTERM ends this process as Ctrl-C does: what it
+    started is ended first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if folder is not None:
         folder.mkdir(parents=True)
         yield folder.resolve()

@@ -147,9 +147,9 @@ def keep_ray_local() -> None:
 
 # --- is there an autoscaler? -----------------------------------------------------------------------------------------
 # ``request_resources`` leaves its wish in a cluster without an autoscaler as well, where nobody reads it, and Ray 2.60
-# has no public question for it: ray.train and ray.data look for the machines that an autoscaler may bring, as this does,
-# and its sdk for the switch of the newer one. The older one (v1) may be there unseen: it learns of actors without a place
-# by itself, and brings machines at its own pace. Remove when ``ray.autoscaler.sdk`` can tell.
+# has no public question for it: ray.train and ray.data look for the machines that an autoscaler may bring, as this
+# does, and its sdk for the switch of the newer one. The older one (v1) may be there unseen: it learns of actors without
+# a place by itself, and brings machines at its own pace. Remove when ``ray.autoscaler.sdk`` can tell.
 
 
 def has_autoscaler() -> bool:
@@ -161,11 +161,11 @@ def has_autoscaler() -> bool:
 
 
 # --- an engine whose actor is killed ---------------------------------------------------------------------------------
-# vLLM's engine core does not look after its parent (0.32; only worker processes do): when an actor is killed, Ray leaves
-# its children alone, and the core would keep its memory for ever. The kernel ends it instead, also one that is stopped
-# (SIGSTOP), which could not look. The signal comes when the *thread* that started the process ends: engines are started
-# by threads that live as long as their process (``asyncio.to_thread`` keeps its own). Remove when vLLM's core ends with
-# its front end.
+# vLLM's engine core does not look after its parent (0.32; only worker processes do): when an actor is killed, Ray
+# leaves its children alone, and the core would keep its memory for ever. The kernel ends it instead, also one that is
+# stopped (SIGSTOP), which could not look. The signal comes when the *thread* that started the process ends: engines are
+# started by threads that live as long as their process (``asyncio.to_thread`` keeps its own). Remove when vLLM's core
+# ends with its front end.
 
 _PR_SET_PDEATHSIG = 1
 

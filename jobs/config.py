@@ -136,7 +136,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         known = ", ".join(sorted(str(recipe) for recipe in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"there is no recipe {path}; recipes there: {known}")
     with _naming(str(path)):
-        recipe = OmegaConf.load(path)
+        recipe: Any = OmegaConf.load(path)
     if not isinstance(recipe, DictConfig):
         raise ConfigError(f"{path} holds no keys and values, but {type(recipe).__name__}")
     for override in overrides:
