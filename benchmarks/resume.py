@@ -95,11 +95,10 @@ class Cut:
         life.wait_for("step of the next life", lambda: bool(made()), self.patience_s)
         first = made()[0]
         self.done.append(Kill(saved, inside_save, first, gone_s))
-        place = "inside a save" if inside_save else "between saves"
+        place = f"{'inside a save' if inside_save else 'between saves'}, {max(saved, 0)} updates saved"
         print(
-            f"{len(self.done):3d}/{self.kills}  killed {place}, {max(saved, 0)} updates saved; went on with step {first}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            f"{len(self.done):3d}/{self.kills}  killed {place}; went on with step {first}", file=sys.stderr, flush=True
+        )
 
 
 def command(folder: Path, steps: int) -> list[str]:
