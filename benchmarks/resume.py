@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.chaos import workplace
+from benchmarks.chaos import DRIVERS_FAMILY_S, workplace
 from benchmarks.lives import GROUPS, Life, LifeFailed, lines_of, living, small_run
 
 FIGURES = ("learner/loss", "learner/grad_norm", "reward/total", "rollout/reply_tokens")
@@ -66,16 +66,16 @@ class Cut:
                     life.wait_for_steps(1, self.patience_s)
                 # a share of what is left, so that every life gets somewhere and the last one has something to do
                 furthest = len(life.steps()) + max(1, (self.steps - len(life.steps())) // (self.kills - number + 1))
-                target = self._random.randint(len(life.steps()), min(furthest, self.steps - 2))
+                target = min(self._random.randint(len(life.steps()), furthest), self.steps - 2)
                 life.wait_for_steps(target, self.patience_s)
                 if number % 2:
-                    begun = life.wait_for(
+                    life.wait_for(
                         "save", lambda: any(checkpoints.glob(".writing-step-*")), self.patience_s, pause_s=0.001
                     )
-                    time.sleep(self._random.uniform(0, min(0.05, begun)))
+                    time.sleep(self._random.uniform(0, 0.05))
                 else:
                     time.sleep(self._random.uniform(0, life.steps()[-1]["time/step_s"]))
-                gone_s = life.kill()
+                gone_s = life.kill(DRIVERS_FAMILY_S)
                 self.orphans += [said for _, said in life.left]
             latest = checkpoints / "LATEST"
             saved = int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else -1
