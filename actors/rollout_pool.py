@@ -30,8 +30,8 @@ class RolloutPool:
     """Rollout workers as one thing. New and replaced workers are given the current weights before they play, and what
     is asked while weights are on their way is played with the new ones; what is being played goes on."""
 
-    def __init__(self, pool: Pool, config: RolloutConfig) -> None:
-        self._pool, self.config = pool, config
+    def __init__(self, pool: Pool, config: RolloutConfig, cluster: Cluster) -> None:
+        self._pool, self.config, self._cluster = pool, config, cluster
         self._settled = asyncio.Event()
         self._settled.set()
         self._weights: tuple[int, Sequence[ray.ObjectRef]] | None = None
@@ -51,7 +51,7 @@ class RolloutPool:
                 await worker.load_weights.remote(version, *buckets)
 
         faults = Faults(config.restarts, config.stall_s, config.backoff_s)
-        self = cls(Pool(spawn, config.workers, faults, "rollout workers", catch_up), config)
+        self = cls(Pool(spawn, config.size.least, faults, "rollout workers", catch_up), config, cluster)
         return self
 
     async def ready(self, deadline_s: float) -> None:
@@ -95,8 +95,21 @@ class RolloutPool:
     def restarts(self) -> int:
         return self._pool.restarts
 
+    def __len__(self) -> int:
+        """Workers that play."""
+        return len(self._pool)
+
+    def free(self) -> str:
+        """What new workers would find, in words."""
+        return f"free in the cluster: {self._cluster.free()}, needed for each: {self.config.resources}"
+
     async def resize(self, workers: int) -> None:
-        await self._pool.resize(workers)
+        """Raises TimeoutError where new ones do not come up within the deadline of ``ready``; they are gone then."""
+        self._cluster.expect(ROLE, workers)
+        try:
+            await self._pool.resize(workers)
+        finally:
+            self._cluster.expect(ROLE, len(self))
 
     async def close(self) -> None:
         await self._pool.close()

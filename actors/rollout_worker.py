@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import ray
 
 from cluster.buckets import Bucket
 from cluster.engine import Completion, Engine, EngineConfig, EngineDied, EngineRefused, Sampling
-from cluster.resources import Resources
+from cluster.resources import Resources, Size
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
 from episodes.families import family_of, load_tokenizer
 from episodes.images import UnreadableImage
@@ -33,7 +34,8 @@ class SamplingConfig:
 
 @dataclass
 class RolloutConfig:
-    workers: int = 1
+    workers: Any = 1
+    """How many, or ``{min: 1, max: 4}``: the run then scales itself by who waits for whom (``jobs.autoscale``)."""
     resources: Resources = field(default_factory=Resources)
     """Per worker."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -46,6 +48,13 @@ class RolloutConfig:
     """A worker that has work and finishes none of it for so long counts as dead, seconds."""
     backoff_s: float = 2.0
     """Wait before the second replacement in a row, in seconds; doubled each time, a minute at most."""
+
+    def __post_init__(self) -> None:
+        Size.read(self.workers, "rollout.workers")
+
+    @property
+    def size(self) -> Size:
+        return Size.read(self.workers, "rollout.workers")
 
 
 @dataclass(frozen=True, slots=True)

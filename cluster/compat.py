@@ -5,9 +5,12 @@ Nothing runs at import; a process calls what it needs before it imports the pack
 
 from __future__ import annotations
 
+import ctypes
 import importlib.abc
 import importlib.util
+import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,12 +145,49 @@ def keep_ray_local() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
+# --- is there an autoscaler? -----------------------------------------------------------------------------------------
+# ``request_resources`` leaves its wish in a cluster without an autoscaler as well, where nobody reads it, and Ray 2.60
+# has no public question for it: ray.train and ray.data look for the machines that an autoscaler may bring, as this
+# does, and its sdk for the switch of the newer one. The older one (v1) may be there unseen: it learns of actors without
+# a place by itself, and brings machines at its own pace. Remove when ``ray.autoscaler.sdk`` can tell.
+
+
+def has_autoscaler() -> bool:
+    """Whether the cluster that this process is connected to can grow."""
+    from ray._private.state import state
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return state.get_max_resources_from_cluster_config() is not None or is_autoscaler_v2()
+
+
+# --- an engine whose actor is killed ---------------------------------------------------------------------------------
+# vLLM's engine core does not look after its parent (0.32; only worker processes do): when an actor is killed, Ray
+# leaves its children alone, and the core would keep its memory for ever. The kernel ends it instead, also one that is
+# stopped (SIGSTOP), which could not look. The signal comes when the *thread* that started the process ends: engines are
+# started by threads that live as long as their process (``asyncio.to_thread`` keeps its own). Remove when vLLM's core
+# ends with its front end.
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """In a process that vLLM spawned: end when its parent does. Elsewhere, and where there is no Linux, nothing."""
+    parent = multiprocessing.parent_process()
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent.pid:  # it has ended before it was asked
+        os._exit(1)
+
+
 # --- vLLM's processes ------------------------------------------------------------------------------------------------
 
 
 def vllm_plugin() -> None:
     """Prepare a vLLM process (front end, engine core, worker); the ``vllm.general_plugins`` entry point calls it."""
     repair_torchvision()
+    end_with_parent()
     from cluster import weight_receiver  # imports vLLM: only where vLLM already runs
 
     weight_receiver.register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -11,13 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.compat import keep_ray_local
+from cluster.compat import has_autoscaler, keep_ray_local
 from cluster.resources import Resources
 
 logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 10.0
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Cluster:
     _gangs: dict[str, PlacementGroup] = field(default_factory=dict)
     _resources: dict[str, Resources] = field(default_factory=dict)
     _reserved: list[PlacementGroup] = field(default_factory=list)
+    _expected: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
@@ -75,6 +80,8 @@ class Cluster:
         finally:
             for gang in cluster._reserved:
                 remove_placement_group(gang)
+            if cluster._expected and has_autoscaler():
+                request_resources(bundles=[])
             if not joined_already:
                 ray.shutdown()
 
@@ -82,22 +89,32 @@ class Cluster:
         """Actors of ``role`` each ask for these resources, one by one (workers that may come and go)."""
         self._resources[role] = resources
 
-    def reserve(self, role: str, count: int, resources: Resources) -> None:
-        """Reserve ``count`` places for ``role`` together: all of them or none.
+    async def reserve(self, role: str, count: int, resources: Resources) -> None:
+        """Reserve ``count`` places for ``role`` together: all of them or none. The event loop goes on meanwhile.
 
         Raises TimeoutError with the numbers when the cluster cannot hold them within ``wait_s``."""
-        bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        bundle = _bundle(resources)
         gang = placement_group([bundle] * count, strategy="PACK")
         self._reserved.append(gang)
         self._gangs[role], self._resources[role] = gang, resources
-        deadline = time.monotonic() + self.config.wait_s
-        while not gang.wait(timeout_seconds=min(10.0, self.config.wait_s)):
+        started = said = time.monotonic()
+        while not await asyncio.to_thread(gang.wait, min(_LOOK_EVERY_S, self.config.wait_s)):
             message = f"{count} x {bundle} for role {role!r}; free now: {self.free()}"
-            if time.monotonic() > deadline:
+            if (now := time.monotonic()) > started + self.config.wait_s:
                 raise TimeoutError(
                     f"the cluster did not offer {message} within {self.config.wait_s:.0f} s (cluster.wait_s)"
                 )
-            logger.warning("waiting for %s", message)
+            if now > said + _SAY_EVERY_S:
+                said = now
+                logger.warning("waiting for %s", message)
+
+    def expect(self, role: str, count: int) -> None:
+        """Ray's autoscaler, where there is one, brings machines for ``count`` actors of ``role``, and keeps them,
+        without its usual patience. Without one an actor simply waits for its place."""
+        self._expected[role] = count
+        if has_autoscaler():
+            places = [_bundle(self._resources[one]) for one, number in self._expected.items() for _ in range(number)]
+            request_resources(bundles=places + [dict(one) for gang in self._reserved for one in gang.bundle_specs])
 
     def give_back(self, role: str) -> None:
         """What ``role`` reserved last, so that it can be reserved anew; whoever still runs there is killed."""
@@ -120,3 +137,7 @@ class Cluster:
         """What Ray has free now: CPU, GPU."""
         available = ray.available_resources()
         return {name: round(available.get(name, 0.0), 2) for name in ("CPU", "GPU")}
+
+
+def _bundle(resources: Resources) -> dict[str, float]:
+    return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})

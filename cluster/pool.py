@@ -50,6 +50,8 @@ class _Worker:
     """When it last began to have work or finished some (``time.monotonic``)."""
     in_a_row: int = 0
     """Replacements since it last finished a call."""
+    missed: float | None = None
+    """When it was found dead, until its replacement has done its first work."""
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     repair: asyncio.Task[None] | None = None
 
@@ -79,6 +81,7 @@ class Pool:
         self._workers = [_Worker(index, spawn(index)) for index in range(size)]
         self._next_index = size
         self._changed = asyncio.Condition()
+        self._resizing = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -109,9 +112,9 @@ class Pool:
             actor = worker.actor
             try:
                 answer = getattr(actor, method).options(num_returns=num_returns).remote(*args)
-                if num_returns == 1:
-                    return await self._watched(worker, answer)
-                return (await self._watched(worker, answer[0]), *answer[1:])
+                first = await self._watched(worker, answer if num_returns == 1 else answer[0])
+                self._back(worker)
+                return first if num_returns == 1 else (first, *answer[1:])
             except (RayActorError, _Hung) as error:
                 await self._replaced(worker, actor, error)
 
@@ -125,6 +128,10 @@ class Pool:
         Raises TimeoutError where a new one does not come up within the deadline of ``ready``; it is gone then."""
         if size < 1:
             raise ValueError(f"a pool of {self.name} needs at least one worker, got {size}")
+        async with self._resizing:
+            await self._resized(size)
+
+    async def _resized(self, size: int) -> None:
         removed, self._workers = self._workers[size:], self._workers[:size]
         indices = range(self._next_index, self._next_index + size - len(self._workers))
         added = [_Worker(index, self._spawn(index)) for index in indices]
@@ -228,6 +235,7 @@ class Pool:
         begun, and goes on whatever becomes of the callers."""
         if worker.actor is dead and worker.repair is None:
             worker.ready.clear()
+            worker.missed = time.monotonic()
             worker.repair = asyncio.create_task(self._repair(worker, error))
         if worker.repair is not None:
             await asyncio.shield(worker.repair)
@@ -260,6 +268,13 @@ class Pool:
             worker.repair = None
             async with self._changed:
                 self._changed.notify_all()
+
+    def _back(self, worker: _Worker) -> None:
+        if worker.missed is not None and worker.ready.is_set():
+            waited, worker.missed = time.monotonic() - worker.missed, None
+            logger.warning(
+                "%s: worker %d has done its first work, %.1f s after it was found dead", self.name, worker.index, waited
+            )
 
     async def _drain(self, worker: _Worker) -> None:
         while worker.load:

@@ -61,10 +61,13 @@ class CoarseToFine:
     def open_scene(self, question: Question) -> Scene:
         """Decode and prepare a question (CPU work: call it in a thread).
 
-        Raises UnreadableImage, ReservedText, ValueError: the question cannot be played."""
+        Raises UnreadableImage, ReservedText: the question cannot be played."""
         config = self.config
         pixels = images.decode(question.image, config.max_image_pixels)
-        coarse = images.view(pixels, images.whole(pixels), self.family, config.coarse_tokens)
+        try:
+            coarse = images.view(pixels, images.whole(pixels), self.family, config.coarse_tokens)
+        except ValueError as error:  # too thin for the family
+            raise images.UnreadableImage(str(error)) from error
         first = self.family.first_prompt(config.prompts.system, fill(config.prompts.coarse, question, self.family))
         second = self.family.next_prompt(fill(config.prompts.fine, question, self.family))
         return Scene(question, pixels, coarse, self._encode(first), self._encode(second))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from episodes.families import Corners, ModelFamily
 from episodes.parsing import BoxOutcome
@@ -17,12 +17,15 @@ from episodes.types import Box, Pixels, View
 MAX_PIXELS = 200_000_000
 """Default limit on decoded images: 200 megapixels, 600 MB of RGB."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
+"""What is decoded. Pillow knows more than thirty, among them PostScript, for which it would start an interpreter."""
+
 # Pillow refuses twice this number, 179 megapixels by default: less than ours.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 class UnreadableImage(ValueError):
-    """The image cannot be decoded; the message says why."""
+    """The image cannot be decoded or is no use; the message says why."""
 
 
 def decode(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -31,7 +34,7 @@ def decode(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> Pixels:
     Raises UnreadableImage for a missing, damaged, unknown or oversized image; the size is checked before
     any pixel is decoded."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+        with _opened(image) as picture:
             width, height = picture.size
             if width * height > max_pixels:
                 raise UnreadableImage(f"{width} x {height} is more than the limit of {max_pixels} pixels")
@@ -44,8 +47,8 @@ def decode(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> Pixels:
             return np.asarray(upright.convert("RGB"))
     except UnreadableImage:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UnreadableImage(f"not a readable image: {error}") from error
+    except Exception as error:  # Pillow lets out whatever a decoder meets in damaged bytes: struct.error, KeyError, ...
+        raise UnreadableImage(f"not a readable image: {_why(error)}") from error
 
 
 _EXIF_ORIENTATION = 274
@@ -56,15 +59,26 @@ def size(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
     Raises UnreadableImage for a missing, unknown or oversized image."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+        with _opened(image) as picture:
             width, height = picture.size
             # Asked only where the header has it: for a PNG without it Pillow would decode the whole picture.
             turned = "exif" in picture.info and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UnreadableImage(f"does not decode: {error}") from error
+    except Exception as error:  # as in ``decode``
+        raise UnreadableImage(f"does not decode: {_why(error)}") from error
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} is more than the limit of {max_pixels} pixels")
     return (height, width) if turned else (width, height)
+
+
+def _opened(image: bytes | Path) -> Image.Image:
+    Image.init()  # every plugin is known then
+    known = [format for format in FORMATS if format in Image.OPEN]  # AVIF is not, before Pillow 11.3
+    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=known)
+
+
+def _why(error: Exception) -> str:
+    plain = isinstance(error, OSError | ValueError | SyntaxError) and str(error)
+    return str(error) if plain else f"{type(error).__name__} {error}".strip()
 
 
 def whole(pixels: Pixels) -> Box:

@@ -42,6 +42,8 @@ SCHEMA = pa.schema(
 _REQUIRED = ("id", "image", "text", "options", "answer")
 _WARNINGS = 10
 """Bad rows that are logged one by one; later ones are only counted."""
+_SHOWN = 200
+"""Characters of a value that a message shows."""
 
 
 class OnBadRow(StrEnum):
@@ -147,7 +149,7 @@ class QuestionStream(Iterator[Question]):
             try:
                 question = self._read(group, table, row)
             except _BadCell as bad:
-                self._skip(bad, f"{group.path}, row {group.first_row + row} (id {table.column('id')[row].as_py()!r})")
+                self._skip(bad, f"{group.path}, row {group.first_row + row} (id {_identity(table, row)})")
                 continue
             self._usable = True
             return question
@@ -171,7 +173,7 @@ class QuestionStream(Iterator[Question]):
             if position + group.rows <= cursor.position:
                 position += group.rows
                 continue
-            table = group.file.read_row_group(group.index, columns=_columns(group.file))
+            table = _table(group)
             for row in self._order(group.rows, cursor.epoch, number):
                 mine = position % self.world == self.rank
                 position += 1
@@ -185,7 +187,7 @@ class QuestionStream(Iterator[Question]):
         return order
 
     def _read(self, group: _RowGroup, table: pa.Table, row: int) -> Question:
-        cells = {name: table.column(name)[row].as_py() for name in table.column_names}
+        cells = {name: _cell(table, name, row) for name in table.column_names}
         root = Path(self.config.image_root) if self.config.image_root else group.path.parent
         identity = cells["id"]
         if isinstance(identity, int) and not isinstance(identity, bool):
@@ -260,8 +262,8 @@ def _open(path: Path) -> list[_RowGroup]:
         raise DatasetError(f"there is no file {path}")
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise DatasetError(f"{path} is not a Parquet file: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{path} is not a Parquet file, or damaged: {error}") from error
     names = file.schema_arrow.names
     if missing := [name for name in _REQUIRED if name not in names]:
         raise DatasetError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(names)}")
@@ -274,6 +276,38 @@ def _open(path: Path) -> list[_RowGroup]:
         groups.append(_RowGroup(file, path, index, first, rows))
         first += rows
     return groups
+
+
+def _table(group: _RowGroup) -> pa.Table:
+    try:
+        table = group.file.read_row_group(group.index, columns=_columns(group.file))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{group.path} is damaged, its row group {group.index} cannot be read: {error}") from error
+    if table.num_rows != group.rows:
+        raise DatasetError(
+            f"{group.path} is damaged: its row group {group.index} has {table.num_rows} rows, not {group.rows}"
+        )
+    return table
+
+
+def _cell(table: pa.Table, name: str, row: int) -> Any:
+    try:
+        return table.column(name)[row].as_py()
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, a day in the year 10^11
+        raise _BadCell(name, f"cannot be read: {error}") from error
+
+
+def _identity(table: pa.Table, row: int) -> str:
+    """For messages."""
+    try:
+        return _short(_cell(table, "id", row))
+    except _BadCell:
+        return "unreadable"
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
 def _columns(file: pq.ParquetFile) -> list[str]:
@@ -304,11 +338,15 @@ def _image(value: object, root: Path) -> bytes | Path:
     if not isinstance(value, str) or not value:
         raise _BadCell("image", f"should be bytes or a path, is {'empty' if not value else type(value).__name__}")
     home = root.resolve()
-    path = (home / value).resolve()
-    if not path.is_relative_to(home):
-        raise _BadCell("image", f"the path {value!r} leaves {root}")
-    if not path.is_file():
-        raise _BadCell("image", f"no file {path}")
+    try:
+        path = (home / value).resolve()
+        inside, there = path.is_relative_to(home), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, links in a circle
+        raise _BadCell("image", f"the path {_short(value)} cannot be followed: {error}"[: 2 * _SHOWN]) from error
+    if not inside:
+        raise _BadCell("image", f"the path {_short(value)} leaves {root}")
+    if not there:
+        raise _BadCell("image", f"no file {_short(str(path))}")
     return path
 
 
@@ -322,7 +360,7 @@ def _size(image: bytes | Path, max_pixels: int) -> tuple[int, int]:
 def _box(corners: object, width: int, height: int) -> Box:
     """Fractions are rounded outwards."""
     if not isinstance(corners, list) or len(corners) != 4 or not all(_finite(corner) for corner in corners):
-        raise _BadCell("boxes", f"should be four finite numbers, is {corners!r}")
+        raise _BadCell("boxes", f"should be four finite numbers, is {_short(corners)}")
     x1, y1, x2, y2 = math.floor(corners[0]), math.floor(corners[1]), math.ceil(corners[2]), math.ceil(corners[3])
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
         raise _BadCell("boxes", f"{corners} is empty or leaves the image of {width} x {height}")

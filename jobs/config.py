@@ -6,27 +6,35 @@ OmegaConf structured configs: a key that does not exist is refused, by name, wit
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from actors.rollout_worker import RolloutConfig
 from cluster.placement import ClusterConfig
 from episodes.coarse_to_fine import EpisodeConfig
+from episodes.prompts import around_image
 from episodes.questions import QuestionsConfig
+from episodes.types import Question
 from jobs.checkpoints import CheckpointConfig
 from jobs.evaluation import EvaluationConfig
 from jobs.guards import GuardsConfig
 from jobs.hardware import HardwareConfig
+from jobs.limits import out_of_range
 from jobs.metrics import MetricsConfig
 from learners.config import LearnerConfig
 from rewards.config import Backend, RewardConfig
 from rewards.tce import weights_of
+
+_SHOWN = 400
+"""Characters of a value or a reason that a message shows."""
 
 
 class ConfigError(ValueError):
@@ -132,24 +140,29 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if not path.is_file():
         known = ", ".join(sorted(str(recipe) for recipe in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"there is no recipe {path}; recipes there: {known}")
+    with _naming(str(path)):
+        recipe: Any = OmegaConf.load(path)
+    if not isinstance(recipe, DictConfig):
+        raise ConfigError(f"{path} holds no keys and values, but {type(recipe).__name__}")
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override!r} is not an override; write key=value, e.g. total_steps=50")
+        if not override.partition("=")[0].strip() or "=" not in override:
+            raise ConfigError(f"{_short(override)!r} is not an override; write key=value, e.g. total_steps=50")
+        with _naming(f"override {_short(override)}"):
+            recipe = OmegaConf.merge(recipe, OmegaConf.from_dotlist([override]))
     try:
-        recipe = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    except YAMLError as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from error
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), recipe)
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), recipe))
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key or error.key), path)) from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} has no value: set it in {path} or give {error.full_key}=...") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    except ValueError as error:  # a package's config refuses its own values
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{_short(error.full_key or path)}: {_line(error)}") from error
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a package refuses its own values; a value of a wrong kind
+        raise ConfigError(_line(error)) from error
     assert isinstance(config, TrainConfig)
     check(config)
     return config
@@ -196,15 +209,46 @@ def check(config: TrainConfig) -> None:
             "visual-token budgets and both reply limits, with room for the prompts' text",
         ),
     ]
+    problems += [(True, message) for message in out_of_range(config)]
     try:
         weights_of(config.reward)
+        for prompts in (episode.prompts, config.reward.verifier.prompts):
+            for template in (prompts.coarse, prompts.fine, prompts.verify):
+                around_image(template, Question("", b"", "", ""))
     except ValueError as error:
         problems.append((True, str(error)))
     if wrong := [message for is_wrong, message in problems if is_wrong]:
         raise ConfigError("; ".join(wrong))
 
 
+@cache
+def _schema() -> Any:
+    return OmegaConf.structured(TrainConfig)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """What cannot be read inside the block is refused by this name."""
+    try:
+        yield
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, RecursionError) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, YAMLError) else _line(error)
+        raise ConfigError(f"{what} is not readable YAML: {reason[:_SHOWN]}") from error
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message: what comes after it is OmegaConf's account of its own types."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+
+
+def _short(value: object) -> str:
+    shown = repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
 def _unknown_key(key: str, path: Path) -> str:
+    key = _short(key)
     known, leaf = _all_keys(TrainConfig()), key.rpartition(".")[2]
     same_leaf = [one for one in known if one.rpartition(".")[2] == leaf]  # right name, wrong place
     near = difflib.get_close_matches(key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5)

@@ -154,6 +154,8 @@ class Flow:
         return slowest | {
             "count/bad_rows": float(self._bad_rows),
             "count/unplayable": float(self.unplayable),
+            "count/rollout_workers": float(len(self._rollouts)),
+            "count/reward_workers": float(len(self._rewards)),
             "count/rollout_restarts": float(self._rollouts.restarts),
             "count/reward_restarts": float(self._rewards.restarts),
             "count/stale_groups": float(self._store.stale),

@@ -19,6 +19,7 @@ from cluster.pool import together
 from cluster.weights import WeightChannel
 from episodes.questions import QuestionStream
 from episodes.types import Question
+from jobs.autoscale import scaling
 from jobs.commands import EXPECTED, add_recipe, explain, launch_players, recipe_of
 from jobs.config import TrainConfig, load_config
 from jobs.credit import Crediting, shuffled
@@ -96,7 +97,7 @@ async def live(
     await weights.publish(version=state.step)
     proof = await Proof.prepare(rollouts, learners, probes, config.proof)
     await proof.measure(version=state.step)
-    async with flowing(flow), keeper.kept():
+    async with flowing(flow), keeper.kept(), scaling(rollouts, run.view) as scaler:
         if run.evaluation_due(state.step):
             run.log_evaluation(state.step, await evaluate(held, rollouts, rewards, config.evaluation))
         for step in range(state.step, config.total_steps):
@@ -120,6 +121,8 @@ async def live(
                     await weights.settled()
                     with report.timed("proof"):
                         report.add(await proof.measure(version=step + 1))
+            if scaler is not None:
+                scaler.saw(report.metrics)
             if run.due_samples(step):
                 run.write_samples(step, groups[0], await groups[0].trajectories)
             if run.evaluation_due(step + 1):

@@ -126,7 +126,7 @@ class LearnerGroup:
         """Reserve places for all ranks together, start them, load the model.
 
         Raises TimeoutError when the cluster cannot hold them, LearnerFailed when one does not come up."""
-        cluster.reserve(ROLE, config.ranks, config.resources)
+        await cluster.reserve(ROLE, config.ranks, config.resources)
         options = [cluster.actor_options(ROLE, rank) for rank in range(config.ranks)]
         group = cls([ray.remote(LearnerRank).options(**chosen).remote(config) for chosen in options])
         (address, port), *_ = await group._all("start", [group._actors[0].address.remote()])

@@ -52,6 +52,10 @@ class RewardPool:
     def restarts(self) -> int:
         return self._pool.restarts
 
+    def __len__(self) -> int:
+        """Workers that score."""
+        return len(self._pool)
+
     async def resize(self, workers: int) -> None:
         await self._pool.resize(workers)
 

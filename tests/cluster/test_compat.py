@@ -1,8 +1,19 @@
 """Each case runs in a process of its own: the shim acts on a process, and pytest's has long imported everything."""
 
+import ctypes
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.lives import still
+from cluster.compat import end_with_parent
+from tests.conftest import ROOT
 
 # The set-up script may have hooked every interpreter of this environment; most cases start without that.
 UNHOOKED = """
@@ -97,3 +108,47 @@ gc.collect()
 import torchvision
 """
     run_fresh(code)
+
+
+PARENT = """
+import multiprocessing, time
+
+def child(told):
+    from cluster.compat import end_with_parent
+    end_with_parent()
+    told.send(multiprocessing.current_process().pid)
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    spawn.Process(target=child, args=(there,)).start()
+    print(here.recv(), flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a service of Linux")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_process_ends_with_the_one_that_spawned_it_even_where_it_is_stopped(stopped: bool, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        if stopped:
+            os.kill(child, signal.SIGSTOP)
+        assert still([(child, "")])
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while still([(child, "")]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not still([(child, "")])
+
+
+def test_elsewhere_nothing_is_changed() -> None:
+    """This process was not spawned by multiprocessing: it does not end with the shell that runs the tests."""
+    end_with_parent()
+    found = ctypes.c_int(-1)
+    assert ctypes.CDLL(None).prctl(2, ctypes.byref(found), 0, 0, 0) == 0 and found.value == 0  # PR_GET_PDEATHSIG

@@ -99,7 +99,7 @@ def test_several_returns_leave_the_rest_as_references(ray_cluster: Cluster) -> N
     run(story)
 
 
-def test_a_death_is_no_callers_business(ray_cluster: Cluster, tmp_path: Any) -> None:
+def test_a_death_is_no_callers_business(ray_cluster: Cluster, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The worker is replaced, brought up to date, and the call is made again."""
     seen: list[Any] = []
 
@@ -110,6 +110,9 @@ def test_a_death_is_no_callers_business(ray_cluster: Cluster, tmp_path: Any) -> 
     async def story(pool: Pool) -> None:
         assert await pool.call("die_unless", str(tmp_path / "flag")) == "done"
         assert pool.restarts == 1 and len(seen) == 3  # two at the start, one replacement
+        await asyncio.gather(*(pool.call("who", 0.1) for _ in range(2)))
+        back = [message for message in caplog.messages if "has done its first work" in message]
+        assert len(back) == 1 and back[0].startswith("clerks: worker ")
         assert [taught for _, taught, _ in await pool.call_all("who")] == [7, 7]
 
     run(story, prepare=teach)
@@ -164,7 +167,22 @@ def test_a_gang_that_cannot_be_held_is_refused_with_the_numbers(ray_cluster: Clu
     from cluster.resources import Resources
 
     with pytest.raises(TimeoutError, match=r"did not offer 2 x \{'CPU': 5000.*free now: \{'CPU'"):
-        Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000))
+        asyncio.run(Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000)))
+
+
+def test_the_loop_goes_on_while_places_are_waited_for(ray_cluster: Cluster) -> None:
+    from cluster.placement import ClusterConfig
+    from cluster.resources import Resources
+
+    async def story() -> None:
+        waiting = asyncio.create_task(Cluster(ClusterConfig(wait_s=3)).reserve("giants", 1, Resources(cpus=5000)))
+        ticks = 0
+        while not waiting.done():
+            await asyncio.sleep(0.02)
+            ticks += 1
+        assert ticks > 20 and isinstance(waiting.exception(), TimeoutError)
+
+    asyncio.run(story())
 
 
 def test_a_hung_worker_counts_as_dead(ray_cluster: Cluster, tmp_path: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from actors.rollout_pool import Rollout
-from actors.rollout_worker import Played, Unplayable, facts_of
+from actors.rollout_worker import Played, RolloutConfig, Unplayable, facts_of
 from cluster.placement import Cluster
 from episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from jobs import recovery, run, state, train
@@ -84,6 +84,10 @@ class Rollouts:
     version: int = -1
     holds: str = ""
     restarts: int = 0
+    config: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __len__(self) -> int:
+        return 1
 
     async def load_weights(self, version: int, buckets: Sequence[Reference]) -> list[float]:
         self.version, self.holds = version, buckets[0].value
@@ -104,6 +108,9 @@ class Rollouts:
 class Rewards:
     world: World
     restarts: int = 0
+
+    def __len__(self) -> int:
+        return 1
 
     async def score(self, question: Question, trajectories: Any) -> tuple[Verdict, ...]:
         if self.world.outage > 0:

@@ -65,7 +65,11 @@ def flow_of(
     async def score(question: Question, trajectories: Any) -> tuple[Score, ...]:
         return Score(1.0 if int(question.id[1:]) in equal else 0.0), Score(1.0)
 
-    pools: Any = SimpleNamespace(play=play, score=score, restarts=0)
+    class Pools(SimpleNamespace):
+        def __len__(self) -> int:
+            return 1
+
+    pools: Any = Pools(play=play, score=score, restarts=0)
     questions: Any = Questions()
     return Flow(questions, pools, pools, 0, OnBadRow.SKIP, state, keep_stale)
 
