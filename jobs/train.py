@@ -108,8 +108,9 @@ async def live(
                 report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups) | flow.metrics())
                 if config.shuffle_rewards:
                     groups = shuffled(groups, random.Random(stable_seed(config.seed, "shuffle", step)))
+                batch = credit.batch(groups)
                 with report.timed("learn"):
-                    report.add(await learners.update(credit.batch(groups)))
+                    report.add(await learners.update(batch))
                 keeper.reached(step + 1, flow, groups)
                 with report.timed("publish"):
                     await weights.publish(version=step + 1)
@@ -117,7 +118,7 @@ async def live(
                     with report.timed("proof"):
                         report.add(await proof.measure(version=step + 1))
             if run.due_samples(step):
-                run.write_samples(step, groups[0], await groups[0].trajectories)
+                run.write_samples(step, groups[0], await groups[0].trajectories, batch[0].advantages)
             if run.evaluation_due(step + 1):
                 run.log_evaluation(step + 1, await evaluate(held, rollouts, rewards, config.evaluation))
             if config.checkpoint.due(step + 1, config.total_steps):
