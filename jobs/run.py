@@ -21,10 +21,11 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.credit import Advantages
 from jobs.evaluation import Evaluation
 from jobs.guards import Guards
+from jobs.layout import CONFIG, ENDED, SAMPLES, folder_of
 from jobs.metrics import Metrics
-from jobs.resume import CHECKPOINTS, ENDED, Start, copies_of, find_start
-from jobs.samples import SAMPLES, folder_of, write_group
-from jobs.state import CONFIG, RECORDS, RunState, read_state, restore_learners, write_state
+from jobs.resume import CHECKPOINTS, Start, copies_of, find_start
+from jobs.samples import write_group
+from jobs.state import RECORDS, RunState, read_state, restore_learners, write_state
 from jobs.view import View as TerminalView
 from learners.learner_group import LearnerGroup
 

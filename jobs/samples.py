@@ -13,20 +13,10 @@ from PIL import Image, ImageDraw
 from actors.trajectory_store import Group
 from episodes.types import Score, Trajectory, Verdict, View
 from jobs.credit import Advantages
+from jobs.layout import GROUP, TRAJECTORIES, VIEW, crop_name
 
-SAMPLES = "samples"
-GROUP, TRAJECTORIES = "group.json", "trajectories.jsonl"
-VIEW = "view.png"
 _LONGEST = 1024
 """Side of the picture with boxes, pixels: a small coarse view is enlarged three times at most, up to this."""
-
-
-def folder_of(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def crop_name(sample: int) -> str:
-    return f"crop-{sample:02d}.png"
 
 
 def write_group(
