@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("jobs.train", "Train a policy; overrides as key=value"),
     "evaluate": ("jobs.evaluate", "Measure a policy on held-out questions, beside baselines"),
     "report": ("jobs.report", "One HTML page of a run: curves, and its groups with every box"),
+    "export": ("jobs.export", "A Hugging Face folder of a run's policy, with a model card"),
     "scale": ("jobs.scale", "Change the number of workers of a run that is going on"),
     "ablate": ("jobs.ablate", "Train with other rewards and seeds: a table and a plot"),
     "prepare": ("jobs.prepare", "Make or convert a data set to the Parquet layout that training reads"),

@@ -104,7 +104,7 @@ def read_run(folder: Path, most_groups: int) -> RunShown:
     """Everything that the page shows. Raises NoRun, and OSError where a file cannot be read."""
     if not (folder / METRICS).is_file():
         raise NoRun(f"{folder} is not a run's folder: it has no {METRICS}")
-    metrics, evaluations = _lines(folder / METRICS), _lines(folder / EVALUATIONS)
+    metrics, evaluations = read_lines(folder / METRICS), read_lines(folder / EVALUATIONS)
     config = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).is_file() else ""
     settings = yaml.safe_load(config) or {}
     groups = _folders(folder / SAMPLES)
@@ -123,7 +123,7 @@ def read_run(folder: Path, most_groups: int) -> RunShown:
 
 def read_group(folder: Path) -> GroupShown | None:
     """The group in a folder of ``samples/``; None where it is still being written."""
-    rows = _lines(folder / TRAJECTORIES)
+    rows = read_lines(folder / TRAJECTORIES)
     about: dict[str, Any] = {}
     if (folder / GROUP).is_file():
         about = json.loads((folder / GROUP).read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def _spread(found: Sequence[Path], most: int) -> list[Path]:
     return [found[round(place * (len(found) - 1) / (most - 1))] for place in range(most)]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file that may be growing: a last one without its end is not there yet."""
     if not path.is_file():
         return []
