@@ -1,4 +1,4 @@
-"""``ergo-rl export``: a run's policy as a Hugging Face folder with a model card, for transformers and ``vllm serve``."""
+"""``ergo-rl export``: the policy of a run as a Hugging Face folder with a model card, also for ``vllm serve``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from jobs.checkpoints import DamagedCheckpoint, Shelf, check, read_manifest, step_of
+from jobs.checkpoints import Shelf, check, read_manifest, step_of
 from jobs.commands import EXPECTED
 from jobs.config import ConfigError, TrainConfig, load_config
 from jobs.evaluation import wilson
