@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from actors.rollout_worker import Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
+from actors.rollout_worker import Manner, Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
 from cluster.placement import Cluster
 from cluster.pool import Faults, Pool
 from episodes.coarse_to_fine import EpisodeConfig
@@ -64,12 +64,15 @@ class RolloutPool:
         samples: int | None = None,
         sampling: SamplingConfig | None = None,
         box: Box | None = None,
+        manner: Manner | None = None,
     ) -> Rollout | Unplayable:
         """Play ``question`` (``group_size`` times unless told otherwise) on the least loaded worker; ``box`` is used
-        in place of the policy's own."""
+        in place of the policy's own, ``manner`` in place of the usual episode."""
         count = range(self.config.group_size if samples is None else samples)
         await self._settled.wait()
-        played, reference = await self._pool.call("play", question, tuple(count), seed, sampling, box, num_returns=2)
+        played, reference = await self._pool.call(
+            "play", question, tuple(count), seed, sampling, box, manner, num_returns=2
+        )
         return played if isinstance(played, Unplayable) else Rollout(played, reference)
 
     async def play_everywhere(self, question: Question, seed: int, samples: int) -> list[tuple[Trajectory, ...]]:

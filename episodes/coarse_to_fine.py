@@ -99,6 +99,19 @@ class CoarseToFine:
         outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
         return Trajectory(scene.question.id, sample, (coarse, crop), (look, read), outcome, box_outcome)
 
+    async def answer_at_once(self, scene: Scene, sample: int, generate: Generate) -> Trajectory:
+        """A baseline: the answer from the coarse view alone, in one turn, by the template ``direct``.
+
+        Raises ReservedText, ValueError as ``open_scene`` does."""
+        prompts = self.config.prompts
+        prompt = self._encode(
+            self.family.first_prompt(prompts.system, fill(prompts.direct, scene.question, self.family))
+        )
+        reply = await generate(prompt, [scene.coarse], 0)
+        outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
+        turns = (_turn(prompt, reply),)
+        return Trajectory(scene.question.id, sample, (scene.coarse,), turns, outcome, BoxOutcome.NO_TAG)
+
     def _with_box(self, reply: Completion, box: Box, coarse: View) -> Completion:
         corners = ", ".join(map(str, self.family.write_corners(box, coarse)))
         thought = reply.text.partition("<zoom>")[0]

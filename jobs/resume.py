@@ -14,11 +14,10 @@ from omegaconf import OmegaConf
 from jobs.checkpoints import MANIFEST, DamagedCheckpoint, Shelf, check, step_of
 from jobs.config import ConfigError, TrainConfig
 from jobs.copies import Copies
-from jobs.state import CONFIG
+from jobs.layout import CONFIG, ENDED
 
 AUTO, NEVER = "auto", "never"
 CHECKPOINTS = "checkpoints"
-ENDED = "ended.json"
 _MAY_DIFFER = (
     "name", "runs_dir", "resume", "checkpoint", "recovery", "total_steps", "start_deadline_s", "samples_every",
     "embedded", "proof", "evaluation", "metrics", "guards", "cluster", "hardware",

@@ -111,8 +111,9 @@ async def live(
                 report.add(staleness_metrics(groups, step))
                 if config.shuffle_rewards:
                     groups = shuffled(groups, random.Random(stable_seed(config.seed, "shuffle", step)))
+                batch = credit.batch(groups, oldest)
                 with report.timed("learn"):
-                    report.add(await learners.update(credit.batch(groups, oldest)))
+                    report.add(await learners.update(batch))
                 keeper.reached(step + 1, flow, groups)
                 with report.timed("publish"):
                     last = step + 1 == config.total_steps
@@ -124,7 +125,7 @@ async def live(
             if scaler is not None:
                 scaler.saw(report.metrics)
             if run.due_samples(step):
-                run.write_samples(step, groups[0], await groups[0].trajectories)
+                run.write_samples(step, groups[0], await groups[0].trajectories, batch[0].advantages)
             if run.evaluation_due(step + 1):
                 run.log_evaluation(step + 1, await evaluate(held, rollouts, rewards, config.evaluation))
             if config.checkpoint.due(step + 1, config.total_steps):
