@@ -165,6 +165,7 @@ class Written:
         self.token_ids = tuple(map(ord, reply.text + (family.turn_end if reply.finished else "")))
         self.logprobs = (math.nan,) * len(self.token_ids)
         self.weight_version = self.cached_tokens = 0
+        self.updates: tuple[tuple[int, int], ...] = ()
 
 
 def greedy(config: TrainConfig) -> SamplingConfig:
