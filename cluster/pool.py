@@ -52,6 +52,8 @@ class _Worker:
     """Replacements since it last finished a call."""
     missed: float | None = None
     """When it was found dead, until its replacement has done its first work."""
+    starting: bool = False
+    """Its actor (a replacement) is not up yet: the cluster may have no room for it for a long time."""
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     repair: asyncio.Task[None] | None = None
 
@@ -59,8 +61,9 @@ class _Worker:
 class Pool:
     """Calls go to the least loaded worker. One asyncio loop owns the pool.
 
-    A worker's death is no caller's business, nor that it hangs: the worker is replaced and the call is made again,
-    until the budget of restarts is spent (PoolExhausted). What a method raises rises here as it was raised."""
+    A worker's death is no caller's business, nor that it hangs: the worker is replaced, the others make its calls
+    meanwhile, until the budget of restarts is spent (PoolExhausted). What a method raises rises here as it was
+    raised."""
 
     def __init__(
         self,
@@ -116,11 +119,14 @@ class Pool:
                 self._back(worker)
                 return first if num_returns == 1 else (first, *answer[1:])
             except (RayActorError, _Hung) as error:
-                await self._replaced(worker, actor, error)
+                self._replace(worker, actor, error)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
-        """Call ``method`` on every worker; a worker that dies meanwhile is replaced, prepared and called again."""
-        return list(await asyncio.gather(*(self._call_one(worker, method, args) for worker in list(self._workers))))
+        """Call ``method`` on every worker that is up, at least one. A replacement that has not started is left out
+        while others are up: where a machine was lost there may be no room for it. It is prepared when it has."""
+        workers = list(self._workers)
+        answers = await asyncio.gather(*(self._call_one(worker, method, args) for worker in workers))
+        return [answer[0] for answer in answers if answer]
 
     async def resize(self, size: int) -> None:
         """Grow or shrink. New workers take calls once started and prepared; removed ones finish what they hold.
@@ -166,6 +172,7 @@ class Pool:
 
     async def _start(self, worker: _Worker) -> None:
         await self._begin(worker.actor.start.remote())
+        worker.starting = False  # from here on ``call_all`` waits for it: it may be being given what is out of date
         await self._admit(worker)
 
     @staticmethod
@@ -184,20 +191,25 @@ class Pool:
 
     async def _least_loaded(self) -> _Worker:
         async with self._changed:
-            while not (ready := [worker for worker in self._workers if worker.ready.is_set()]):
+            while True:
                 if self._exhausted:
                     raise PoolExhausted(self._exhausted)
+                if ready := [worker for worker in self._workers if worker.ready.is_set()]:
+                    break
                 await self._changed.wait()
         return min(ready, key=lambda worker: (worker.load, worker.index))
 
-    async def _call_one(self, worker: _Worker, method: str, args: tuple[Any, ...]) -> Any:
+    async def _call_one(self, worker: _Worker, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """(answer,), or () where the worker is left out."""
         while True:
+            if worker.starting and any(other.ready.is_set() for other in self._workers):
+                return ()
             await self._until_ready(worker)
             actor = worker.actor
             try:
-                return await self._watched(worker, getattr(actor, method).remote(*args))
+                return (await self._watched(worker, getattr(actor, method).remote(*args)),)
             except (RayActorError, _Hung) as error:
-                await self._replaced(worker, actor, error)
+                self._replace(worker, actor, error)
 
     async def _until_ready(self, worker: _Worker) -> None:
         async with self._changed:
@@ -230,15 +242,13 @@ class Pool:
             worker.load -= 1
             waiting.cancel()
 
-    async def _replaced(self, worker: _Worker, dead: ActorHandle, error: Exception) -> None:
-        """Returns when a dead actor has been replaced in its place. Many callers may see one death: one repair is
-        begun, and goes on whatever becomes of the callers."""
+    def _replace(self, worker: _Worker, dead: ActorHandle, error: Exception) -> None:
+        """Begin to replace a dead actor. Many callers may see one death: one repair is begun."""
         if worker.actor is dead and worker.repair is None:
             worker.ready.clear()
             worker.missed = time.monotonic()
+            worker.starting = True
             worker.repair = asyncio.create_task(self._repair(worker, error))
-        if worker.repair is not None:
-            await asyncio.shield(worker.repair)
 
     async def _repair(self, worker: _Worker, error: Exception) -> None:
         try:
@@ -254,6 +264,7 @@ class Pool:
                     wait_s = self._faults.backoff_s * 2 ** (worker.in_a_row - 1)
                     await asyncio.sleep(min(wait_s, LONGEST_BACKOFF_S))
                 worker.in_a_row += 1
+                worker.starting = True
                 worker.actor = self._spawn(worker.index)
                 try:
                     await asyncio.wait_for(self._start(worker), self._start_deadline_s)
@@ -263,7 +274,7 @@ class Pool:
             self._exhausted = (
                 f"{self.name}: worker {worker.index} died and no restarts are left: {type(error).__name__} {error}"
             )
-            raise PoolExhausted(self._exhausted) from error
+            logger.error(self._exhausted)
         finally:
             worker.repair = None
             async with self._changed:

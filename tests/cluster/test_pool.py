@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -116,6 +117,32 @@ def test_a_death_is_no_callers_business(ray_cluster: Cluster, tmp_path: Any, cap
         assert [taught for _, taught, _ in await pool.call_all("who")] == [7, 7]
 
     run(story, prepare=teach)
+
+
+def test_the_others_go_on_while_there_is_no_room_for_a_replacement(ray_cluster: Cluster) -> None:
+    """As after the loss of a machine: the third actor that is made asks for more than the cluster has."""
+    made: list[int] = []
+
+    def spawn(index: int) -> Any:
+        made.append(index)
+        return Clerk.options(num_cpus=0.01 if len(made) < 3 else 5000).remote(index)  # type: ignore[attr-defined]
+
+    async def story() -> None:
+        pool = Pool(spawn, 2, Faults(restarts=1, stall_s=60, backoff_s=0.1), "clerks")
+        try:
+            await pool.ready(60)
+            pids = {pid: index for index, _, pid in await pool.call_all("who")}
+            dead, left = list(pids)
+            waiting = [asyncio.create_task(pool.call("who", 0.5)) for _ in range(4)]
+            await asyncio.sleep(0.1)
+            os.kill(dead, signal.SIGKILL)
+            answers = await asyncio.wait_for(asyncio.gather(*waiting), 30)
+            assert {pid for _, _, pid in answers} <= set(pids) and len(made) == 3
+            assert [pid for _, _, pid in await asyncio.wait_for(pool.call_all("who"), 30)] == [left]
+        finally:
+            await pool.close()
+
+    asyncio.run(story())
 
 
 def test_many_callers_see_one_death_and_it_is_replaced_once(ray_cluster: Cluster, tmp_path: Any) -> None:
