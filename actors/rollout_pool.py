@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from actors.rollout_worker import Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
+from actors.rollout_worker import Manner, Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
 from cluster.placement import Cluster
 from cluster.pool import Faults, Pool
 from episodes.coarse_to_fine import EpisodeConfig
@@ -26,10 +27,13 @@ class Rollout:
 
 
 class RolloutPool:
-    """Rollout workers as one thing. New and replaced workers are given the current weights before they play."""
+    """Rollout workers as one thing. New and replaced workers are given the current weights before they play, and what
+    is asked while weights are on their way is played with the new ones; what is being played goes on."""
 
     def __init__(self, pool: Pool, config: RolloutConfig, cluster: Cluster) -> None:
         self._pool, self.config, self._cluster = pool, config, cluster
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._weights: tuple[int, Sequence[ray.ObjectRef]] | None = None
 
     @classmethod
@@ -60,15 +64,20 @@ class RolloutPool:
         samples: int | None = None,
         sampling: SamplingConfig | None = None,
         box: Box | None = None,
+        manner: Manner | None = None,
     ) -> Rollout | Unplayable:
         """Play ``question`` (``group_size`` times unless told otherwise) on the least loaded worker; ``box`` is used
-        in place of the policy's own."""
+        in place of the policy's own, ``manner`` in place of the usual episode."""
         count = range(self.config.group_size if samples is None else samples)
-        played, reference = await self._pool.call("play", question, tuple(count), seed, sampling, box, num_returns=2)
+        await self._settled.wait()
+        played, reference = await self._pool.call(
+            "play", question, tuple(count), seed, sampling, box, manner, num_returns=2
+        )
         return played if isinstance(played, Unplayable) else Rollout(played, reference)
 
     async def play_everywhere(self, question: Question, seed: int, samples: int) -> list[tuple[Trajectory, ...]]:
         """The same play on every worker (to prove what weights they hold)."""
+        await self._settled.wait()
         answers = await self._pool.call_all("play", question, tuple(range(samples)), seed, None)
         for played, _ in answers:
             if isinstance(played, Unplayable):
@@ -78,7 +87,11 @@ class RolloutPool:
     async def load_weights(self, version: int, buckets: Sequence[ray.ObjectRef]) -> list[float]:
         """Every worker takes over ``version``; seconds per worker. Kept for workers that come later."""
         self._weights = (version, list(buckets))
-        seconds: list[float] = await self._pool.call_all("load_weights", version, *buckets)
+        self._settled.clear()
+        try:
+            seconds: list[float] = await self._pool.call_all("load_weights", version, *buckets)
+        finally:
+            self._settled.set()
         return seconds
 
     @property

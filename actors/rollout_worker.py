@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
+from cluster.buckets import Bucket
 from cluster.engine import Completion, Engine, EngineConfig, EngineDied, EngineRefused, Sampling
 from cluster.resources import Resources, Size
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
@@ -60,8 +62,10 @@ class RolloutConfig:
 class TrajectoryFacts:
     """What the driver needs to know of a trajectory without ever holding its pixels.
 
-    prompt_tokens: everything but the replies; engine_prompt_tokens, cached_tokens: of all turns' prompts together, as
-    the engine saw them (turn 2 begins with turn 1), and how much of them its prefix cache held."""
+    policy_versions: of the weights that sampled the first token of each turn; updates: how often they changed while a
+    turn was being sampled; prompt_tokens: everything but the replies; engine_prompt_tokens, cached_tokens: of all
+    turns' prompts together, as the engine saw them (turn 2 begins with turn 1), and how much of them its prefix cache
+    held."""
 
     outcome: Outcome
     box_outcome: str
@@ -72,15 +76,30 @@ class TrajectoryFacts:
     policy_versions: tuple[int, ...]
     engine_prompt_tokens: int = 0
     cached_tokens: int = 0
+    updates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Played:
     """Facts of the G trajectories of one question, in the order of ``sample``; the trajectories themselves
-    travel by reference."""
+    travel by reference. ``seconds``: from the first request to the last reply of all of them together."""
 
     question_id: str
     facts: tuple[TrajectoryFacts, ...]
+    seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a question is played in an evaluation. tokens: visual-token budget of the coarse view and of the crop;
+    direct: one turn, the answer from the coarse view alone; its reply may be as long as turn 2's."""
+
+    tokens: int
+    direct: bool = False
+
+    def episodes(self, usual: CoarseToFine) -> CoarseToFine:
+        config = replace(usual.config, coarse_tokens=self.tokens, fine_tokens=self.tokens)
+        return CoarseToFine(usual.family, usual.tokenizer, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +132,20 @@ class RolloutWorker:
         seed: int,
         sampling: SamplingConfig | None = None,
         box: Box | None = None,
+        manner: Manner | None = None,
     ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
         """Play one question ``len(samples)`` times at once. Turn 2 of a sample starts the moment its turn 1
         ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same. ``box`` is
-        used in place of the policy's own (evaluation)."""
+        used in place of the policy's own, ``manner`` in place of the episode that the worker was started for
+        (evaluation)."""
         sampling = sampling or self._config.sampling
+        direct = manner is not None and manner.direct
         limits = (sampling.coarse_max_tokens, sampling.fine_max_tokens)
+        if direct:
+            limits = (sampling.fine_max_tokens,) * 2
+        episodes = self._episodes if manner is None else manner.episodes(self._episodes)
         try:
-            scene = await asyncio.to_thread(self._episodes.open_scene, question)
+            scene = await asyncio.to_thread(episodes.open_scene, question)
 
             async def one(sample: int) -> Trajectory:
                 async def generate(token_ids: Sequence[int], views: Sequence[View], turn: int) -> Completion:
@@ -133,18 +158,25 @@ class RolloutWorker:
                     )
                     return await self._engine.generate(token_ids, [view.pixels for view in views], how)
 
-                return await self._episodes.play(scene, sample, generate, box)
+                if direct:
+                    return await episodes.answer_at_once(scene, sample, generate)
+                return await episodes.play(scene, sample, generate, box)
 
+            started = time.monotonic()
             trajectories = tuple(await asyncio.gather(*(one(sample) for sample in samples)))
+            seconds = time.monotonic() - started
         except (UnreadableImage, ReservedText, EngineRefused) as error:
             return Unplayable(question.id, f"{type(error).__name__}: {error}"), ()
         except EngineDied:
             # A worker without an engine would fail at once and so draw all the work: be replaced instead.
             ray.actor.exit_actor()
-        return Played(question.id, tuple(map(facts_of, trajectories))), trajectories
+        return Played(question.id, tuple(map(facts_of, trajectories)), seconds), trajectories
 
-    async def load_weights(self, version: int, *buckets: bytes) -> float:
-        """Take over the weights of ``version``; seconds it took (generation paused meanwhile)."""
+    def close(self) -> None:
+        self._engine.close()
+
+    async def load_weights(self, version: int, *buckets: Bucket) -> float:
+        """Take over the weights of ``version``; seconds it took (generation is paused for most of it)."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         await self._engine.load_weights(version, buckets)
@@ -169,6 +201,7 @@ def facts_of(trajectory: Trajectory) -> TrajectoryFacts:
         policy_versions=tuple(turn.policy_version for turn in turns),
         engine_prompt_tokens=sum(turn.engine_prompt_length for turn in turns),
         cached_tokens=sum(turn.engine_cached_tokens for turn in turns),
+        updates=sum(len(turn.updates) for turn in turns),
     )
 
 

@@ -40,6 +40,7 @@ _TURN = pa.struct(
         "engine_prompt_length": pa.int64(),
         "policy_version": pa.int64(),
         "engine_cached_tokens": pa.int64(),
+        "updates": pa.list_(pa.list_(pa.int64(), 2)),
     }
 )
 SCHEMAS = {
@@ -165,7 +166,8 @@ def _trajectory(question_id: str, row: dict[str, Any], views: list[View]) -> Tra
 def _turn(cells: dict[str, Any]) -> Turn:
     arrays = {"prompt_ids": np.int32, "completion_ids": np.int32, "logprobs": np.float32}
     made = {name: np.asarray(cells[name], kind) for name, kind in arrays.items()}
-    return Turn(**{**cells, **made, "finish": Finish(cells["finish"])})
+    updates = tuple((at, version) for at, version in cells.get("updates") or ())
+    return Turn(**{**cells, **made, "finish": Finish(cells["finish"]), "updates": updates})
 
 
 def _verdict(row: dict[str, Any]) -> Verdict:

@@ -35,15 +35,16 @@ class Group:
 
 class TrajectoryStore:
     """Hands out groups in the order their questions were asked, whatever order they were finished in, so that
-    a synchronous run is reproducible. Groups older than a bound are dropped and counted."""
+    a synchronous run is reproducible. Groups older than a bound are counted, and dropped unless ``keep_stale``."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_stale: bool = False) -> None:
+        self._keep_stale = keep_stale
         self._groups: dict[int, Group] = {}
         self._skipped: set[int] = set()
         self._next = 0
         self._failure: BaseException | None = None
         self._changed = asyncio.Condition()
-        self.dropped = 0
+        self.stale = 0
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -71,8 +72,9 @@ class TrajectoryStore:
             self._changed.notify_all()
 
     async def take(self, oldest: int) -> Group | None:
-        """The next group, if its every turn was sampled by version ``oldest`` or later. None where it was not: it is
-        dropped and counted, and whoever wants another one in its place has to have it played."""
+        """The next group. One of which any token was sampled before version ``oldest`` is counted; then it is dropped
+        and None comes in its place, whoever wants another one has to have it played; or it is kept (``keep_stale``),
+        to be weighed down by whoever learns from it."""
         async with self._changed:
             while True:
                 while self._next not in self._groups and self._next not in self._skipped:
@@ -84,20 +86,19 @@ class TrajectoryStore:
                 self._next += 1
                 if group is None:
                     continue
-                if group.oldest_version < oldest:
-                    self.dropped += 1
-                    return None
-                return group
+                stale = group.oldest_version < oldest
+                self.stale += stale
+                return None if stale and not self._keep_stale else group
 
     def contents(self) -> tuple[tuple[Group, ...], tuple[int, ...]]:
         """The groups that wait here and the numbers that were skipped, both in order."""
         return tuple(self._groups[number] for number in sorted(self._groups)), tuple(sorted(self._skipped))
 
-    def restore(self, next_number: int, groups: Iterable[Group], skipped: Iterable[int], dropped: int) -> None:
-        """What ``contents``, ``next_number`` and ``dropped`` said, into an empty store.
+    def restore(self, next_number: int, groups: Iterable[Group], skipped: Iterable[int], stale: int) -> None:
+        """What ``contents``, ``next_number`` and ``stale`` said, into an empty store.
 
         Raises ValueError for a group or a skipped number that was handed out before."""
         self._groups = {group.number: group for group in groups}
-        self._skipped, self._next, self.dropped = set(skipped), next_number, dropped
+        self._skipped, self._next, self.stale = set(skipped), next_number, stale
         if past := sorted(number for number in {*self._groups, *self._skipped} if number < next_number):
             raise ValueError(f"groups {past} come before group {next_number}, which is handed out next")

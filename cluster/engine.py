@@ -7,23 +7,24 @@ episodes. Runs on vLLM 0.26 (GPU) and 0.32 (CPU).
 from __future__ import annotations
 
 import asyncio
-import inspect
 import itertools
 import os
-import tempfile
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.buckets import Bucket, write_shared
+
 
 @dataclass
 class EngineConfig:
-    model: str = "???"
+    model: str = ""
     """Local folder or hub name."""
     dtype: str = "auto"
     """auto | float32 | bfloat16 | float16."""
@@ -64,9 +65,9 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """token_ids: as sampled, the stop token included; logprobs: of those tokens, in nats; prompt_length: in
-    tokens, as the engine saw the prompt (placeholders expanded); weight_version: of the weights that the
-    request started with; stopped: False where the length limit cut the reply; cached_tokens: how much of the prompt
-    came from the prefix cache."""
+    tokens, as the engine saw the prompt (placeholders expanded); weight_version: of the weights that
+    sampled the first token; updates: (t, version) where tokens from t on were sampled by later weights; stopped: False
+    where the length limit cut the reply; cached_tokens: how much of the prompt came from the prefix cache."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -75,6 +76,7 @@ class Completion:
     prompt_length: int
     weight_version: int
     cached_tokens: int
+    updates: tuple[tuple[int, int], ...] = ()
 
 
 class EngineRefused(ValueError):
@@ -94,6 +96,7 @@ class Engine:
         self._llm = llm
         self.config = config
         self.weight_version = 0
+        self._loading = asyncio.Lock()
         self._ids = itertools.count()
 
     @classmethod
@@ -132,6 +135,8 @@ class Engine:
             }
         )
         llm = await asyncio.wait_for(asyncio.to_thread(AsyncLLM.from_engine_args, args), config.start_deadline_s)
+        if _stamps_tokens():
+            await llm.update_weight_version("0")  # of the model's folder, until something is published
         return cls(llm, config)
 
     async def generate(
@@ -172,6 +177,8 @@ class Engine:
         if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a request without a reply: {final}")
         reply = final.outputs[0]
+        if spans := getattr(reply, "weight_versions", None):
+            version = int(spans[0].version)
         return Completion(
             token_ids=tuple(reply.token_ids),
             logprobs=tuple(step[token].logprob for token, step in zip(reply.token_ids, reply.logprobs, strict=True)),
@@ -180,44 +187,51 @@ class Engine:
             prompt_length=len(final.prompt_token_ids),
             weight_version=version,
             cached_tokens=final.num_cached_tokens or 0,
+            updates=tuple((span.start, int(span.version)) for span in (spans or ())[1:]),
         )
 
-    async def load_weights(self, version: int, buckets: Sequence[bytes | memoryview]) -> None:
-        """Replace the weights by ``buckets`` (safetensors, names as in a checkpoint) through vLLM's weight
-        transfer life cycle, and clear every cache that depends on them. Running requests are kept and
-        continue with the new weights.
+    async def load_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
+        """Replace the weights by ``buckets`` (names as in a checkpoint) through vLLM's weight transfer life cycle, and
+        clear every cache that depends on them. The first bucket is laid out before generation stops, each other one
+        while the one before it is loaded.
 
-        The prefix cache does nothing while blocks are in use unless running requests are reset (vLLM #12284,
-        #28827); the vision-encoder cache is keyed by the image alone (vLLM #44910); the multimodal caches of
-        front end and core must be cleared together (vLLM #42995)."""
+        Running requests are kept: what they have sampled stays, its keys and values are computed anew, and they go on
+        with the new weights; vLLM says from which token on (``Completion.updates``). A vLLM that cannot say it (0.26)
+        ends what runs first instead, so that no reply mixes weights without being stamped so."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self._llm
-        await llm.pause_generation(mode="keep", clear_cache=False)
-        try:
-            await llm.start_weight_update()
-            for bucket in buckets:
-                path = await asyncio.to_thread(_write_shared, bucket)
-                try:
+        async with self._loading, _files(buckets) as paths:
+            await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
+            try:
+                await llm.start_weight_update()
+                async for path in paths:
                     await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
-                finally:
-                    path.unlink()
-            # vLLM 0.26 takes no version here.
-            versioned = "weight_version" in inspect.signature(llm.finish_weight_update).parameters
-            await llm.finish_weight_update(**({"weight_version": str(version)} if versioned else {}))
-            await self.clear_caches()
-        finally:
-            await llm.resume_generation()
+                # vLLM 0.26 takes no version here.
+                await llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
+                await self.clear_caches()
+            finally:
+                await llm.resume_generation()
         self.weight_version = version
 
     async def clear_caches(self) -> None:
+        """Of what the weights have computed, while generation is paused. The prefix cache does nothing while blocks are
+        in use unless running requests are reset (vLLM #12284, #28827); the vision-encoder cache is keyed by the image
+        alone (vLLM #44910). The cache of processed images stays: it holds pixels, and clearing its two ends while
+        requests are on their way between them would make the core ask for an image that nobody sends (vLLM #42995)."""
         if not await self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not clear its prefix cache: replies would mix old and new weights")
-        await self._llm.reset_mm_cache()
         await self._llm.reset_encoder_cache()
 
     def close(self) -> None:
         self._llm.shutdown()
+
+
+def _stamps_tokens() -> bool:
+    """Whether this vLLM says which weights sampled which token (0.32 does, 0.26 does not)."""
+    from vllm.outputs import CompletionOutput
+
+    return "weight_versions" in {field.name for field in fields(CompletionOutput)}
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -247,9 +261,28 @@ def _prepare_environment(config: EngineConfig) -> None:
     os.environ.update(defaults)
 
 
-def _write_shared(bucket: bytes | memoryview) -> Path:
-    """A file in shared memory where there is any: vLLM's worker processes map it instead of receiving it."""
-    folder = Path("/dev/shm")
-    with tempfile.NamedTemporaryFile(dir=folder if folder.is_dir() else None, prefix="ergo-rl-", delete=False) as file:
-        file.write(bucket)
-    return Path(file.name)
+@asynccontextmanager
+async def _files(buckets: Sequence[Bucket]) -> AsyncIterator[AsyncIterator[Path]]:
+    """The buckets as files in shared memory, the first one written when the block begins, each other one while the one
+    before it is in use; whatever happens, none is left behind the block."""
+    tasks: list[asyncio.Task[Path]] = []
+
+    def begin() -> None:
+        if len(tasks) < len(buckets):
+            tasks.append(asyncio.create_task(asyncio.to_thread(write_shared, buckets[len(tasks)])))
+
+    async def paths() -> AsyncIterator[Path]:
+        for place in range(len(buckets)):
+            path = await tasks[place]
+            begin()
+            yield path
+            path.unlink()
+
+    begin()
+    await asyncio.gather(*tasks)
+    try:
+        yield paths()
+    finally:
+        for written in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(written, Path):
+                written.unlink(missing_ok=True)

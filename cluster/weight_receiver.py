@@ -60,9 +60,8 @@ class FileWeightTransferEngine(WeightTransferEngine[NoInit, BucketFile]):
     def receive_weights(self, update_info: BucketFile) -> None:
         model: Any = self.model
         with safe_open(update_info.path, framework="pt", device="cpu") as bucket:
-            names = list(bucket.keys())
-            # Cloned: the mapping goes away, while layers wait for their remaining weights.
-            model.load_weights((name, bucket.get_tensor(name).clone()) for name in names)
+            # Each tensor keeps the mapping, while its layer waits for its remaining weights; the file may be removed.
+            model.load_weights((name, bucket.get_tensor(name)) for name in bucket.keys())  # noqa: SIM118
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

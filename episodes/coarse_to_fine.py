@@ -99,12 +99,25 @@ class CoarseToFine:
         outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
         return Trajectory(scene.question.id, sample, (coarse, crop), (look, read), outcome, box_outcome)
 
+    async def answer_at_once(self, scene: Scene, sample: int, generate: Generate) -> Trajectory:
+        """A baseline: the answer from the coarse view alone, in one turn, by the template ``direct``.
+
+        Raises ReservedText, ValueError as ``open_scene`` does."""
+        prompts = self.config.prompts
+        prompt = self._encode(
+            self.family.first_prompt(prompts.system, fill(prompts.direct, scene.question, self.family))
+        )
+        reply = await generate(prompt, [scene.coarse], 0)
+        outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
+        turns = (_turn(prompt, reply),)
+        return Trajectory(scene.question.id, sample, (scene.coarse,), turns, outcome, BoxOutcome.NO_TAG)
+
     def _with_box(self, reply: Completion, box: Box, coarse: View) -> Completion:
         corners = ", ".join(map(str, self.family.write_corners(box, coarse)))
         thought = reply.text.partition("<zoom>")[0]
         text = f"{thought}<zoom>[{corners}]</zoom>"
         ids = self._encode(text + self.family.turn_end)
-        return _Spoken(ids, text, reply.prompt_length, reply.weight_version, reply.cached_tokens)
+        return _Spoken(ids, text, reply.prompt_length, reply.weight_version, cached_tokens=reply.cached_tokens)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -128,6 +141,7 @@ class _Spoken:
     prompt_length: int
     weight_version: int
     cached_tokens: int
+    updates: tuple[tuple[int, int], ...] = ()
     stopped: bool = True
 
     @property
@@ -145,4 +159,5 @@ def _turn(prompt: Sequence[int], reply: Completion) -> Turn:
         engine_prompt_length=reply.prompt_length,
         policy_version=reply.weight_version,
         engine_cached_tokens=reply.cached_tokens,
+        updates=tuple(reply.updates),
     )

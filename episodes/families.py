@@ -77,14 +77,23 @@ class ModelFamily(ABC):
             grow = math.sqrt(self.min_visual_tokens * unit * unit / (width * height))
             columns, rows = math.ceil(width * grow / unit), math.ceil(height * grow / unit)
         columns, rows = max(1, columns), max(1, rows)
-        if columns * rows < self.min_visual_tokens:  # rounded down from a budget close to the minimum
-            least = math.ceil(self.min_visual_tokens / min(columns, rows))
-            columns, rows = (least, rows) if columns > rows else (columns, least)
-        longest = int(self.max_aspect_ratio) * min(columns, rows)  # rounding may make a thin image thinner
-        columns, rows = min(columns, longest), min(rows, longest)
-        if columns * rows > budget:  # a thin image, rounded up to one unit on its short side
-            columns, rows = (budget // rows, rows) if columns > rows else (columns, budget // columns)
+        if not (
+            self.min_visual_tokens <= columns * rows <= budget
+            and max(columns, rows) <= self.max_aspect_ratio * min(columns, rows)
+        ):  # rounded out of the limits: an image that is small, thin, or has a budget close to the least
+            columns, rows = self._nearest(width / height, budget)
         return columns * unit, rows * unit
+
+    def _nearest(self, ratio: float, budget: int) -> tuple[int, int]:
+        """(columns, rows) within the limits whose ratio is nearest; of equals the one of most tokens."""
+        allowed = (
+            (columns, rows)
+            for rows in range(1, budget + 1)
+            for columns in {budget // rows, math.ceil(self.min_visual_tokens / rows), round(ratio * rows)}
+            if self.min_visual_tokens <= columns * rows <= budget
+            and max(columns, rows) <= self.max_aspect_ratio * min(columns, rows)
+        )
+        return min(allowed, key=lambda size: (abs(math.log(size[0] / size[1] / ratio)), -size[0] * size[1]))
 
     @abstractmethod
     def read_corners(self, written: Corners, coarse: View) -> Corners:
@@ -145,7 +154,27 @@ class Qwen25VL(ModelFamily):
         return round(box.x1 * sx), round(box.y1 * sy), round(box.x2 * sx), round(box.y2 * sy)
 
 
-FAMILIES: dict[str, type[ModelFamily]] = {family.model_type: family for family in (Qwen25VL,)}
+class Qwen3VL(ModelFamily):
+    """Qwen3-VL: patches of 16, boxes in thousandths of the image's width and height."""
+
+    model_type = "qwen3_vl"
+    patch_size = 16
+    merge_size = 2
+    min_visual_tokens = 64
+    """256 x 256 pixels, the ``shortest_edge`` of the released processors."""
+    scale = 1000
+
+    def read_corners(self, written: Corners, coarse: View) -> Corners:
+        x1, y1, x2, y2 = written
+        sx, sy = coarse.width / self.scale, coarse.height / self.scale
+        return x1 * sx, y1 * sy, x2 * sx, y2 * sy
+
+    def write_corners(self, box: Box, coarse: View) -> tuple[int, int, int, int]:
+        sx, sy = self.scale / coarse.box.width, self.scale / coarse.box.height
+        return round(box.x1 * sx), round(box.y1 * sy), round(box.x2 * sx), round(box.y2 * sy)
+
+
+FAMILIES: dict[str, type[ModelFamily]] = {family.model_type: family for family in (Qwen25VL, Qwen3VL)}
 
 
 class UnknownFamily(ValueError):

@@ -34,7 +34,8 @@ GENERATOR = 1
 """Counts up whenever the same seed would give other scenes."""
 VIEW_TOKENS = 36
 """Visual-token budget of the coarse view and of the crop: 168 x 168 pixels for Qwen2.5-VL."""
-PROMPTS = PromptTemplates(system="", coarse="{image}{question}", fine="{image}{question}", verify="{image}{question}")
+_PLAIN = "{image}{question}"
+PROMPTS = PromptTemplates(system="", coarse=_PLAIN, fine=_PLAIN, direct=_PLAIN, verify=_PLAIN)
 """What the tiny models are pretrained on, and therefore what a panels recipe must play."""
 
 

@@ -25,6 +25,11 @@ class PromptTemplates:
         "{image}This is the region at full resolution. {question}{options}\n"
         "Reply as <think>...</think><answer>...</answer>. For a multiple-choice question answer with the letter."
     )
+    direct: str = (
+        "{image}{question}{options}\nReply as <think>...</think><answer>...</answer>. "
+        "For a multiple-choice question answer with the letter."
+    )
+    """Evaluation in mode direct: one turn, without a second look."""
     verify: str = (
         "{image}{question}{options}\nAnswer from this image alone, as <answer>...</answer>. "
         "For a multiple-choice question answer with the letter."

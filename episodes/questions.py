@@ -13,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -225,14 +224,31 @@ class QuestionStream(Iterator[Question]):
             )
 
 
-def write_questions(path: Path, questions: Iterator[Question], rows_per_group: int = 64) -> int:
-    """Write a Parquet file that ``QuestionStream`` reads; returns the number of rows. Images must be bytes."""
+def write_questions(
+    path: Path, questions: Iterator[Question], rows_per_group: int = 64, group_bytes: int = 64 << 20
+) -> int:
+    """Write a Parquet file that ``QuestionStream`` reads; returns the number of rows. Images must be bytes.
+
+    A row group, which is read as a whole, ends after ``rows_per_group`` rows or ``group_bytes`` of images."""
     count = 0
     with pq.ParquetWriter(path, SCHEMA) as writer:
-        while batch := list(islice(questions, rows_per_group)):
+        for batch in _grouped(questions, rows_per_group, group_bytes):
             writer.write_table(pa.Table.from_pylist([_row(question) for question in batch], SCHEMA))
             count += len(batch)
     return count
+
+
+def _grouped(questions: Iterator[Question], rows: int, size: int) -> Iterator[list[Question]]:
+    batch: list[Question] = []
+    held = 0
+    for question in questions:
+        batch.append(question)
+        held += len(question.image) if isinstance(question.image, bytes) else 0
+        if len(batch) == rows or held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _row(question: Question) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -108,6 +109,8 @@ class Completion(Protocol):
     @property
     def weight_version(self) -> int: ...
     @property
+    def updates(self) -> Sequence[tuple[int, int]]: ...
+    @property
     def cached_tokens(self) -> int: ...
 
 
@@ -120,7 +123,9 @@ class Turn:
     logprobs: float32[T], of the sampled tokens under the sampling distribution (nats).
     engine_prompt_length: length of the *whole* prompt of this turn as the engine saw it, placeholders expanded.
     engine_cached_tokens: how much of that prompt the engine had in its prefix cache.
-    policy_version: version of the weights that sampled this turn.
+    policy_version: version of the weights that sampled this turn, or its first tokens where ``updates`` came while it
+    was being sampled: (t, version) says that tokens from t on were sampled by ``version``, in order. The log-probs are
+    always those of the weights that sampled the token.
     """
 
     prompt_ids: IntArray
@@ -131,10 +136,26 @@ class Turn:
     engine_prompt_length: int
     policy_version: int
     engine_cached_tokens: int = 0
+    updates: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.completion_ids) != len(self.logprobs):
             raise ValueError(f"{len(self.completion_ids)} completion ids but {len(self.logprobs)} logprobs")
+        places, versions = [0, *(at for at, _ in self.updates), len(self.completion_ids)], self.versions
+        if self.updates and not (_ascending(places) and _ascending(versions)):
+            raise ValueError(
+                f"{len(self.completion_ids)} tokens sampled by version {self.policy_version}, updates (token, version) "
+                f"{self.updates}: both must ascend, and each version must have sampled a token"
+            )
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Of all weights that sampled a part of this turn, oldest first."""
+        return (self.policy_version, *(version for _, version in self.updates))
+
+
+def _ascending(values: Sequence[int]) -> bool:
+    return all(before < after for before, after in pairwise(values))
 
 
 class Outcome(StrEnum):

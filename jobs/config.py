@@ -26,10 +26,11 @@ from episodes.types import Question
 from jobs.checkpoints import CheckpointConfig
 from jobs.evaluation import EvaluationConfig
 from jobs.guards import GuardsConfig
+from jobs.hardware import HardwareConfig
 from jobs.limits import out_of_range
 from jobs.metrics import MetricsConfig
 from learners.config import LearnerConfig
-from rewards.config import RewardConfig
+from rewards.config import Backend, RewardConfig
 from rewards.tce import weights_of
 
 _SHOWN = 400
@@ -95,6 +96,9 @@ class TrainConfig:
     """Questions per optimiser update; each is played ``rollout.group_size`` times."""
     max_staleness: int = 0
     """How many policy versions a trajectory may be older than the update that uses it; 0 is on-policy."""
+    stale_weight: float = 0.0
+    """Of a group that is older than that: its advantages count so much for each version that it is too old. 0: it is
+    dropped, and another question is played in its place."""
     start_deadline_s: float = 600.0
     """Workers that are not up by then end the run."""
     dynamic_sampling: bool = False
@@ -121,6 +125,7 @@ class TrainConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     @property
     def spare_groups(self) -> int:
@@ -172,12 +177,22 @@ def check(config: TrainConfig) -> None:
         + rollout.sampling.coarse_max_tokens
         + rollout.sampling.fine_max_tokens
     )
+    verifier = config.reward.verifier
     problems = [
+        (
+            verifier.backend is Backend.ENGINE and not verifier.engine.model,
+            "reward.verifier.engine.model has no value: name a reward model, or set reward.verifier.backend=endpoint",
+        ),
+        (
+            verifier.backend is Backend.ENDPOINT and not (verifier.endpoint.url and verifier.endpoint.model),
+            "reward.verifier.endpoint needs url and model where reward.verifier.backend is endpoint",
+        ),
         (config.total_steps < 1, "total_steps must be at least 1"),
         (config.groups_per_step < 1, "groups_per_step must be at least 1"),
         (rollout.group_size < 2, "rollout.group_size must be at least 2: advantages are relative to the group"),
         (config.dynamic_sampling_most < 1, "dynamic_sampling_most must be at least 1 (times groups_per_step)"),
         (config.max_staleness < 0, "max_staleness must be 0 (on-policy) or more"),
+        (not 0 <= config.stale_weight <= 1, "stale_weight must be from 0 (drop) to 1 (count in full)"),
         (rollout.sampling.temperature <= 0, "rollout.sampling.temperature must be above 0 for training"),
         (
             learner.temperature != rollout.sampling.temperature,

@@ -20,13 +20,15 @@ Advantages = Sequence[tuple[float, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Crediting:
-    """How a step's trajectories are credited. weights: of the reward terms, by their names."""
+    """How a step's trajectories are credited. weights: of the reward terms, by their names; stale_weight: of a group
+    for each version that it is too old."""
 
     config: LearnerConfig
     weights: Mapping[str, float]
+    stale_weight: float = 0.0
 
-    def batch(self, groups: Sequence[Group]) -> list[TrainingGroup]:
-        """The scored groups of a step as the learner takes them."""
+    def batch(self, groups: Sequence[Group], oldest: int = 0) -> list[TrainingGroup]:
+        """The scored groups of a step as the learner takes them; ``oldest``: the first version that is not too old."""
         advantages: list[Advantages] = [self.advantages(group) for group in groups]
         if self.config.advantages.terms is Terms.NORMALISE_THEN_SUM:
             advantages = list(over_step(advantages, self.config.advantages))
@@ -34,7 +36,7 @@ class Crediting:
             TrainingGroup(
                 question_id=group.question.id,
                 trajectories=group.trajectories,
-                advantages=tuple(self._without_truncated(group, mine)),
+                advantages=tuple(self._without_truncated(group, self._aged(group, mine, oldest))),
                 tokens=tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in group.played.facts),
             )
             for group, mine in zip(groups, advantages, strict=True)
@@ -56,6 +58,11 @@ class Crediting:
             for score, played in zip(group.scores, turns, strict=True)
         ]
         return turn_advantages(earned, config)
+
+    def _aged(self, group: Group, advantages: Advantages, oldest: int) -> Advantages:
+        if (late := oldest - group.oldest_version) <= 0:
+            return advantages
+        return [tuple(one * self.stale_weight**late for one in mine) for mine in advantages]
 
     def _without_truncated(self, group: Group, advantages: Advantages) -> Advantages:
         if not self.config.loss.mask_truncated:

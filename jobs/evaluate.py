@@ -1,4 +1,5 @@
-"""``ergo-rl evaluate``: a policy on held-out questions, beside the baselines whole image, random box, oracle box."""
+"""``ergo-rl evaluate``: a policy on held-out questions, beside the baselines whole image, random box, oracle box; or in
+several modes at several visual-token budgets (``jobs.grid``)."""
 
 from __future__ import annotations
 
@@ -7,22 +8,28 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from actors.rollout_pool import RolloutPool
 from cluster.placement import Cluster
 from cluster.pool import together
 from episodes import images
+from episodes.families import family_of
 from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Question
 from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
-from jobs.config import TrainConfig, load_config
+from jobs.config import ConfigError, TrainConfig, load_config
 from jobs.evaluation import BoxSource, evaluate
+from jobs.grid import Mode, run_grid
+from jobs.grid_report import write_report
 from jobs.metrics import Metrics
+from jobs.players import EndpointPlayer, Player, PoolPlayer, add_endpoint, endpoint_at, family_named
 from jobs.prepare import prepare_embedded
 
 _ROWS = {
@@ -80,6 +87,58 @@ async def compare(
     return found
 
 
+async def grid(
+    config: TrainConfig, questions: Sequence[Question], options: argparse.Namespace, console: Console
+) -> list[Path]:
+    """Every mode at every budget, by rollout workers of this job or an endpoint; the files of the report.
+
+    Raises ConfigError, DatasetError, OSError and what starting the workers raises."""
+    modes, budgets = [Mode(mode) for mode in options.modes], options.budgets or [config.episode.coarse_tokens]
+    if Mode.ORACLE in modes and not any(question.boxes for question in questions):
+        raise DatasetError("no question says where its target is; leave oracle out of --modes")
+    sampling, engine = config.rollout.sampling, config.rollout.engine
+    longest = 2 * max(budgets) + sampling.coarse_max_tokens + sampling.fine_max_tokens
+    with ExitStack() as stack:
+        player: Player
+        if options.url:
+            endpoint = await endpoint_at(options.url, options.served_model, config)
+            player, policy = EndpointPlayer(config, endpoint, family_named(options.family)), endpoint.model
+        else:
+            if longest >= engine.max_model_len:
+                raise ConfigError(
+                    f"rollout.engine.max_model_len ({engine.max_model_len}) must be above {longest}, twice the largest "
+                    "budget and both reply limits, with room for the prompts' text"
+                )
+            policy, family = engine.model, family_of(engine.model)
+            cluster = stack.enter_context(Cluster.connect(config.cluster))
+            rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
+            with console.status("starting engines (20 to 60 s on a CPU)"):
+                await rollouts.ready(config.start_deadline_s)
+            player = PoolPlayer(rollouts, family)
+        told = {
+            "policy": policy,
+            "at": options.url or "engines of this job",
+            "questions": config.evaluation.paths,
+            "hide_target": options.hide_target,
+            "prompts": asdict(config.episode.prompts),
+            "on_bad_box": str(config.episode.on_bad_box),
+            "reply_limits": [sampling.coarse_max_tokens, sampling.fine_max_tokens],
+            "oracle_margin": config.evaluation.oracle_margin,
+            "number_tolerance": config.reward.number_tolerance,
+            "in_flight": config.evaluation.in_flight,
+        }
+        try:
+            with console.status("") as status:
+
+                def progress(done: int, wanted: int) -> None:
+                    status.update(f"{done} of {wanted} episodes: {', '.join(modes)} at {budgets} visual tokens")
+
+                records = await run_grid(questions, player, config, modes, budgets, options.out, told, progress)
+        finally:
+            await player.close()
+    return write_report(options.out, told, records)
+
+
 def as_table(found: dict[str, Metrics], how: str) -> Table:
     """A row per figure, a column per source of boxes."""
     table = Table(title=f"held-out questions, {how}; with 95 % intervals")
@@ -116,8 +175,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the occlusion test: black out every target; coverage then says whether its place is found from context",
     )
     parser.add_argument("--questions", type=int, default=0, help="how many questions (default: all)")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=[str(mode) for mode in Mode],
+        help="instead of --boxes: direct (one turn), two-stage, oracle (two-stage with the target's own box), each at "
+        "every one of --budgets; no reward model is started",
+    )
+    parser.add_argument("--budgets", nargs="+", type=int, default=[], help="with --modes: visual tokens of each view")
+    add_endpoint(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="write the figures to this JSON file; with --modes: a folder for records, table, JSON and plot (default: "
+        "evaluation), where the same command goes on after a stop",
+    )
     options = parser.parse_intermixed_args(argv)
+    if (options.budgets or options.url) and not options.modes:
+        parser.error("--budgets and --url are for --modes; try --modes direct two-stage oracle")
     recipe, overrides = recipe_of(options)
     model = [f"rollout.engine.model={options.model}", f"learner.model={options.model}"] if options.model else []
     console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width: 80 would break the table
@@ -129,6 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise DatasetError("evaluation.paths is empty; name at least one Parquet file of held-out questions")
         if options.hide_target:
             questions = occluded(questions)
+        if options.modes:
+            options.out = options.out or Path("evaluation")
+            for path in asyncio.run(grid(config, questions, options, console)):
+                console.print(path.read_text() if path.suffix == ".md" else str(path), markup=False, soft_wrap=True)
+            return 0
         found = asyncio.run(compare(config, questions, [BoxSource(source) for source in options.boxes], console))
     except EXPECTED as error:
         print(f"ergo-rl evaluate: {type(error).__name__}: {error}", file=sys.stderr)

@@ -62,14 +62,16 @@ class Flow:
         seed: int,
         on_bad_row: OnBadRow,
         state: FlowState | None = None,
+        keep_stale: bool = False,
     ) -> None:
-        """Goes on from ``state``; what was in flight then is asked for again by ``keep_ahead``.
+        """Goes on from ``state``; what was in flight then is asked for again by ``keep_ahead``. ``keep_stale``: groups
+        that are too old are handed out, too.
 
         Raises ValueError where the state does not fit ``questions``."""
         state = state or FlowState()
         self._questions, self._rollouts, self._rewards = questions, rollouts, rewards
         self._seed, self._on_bad_row = seed, on_bad_row
-        self._store = TrajectoryStore()
+        self._store = TrajectoryStore(keep_stale)
         self._store.restore(state.next_number, state.groups, state.skipped, state.stale)
         self._started, self._again = state.started, list(state.in_flight)
         self._in_flight: dict[int, tuple[Cursor, asyncio.Task[None] | None]] = {
@@ -93,12 +95,13 @@ class Flow:
             groups=groups,
             unplayable=self.unplayable,
             replaced=self.replaced,
-            stale=self._store.dropped,
+            stale=self._store.stale,
             bad_rows=self._bad_rows,
         )
 
     def keep_ahead(self, groups: int) -> None:
-        """See to it that ``groups`` questions are played, scored or waiting in the store."""
+        """See to it that ``groups`` questions are played, scored or waiting in the store: as many as the learner may
+        be behind, and never more, so what is played ahead is bounded by this number and not by memory."""
         for number, cursor in self._again:
             self._ask(number, self._reread(cursor))
         self._again.clear()
@@ -155,7 +158,7 @@ class Flow:
             "count/reward_workers": float(len(self._rewards)),
             "count/rollout_restarts": float(self._rollouts.restarts),
             "count/reward_restarts": float(self._rewards.restarts),
-            "count/stale_groups": float(self._store.dropped),
+            "count/stale_groups": float(self._store.stale),
             "count/equal_groups_replaced": float(self.replaced),
         }
 

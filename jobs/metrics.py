@@ -47,6 +47,18 @@ def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
     return metrics
 
 
+def staleness_metrics(groups: Sequence[Group], version: int) -> Metrics:
+    """How old trajectories are when ``version`` learns from them, in versions, by the oldest of their tokens; and the
+    share of them that lived through an update in the middle of a turn."""
+    everyone = [facts for group in groups for facts in group.played.facts]
+    ages = [float(version - min(facts.policy_versions)) for facts in everyone]
+    return {
+        "rollout/staleness_mean": _mean(ages),
+        "rollout/staleness_max": max(ages),
+        "rollout/across_updates": _share(facts.updates > 0 for facts in everyone),
+    }
+
+
 def reward_metrics(groups: Sequence[Group]) -> Metrics:
     """Means over what was scored; what could not be scored is counted, never averaged in. ``equal_groups``: share of
     groups whose rewards are all the same, from which GRPO learns nothing."""

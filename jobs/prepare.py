@@ -1,4 +1,4 @@
-"""``ergo-rl prepare panels``: write the embedded data set as Parquet, train and held-out."""
+"""``ergo-rl prepare``: write a data set as Parquet, the embedded one (panels) or a published one (``jobs.convert``)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from episodes.layouts import FIELDS, LAYOUTS, Corners, Unit
 from episodes.panels import GENERATOR, PanelsConfig, Split, question
 from episodes.questions import write_questions
 from episodes.types import Question
 from jobs.config import EmbeddedData
+from jobs.convert import Conversion, run, summary
 
 MANIFEST = "manifest.json"
 
@@ -78,24 +80,71 @@ def _manifest(out: Path) -> dict[str, Any] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ergo-rl prepare",
-        description="Write a data set as the Parquet files that training reads. Files that are there with the same "
-        "settings stay as they are.",
+        description="Write a data set as the Parquet files that training reads. What is there, made from the same "
+        "files with the same settings, stays as it is.",
+        epilog="example: ergo-rl prepare vstar vstar_bench/test_questions.jsonl --out data/vstar.parquet",
     )
-    parser.add_argument("dataset", choices=["panels"], help="the embedded data set, generated from the seed")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: data/panels)")
-    parser.add_argument("--train", type=int, default=4096, help="rows to train on (default: %(default)s)")
-    parser.add_argument("--heldout", type=int, default=512, help="rows to evaluate on (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
+    kinds = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
+    _add_panels(kinds.add_parser("panels", help="the embedded data set, generated from the seed"))
+    for name, layout in LAYOUTS.items():
+        _add_conversion(kinds.add_parser(name, help=layout.title, description=f"{layout.title}. {layout.card}"))
     options = parser.parse_args(argv)
-    out = options.out or Path("data") / options.dataset
     try:
-        paths = prepare_panels(out, options.train, options.heldout, options.seed)
+        if options.dataset == "panels":
+            paths = prepare_panels(options.out, options.train, options.heldout, options.seed)
+        else:
+            conversion = _conversion(options)
+            print(summary(run(conversion), conversion.files))
+            paths = [conversion.out, conversion.report_path]
     except (ValueError, OSError) as error:
         print(f"ergo-rl prepare: {error}", file=sys.stderr)
         return 1
     for path in paths:
         print(f"{path}  {path.stat().st_size / 2**20:.1f} MB")
     return 0
+
+
+def _add_panels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/panels"), help="folder to write to (default: %(default)s)"
+    )
+    parser.add_argument("--train", type=int, default=4096, help="rows to train on (default: %(default)s)")
+    parser.add_argument("--heldout", type=int, default=512, help="rows to evaluate on (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, help="files with the rows: .jsonl .json .tsv .csv .parquet")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument(
+        "--images", type=Path, action="append", default=[], metavar="PLACE",
+        help="folder, .zip or .tar of the pictures that rows name; may be given more than once (the folder of the rows "
+        "is looked through in any case)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help=f"another column for one of {', '.join(FIELDS)}",
+    )
+    parser.add_argument("--corners", choices=list(Corners), help="what the four numbers of a box are")
+    parser.add_argument("--unit", choices=list(Unit), help="of the numbers of a box")
+    parser.add_argument("--limit", type=int, help="read only so many rows")
+    parser.add_argument("--decode", action="store_true", help="decode every picture to its end, not its header only")
+
+
+def _conversion(options: argparse.Namespace) -> Conversion:
+    pairs = [one.partition("=") for one in options.map]
+    if wrong := [name for name, equals, column in pairs if not (equals and column)]:
+        raise ValueError(f"--map {wrong[0]}: write FIELD=COLUMN, e.g. --map text=question")
+    if options.out.suffix != ".parquet":
+        raise ValueError(f"--out {options.out}: its name must end in .parquet")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit {options.limit}: at least 1")
+    layout = LAYOUTS[options.dataset].renamed({name: column for name, _, column in pairs})
+    layout = replace(layout, corners=Corners(options.corners or layout.corners), unit=Unit(options.unit or layout.unit))
+    return Conversion(layout, tuple(options.files), tuple(options.images), options.out, options.limit, options.decode)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Reply:
     prompt_length: int
     logprobs: tuple[float, ...] = ()
     weight_version: int = 0
+    updates: tuple[tuple[int, int], ...] = ()
     cached_tokens: int = 0
 
 

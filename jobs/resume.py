@@ -14,14 +14,13 @@ from omegaconf import OmegaConf
 from jobs.checkpoints import MANIFEST, DamagedCheckpoint, Shelf, check, step_of
 from jobs.config import ConfigError, TrainConfig
 from jobs.copies import Copies
-from jobs.state import CONFIG
+from jobs.layout import CONFIG, ENDED
 
 AUTO, NEVER = "auto", "never"
 CHECKPOINTS = "checkpoints"
-ENDED = "ended.json"
 _MAY_DIFFER = (
     "name", "runs_dir", "resume", "checkpoint", "recovery", "total_steps", "start_deadline_s", "samples_every",
-    "embedded", "proof", "evaluation", "metrics", "guards", "cluster",
+    "embedded", "proof", "evaluation", "metrics", "guards", "cluster", "hardware",
     *(f"{role}.{key}" for role in ("rollout", "reward", "learner") for key in ("workers", "resources", "restarts")),
     *(f"{role}.{key}" for role in ("rollout", "reward") for key in ("stall_s", "backoff_s")),
     *(

@@ -8,22 +8,24 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
-from PIL import Image, ImageDraw
 
 from actors.trajectory_store import Group
-from episodes.types import Score, Trajectory, View
+from episodes.types import Trajectory
 from jobs.checkpoints import Shelf, name_of, step_of
 from jobs.config import ConfigError, TrainConfig
+from jobs.credit import Advantages
 from jobs.evaluation import Evaluation
 from jobs.guards import Guards
+from jobs.layout import CONFIG, ENDED, SAMPLES, folder_of
 from jobs.metrics import Metrics
-from jobs.resume import CHECKPOINTS, ENDED, Start, copies_of, find_start
-from jobs.state import CONFIG, RECORDS, RunState, read_state, restore_learners, write_state
+from jobs.resume import CHECKPOINTS, Start, copies_of, find_start
+from jobs.samples import write_group
+from jobs.state import RECORDS, RunState, read_state, restore_learners, write_state
 from jobs.view import View as TerminalView
 from learners.learner_group import LearnerGroup
 
@@ -209,50 +211,8 @@ class Run:
     def due_samples(self, step: int) -> bool:
         return self.config.samples_every > 0 and step % self.config.samples_every == 0
 
-    def write_samples(self, step: int, group: Group, trajectories: tuple[Trajectory, ...]) -> None:
-        """``samples/step-N.jsonl`` with the replies and reward parts of a group, beside it the coarse view with
-        every box (PNG) and each crop."""
-        folder = self.folder / "samples" / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        _draw_boxes(trajectories).save(folder / "coarse.png")
-        with (folder / "trajectories.jsonl").open("w", encoding="utf-8") as file:
-            for trajectory, score in zip(trajectories, group.scores, strict=True):
-                if trajectory.crop is not None:
-                    Image.fromarray(trajectory.crop.pixels).save(folder / f"crop-{trajectory.sample:02d}.png")
-                file.write(json.dumps(_readable(group, trajectory, score)) + "\n")
-
-
-def _readable(group: Group, trajectory: Trajectory, score: object) -> dict[str, object]:
-    crop = trajectory.crop
-    return {
-        "question_id": trajectory.question_id,
-        "question": group.question.text,
-        "answer": group.question.answer,
-        "sample": trajectory.sample,
-        "replies": [turn.text for turn in trajectory.turns],
-        "policy_versions": [turn.policy_version for turn in trajectory.turns],
-        "outcome": trajectory.outcome,
-        "box_outcome": trajectory.box_outcome,
-        "crop": None if crop is None else asdict(crop.box),
-        "area_ratio": trajectory.area_ratio,
-        "total": score.total if isinstance(score, Score) else None,
-        "parts": dict(score.parts) if isinstance(score, Score) else None,
-        "unscored": None if isinstance(score, Score) else getattr(score, "reason", None),
-    }
-
-
-def _draw_boxes(trajectories: tuple[Trajectory, ...], scale: int = 3) -> Image.Image:
-    """The coarse view, enlarged, with the box of every trajectory on it."""
-    coarse: View = trajectories[0].views[0]
-    picture = Image.fromarray(coarse.pixels).resize(
-        (coarse.width * scale, coarse.height * scale), Image.Resampling.NEAREST
-    )
-    draw = ImageDraw.Draw(picture)
-    sx, sy = picture.width / coarse.box.width, picture.height / coarse.box.height
-    for crop in (trajectory.crop for trajectory in trajectories):
-        if crop is not None:
-            box = crop.box
-            edges = (box.x1 * sx, box.y1 * sy, box.x2 * sx - 1, box.y2 * sy - 1)
-            draw.rectangle(edges, outline="black", width=4)  # white on black is seen on any background
-            draw.rectangle(edges, outline="white", width=2)
-    return picture
+    def write_samples(
+        self, step: int, group: Group, trajectories: tuple[Trajectory, ...], advantages: Advantages
+    ) -> None:
+        """``samples/step-N/``: replies, reward parts and advantages of a group, its coarse view and each crop."""
+        write_group(self.folder / SAMPLES / folder_of(step), step, group, trajectories, advantages)

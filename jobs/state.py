@@ -32,11 +32,11 @@ from episodes.questions import Cursor
 from jobs.checkpoints import DamagedCheckpoint, Draft, read_manifest
 from jobs.config import TrainConfig
 from jobs.flow import FlowState
+from jobs.layout import CONFIG, EVALUATIONS, METRICS
 from learners.learner_group import LearnerGroup
 
 STATE = "state.json"
-CONFIG = "config.yaml"
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "questions.jsonl")
+RECORDS = (METRICS, EVALUATIONS, "questions.jsonl")
 """Files of the run folder with a line per step."""
 _LEARNER = "learner-{:05d}.safetensors"
 

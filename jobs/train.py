@@ -27,7 +27,7 @@ from jobs.evaluate import heldout
 from jobs.evaluation import evaluate
 from jobs.flow import Flow, flowing
 from jobs.gamma import with_known_gamma
-from jobs.metrics import reward_metrics, rollout_metrics
+from jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
 from jobs.outage import rescored, unscored_share
 from jobs.prepare import prepare_embedded
 from jobs.proof import Proof
@@ -85,9 +85,10 @@ async def live(
     """From the last checkpoint to the last step, with one set of learners."""
     rollouts, rewards, learners = crew.rollouts, crew.rewards, crew.learners
     weights = WeightChannel(source=learners, sink=rollouts)
-    credit = Crediting(config.learner, weights_of(config.reward))
+    credit = Crediting(config.learner, weights_of(config.reward), config.stale_weight)
     state = await run.restore(learners, rows=len(questions))
-    flow = Flow(questions, rollouts, rewards, config.seed, config.questions.on_bad_row, state.flow)
+    bad_rows, keep_stale = config.questions.on_bad_row, config.stale_weight > 0
+    flow = Flow(questions, rollouts, rewards, config.seed, bad_rows, state.flow, keep_stale)
     keeper = Keeper(run, learners, state)
 
     def wanted(group: Group) -> bool:  # of one that was not judged nothing is known yet
@@ -107,20 +108,24 @@ async def live(
                     groups = await stop.unless(flow.take(config.groups_per_step, oldest, wanted, config.spare_groups))
                     groups = await stop.unless(rescored(groups, rewards, config.reward, run.view))
                 report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups) | flow.metrics())
+                report.add(staleness_metrics(groups, step))
                 if config.shuffle_rewards:
                     groups = shuffled(groups, random.Random(stable_seed(config.seed, "shuffle", step)))
+                batch = credit.batch(groups, oldest)
                 with report.timed("learn"):
-                    report.add(await learners.update(credit.batch(groups)))
+                    report.add(await learners.update(batch))
                 keeper.reached(step + 1, flow, groups)
                 with report.timed("publish"):
-                    await weights.publish(version=step + 1)
+                    last = step + 1 == config.total_steps
+                    await weights.publish(version=step + 1, wait=last or config.max_staleness == 0)
                 if config.proof.due(step + 1, config.total_steps):
+                    await weights.settled()
                     with report.timed("proof"):
                         report.add(await proof.measure(version=step + 1))
             if scaler is not None:
                 scaler.saw(report.metrics)
             if run.due_samples(step):
-                run.write_samples(step, groups[0], await groups[0].trajectories)
+                run.write_samples(step, groups[0], await groups[0].trajectories, batch[0].advantages)
             if run.evaluation_due(step + 1):
                 run.log_evaluation(step + 1, await evaluate(held, rollouts, rewards, config.evaluation))
             if config.checkpoint.due(step + 1, config.total_steps):

@@ -42,10 +42,11 @@ class Weight:
         return int(getattr(self.base, "ds_numel", self.base.numel())) * self.base.element_size()
 
     @torch.no_grad()
-    def value(self) -> Tensor:
-        """A copy on the CPU in the precision of the passes, merged in fp32."""
+    def value(self, copy: bool = True) -> Tensor:
+        """On the CPU in the precision of the passes, merged in fp32. Without ``copy`` it may be the parameter's own
+        memory."""
         if self.adapter is None:
-            return self.base.detach().to("cpu", copy=True)
+            return self.base.detach().to("cpu", copy=copy)
         down, up, scale = self.adapter
         merged = self.base.float() + scale * (up.float() @ down.float())
         return merged.to("cpu", self.base.dtype)

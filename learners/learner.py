@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from cluster.buckets import Bucket, pack
 from cluster.compat import repair_torchvision
 from episodes.families import family_of, load_tokenizer
 from episodes.types import FloatArray, Trajectory
@@ -142,16 +143,21 @@ class Learner:
     def buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
         """The weights as (name, CPU tensor in the compute precision), in lists of about ``bucket_bytes``, adapters
         merged. Every rank must run through it; parameters are whole only for the time of their own bucket."""
+        for members in self._whole():
+            yield [(weight.name, weight.value()) for weight in members]
+
+    def weights(self) -> Iterator[Bucket]:
+        """The same without a copy where that can be: each bucket must have been taken before the next is asked for
+        (under ZeRO-3 its parameters are whole only until then)."""
+        for members in self._whole():
+            yield pack((weight.name, weight.value(copy=False)) for weight in members)
+
+    def _whole(self) -> Iterator[list[Weight]]:
+        """Every weight once, in lists of about ``bucket_bytes``, whole until the next list is asked for."""
         for members in _in_buckets(weights_of(self.policy.vlm), self.config.bucket_bytes):
             parts = [parameter for weight in members for parameter in weight.parameters]
             with zero.gathered(parts, self.config.zero_stage):
-                bucket = [(weight.name, weight.value()) for weight in members]
-            yield bucket
-
-    def weights(self) -> Iterator[bytes]:
-        """The same as safetensors files, one per bucket: no pickle travels."""
-        for bucket in self.buckets():
-            yield safetensors.torch.save(dict(bucket))
+                yield members
 
     def export(self, path: Path) -> None:
         """A Hugging Face folder that ``from_pretrained`` and ``vllm serve`` load. Every rank must call it."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
+from cluster.buckets import Bucket
 from cluster.placement import Cluster
 from episodes.types import FloatArray, Trajectory
 from learners.config import LearnerConfig
@@ -91,12 +92,12 @@ class LearnerRank:
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         return self._learner.logprobs(trajectories)
 
-    def weights(self) -> Iterator[bytes]:
+    def weights(self) -> Iterator[Bucket]:
         yield from self._learner.weights()
 
     def attend_weights(self) -> None:
         """Take part in gathering weights that another rank sends."""
-        for _ in self._learner.buckets():
+        for _ in self._learner.weights():
             pass
 
     def export(self, path: Path) -> None:
@@ -145,7 +146,7 @@ class LearnerGroup:
         return list(answers[0])
 
     async def weights(self) -> list[ray.ObjectRef]:
-        """The current weights as buckets, each ``bytes`` in safetensors format, owned by the caller."""
+        """The current weights as buckets (``cluster.buckets``), owned by the caller."""
         sender, *others = self._actors
         sent = _collected(sender.weights.options(num_returns="streaming").remote())
         buckets, *_ = await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])

@@ -74,9 +74,13 @@ class Policy(nn.Module):
         return states[0, _before(batch.loss_mask)[real]]
 
     def _see(self, batch: MicroBatch) -> Any:
-        """The vision tower's output for every image in row order; each distinct view goes through it once."""
+        """The vision tower's output for every image in row order; each distinct view goes through it once. Qwen3-VL's
+        has features for the first layers of the language part besides (DeepStack, arXiv 2406.04334)."""
+        shown = batch.shown.tolist()
         seen = self.vlm.model.get_image_features(batch.pixel_values, batch.view_grids, return_dict=True)
-        seen.pooler_output = tuple(seen.pooler_output[view] for view in batch.shown.tolist())
+        seen.pooler_output = tuple(seen.pooler_output[view] for view in shown)
+        if "deepstack_features" in seen:
+            seen.deepstack_features = [tuple(layer[view] for view in shown) for layer in seen.deepstack_features]
         return seen
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:

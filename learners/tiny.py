@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL and its tokenizer, from scratch: ordinary Hugging Face classes at toy sizes.
+"""A tiny Qwen2.5-VL or Qwen3-VL and its tokenizer, from scratch: ordinary Hugging Face classes at toy sizes.
 
 Everything the real family has is there (special tokens, chat template, mRoPE, patch merger, untied head), so that a
 program that runs on the tiny folder runs on the released weights.
@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.compat import repair_torchvision
-from episodes.families import ModelFamily, Qwen25VL
+from episodes.families import ModelFamily, Qwen3VL, Qwen25VL
 
 REPLY_TAGS = ("<think>", "</think>", "<zoom>", "</zoom>", "<answer>", "</answer>")
 """One token each, but ordinary text: they survive decoding without special tokens."""
@@ -108,17 +108,21 @@ def _without(texts: Iterable[str], tokens: tuple[str, ...]) -> Iterable[str]:
         yield text
 
 
-def make_model(tokenizer: Any, config: TinyConfig, seed: int) -> Any:
-    """A fresh ``Qwen2_5_VLForConditionalGeneration`` in float32 whose special ids are the tokenizer's."""
-    repair_torchvision()
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def make_model(tokenizer: Any, config: TinyConfig, seed: int, family: ModelFamily | None = None) -> Any:
+    """A fresh model of ``family`` (Qwen2.5-VL unless told) in float32 whose special ids are the tokenizer's.
 
+    Raises ValueError for a family that has no tiny model."""
+    repair_torchvision()
+    from transformers import AutoModelForImageTextToText
+
+    family = family or Qwen25VL()
     ids = tokenizer.convert_tokens_to_ids
-    family = Qwen25VL()
-    head = config.hidden // config.heads
-    stop, pad = ids(family.turn_end), ids("<|endoftext|>")
-    settings = Qwen2_5_VLConfig(
-        text_config={
+    settings = _SETTINGS.get(family.model_type)
+    if settings is None:
+        raise ValueError(f"there is no tiny model of {family.model_type}; there are: {', '.join(_SETTINGS)}")
+    complete = settings(
+        config,
+        {
             "vocab_size": len(tokenizer),
             "hidden_size": config.hidden,
             "intermediate_size": config.intermediate,
@@ -128,16 +132,11 @@ def make_model(tokenizer: Any, config: TinyConfig, seed: int) -> Any:
             "max_position_embeddings": config.max_positions,
             "initializer_range": config.initializer_range,
             "tie_word_embeddings": config.tie_embeddings,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": _mrope_sections(head),
-            },
             "bos_token_id": None,
-            "eos_token_id": stop,
-            "pad_token_id": pad,
+            "eos_token_id": ids(family.turn_end),
+            "pad_token_id": ids("<|endoftext|>"),
         },
-        vision_config={
+        {
             "depth": config.vision_layers,
             "hidden_size": config.vision_hidden,
             "intermediate_size": config.vision_intermediate,
@@ -145,37 +144,86 @@ def make_model(tokenizer: Any, config: TinyConfig, seed: int) -> Any:
             "out_hidden_size": config.hidden,
             "patch_size": family.patch_size,
             "spatial_merge_size": family.merge_size,
-            "window_size": 4 * family.multiple,
-            "fullatt_block_indexes": list(range(config.vision_layers)),
             "initializer_range": config.initializer_range,
         },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=config.tie_embeddings,
+        {
+            "image_token_id": ids("<|image_pad|>"),
+            "video_token_id": ids("<|video_pad|>"),
+            "vision_start_token_id": ids("<|vision_start|>"),
+            "vision_end_token_id": ids("<|vision_end|>"),
+            "tie_word_embeddings": config.tie_embeddings,
+        },
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(settings).float()
-    model.generation_config.eos_token_id = stop
-    model.generation_config.pad_token_id = pad
+    model: Any = AutoModelForImageTextToText.from_config(complete).float()
+    model.generation_config.eos_token_id = ids(family.turn_end)
+    model.generation_config.pad_token_id = ids("<|endoftext|>")
     model.generation_config.bos_token_id = None
     return model
 
 
-def _mrope_sections(head: int) -> list[int]:
+Settings = dict[str, Any]
+
+
+def _qwen25(config: TinyConfig, text: Settings, vision: Settings, ids: Settings) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": _mrope_sections(config)}
+    windows = {"window_size": 4 * Qwen25VL().multiple, "fullatt_block_indexes": list(range(config.vision_layers))}
+    return Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision | windows, **ids)
+
+
+def _qwen3(config: TinyConfig, text: Settings, vision: Settings, ids: Settings) -> Any:
+    """All but the last vision layer feed a layer of the language part (DeepStack), as far as there are such layers."""
+    from transformers import Qwen3VLConfig
+
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "mrope_section": _mrope_sections(config),
+        "mrope_interleaved": True,
+    }
+    deep = list(range(min(config.vision_layers - 1, config.layers)))
+    return Qwen3VLConfig(
+        text_config=text | {"rope_parameters": rope, "head_dim": config.hidden // config.heads},
+        vision_config=vision | {"deepstack_visual_indexes": deep, "num_position_embeddings": 256},
+        **ids,
+    )
+
+
+_SETTINGS = {Qwen25VL.model_type: _qwen25, Qwen3VL.model_type: _qwen3}
+
+
+def _mrope_sections(config: TinyConfig) -> list[int]:
     """Time, height and width parts of half a head: [4, 6, 6] of 16, as [16, 24, 24] of 64 in the released model."""
-    spatial = head // 2 * 3 // 8
-    return [head // 2 - 2 * spatial, spatial, spatial]
+    half = config.hidden // config.heads // 2
+    spatial = half * 3 // 8
+    return [half - 2 * spatial, spatial, spatial]
 
 
-def make_processor(tokenizer: Any) -> Any:
-    """A ``Qwen2_5_VLProcessor`` whose own resize is an identity on views of 4 to 1280 visual tokens."""
+def make_processor(tokenizer: Any, family: ModelFamily | None = None) -> Any:
+    """The family's processor, whose own resize is an identity on views of its least to 1280 visual tokens."""
     repair_torchvision()
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    from transformers import (
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
 
-    limits = {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
-    size = {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}
+    family = family or Qwen25VL()
+    unit = family.multiple**2
+    size = {"shortest_edge": family.min_visual_tokens * unit, "longest_edge": 1280 * unit}
+    if isinstance(family, Qwen3VL):
+        patches = {"patch_size": family.patch_size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        return Qwen3VLProcessor(
+            image_processor=Qwen2VLImageProcessor(size=size, **patches),
+            tokenizer=tokenizer,
+            video_processor=Qwen3VLVideoProcessor(size=size),
+            chat_template=CHAT_TEMPLATE,
+        )
+    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**limits),
         tokenizer=tokenizer,

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -13,19 +14,28 @@ from PIL import Image
 
 from episodes.prompts import around_image
 from episodes.types import Question, View
-from rewards.config import VerifierConfig
+from rewards.config import EndpointConfig, VerifierConfig
 from rewards.verifier import VerifierUnavailable
 
 _PASSING = frozenset((408, 409, 425, 429))  # with every 5xx: statuses that may be gone at the next attempt
 
 
-class EndpointVerifier:
-    """Chat completions with the crop as a PNG data URL, at temperature 0."""
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """finished: False where the length limit cut the reply; token counts as the endpoint reports them, 0 where not."""
 
-    def __init__(self, config: VerifierConfig) -> None:
+    text: str
+    finished: bool
+    prompt_tokens: int
+    reply_tokens: int
+
+
+class ChatEndpoint:
+    """Chat completions over HTTP: bounded concurrency, retries of what may pass, the key out of messages."""
+
+    def __init__(self, config: EndpointConfig) -> None:
         """Raises ValueError where the URL, the model's name or the named API key is missing."""
-        self._config, self._endpoint = config, config.endpoint
-        endpoint = config.endpoint
+        self._endpoint = endpoint = config
         if not endpoint.url or not endpoint.model:
             raise ValueError("reward.verifier.endpoint needs url and model")
         self._secret = _api_key(endpoint.api_key_env) if endpoint.api_key_env else ""
@@ -37,8 +47,8 @@ class EndpointVerifier:
             limits=httpx.Limits(max_connections=endpoint.concurrency),
         )
 
-    async def answer(self, question: Question, crop: View) -> str:
-        body = await asyncio.to_thread(self._body, question, crop)
+    async def complete(self, body: dict[str, Any]) -> ChatReply:
+        """Raises VerifierUnavailable."""
         retries, wait_s, longest_s = self._endpoint.retries, self._endpoint.backoff_s, self._endpoint.max_backoff_s
         async with self._slots:
             while True:
@@ -53,7 +63,7 @@ class EndpointVerifier:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _ask(self, body: dict[str, Any]) -> str:
+    async def _ask(self, body: dict[str, Any]) -> ChatReply:
         url = f"{self._endpoint.url.rstrip('/')}/chat/completions"
         try:
             reply = await self._client.post(url, json=body)
@@ -64,17 +74,36 @@ class EndpointVerifier:
         if reply.status_code != 200:
             raise VerifierUnavailable(f"{url}: status {reply.status_code}: {self._quoted(reply)}")
         try:
-            text = reply.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
+            found = reply.json()
+            text, finish = found["choices"][0]["message"]["content"], found["choices"][0].get("finish_reason")
+            usage = found.get("usage") or {}
+            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise VerifierUnavailable(f"{url}: not a chat completion: {self._quoted(reply)}") from error
         if not isinstance(text, str):
             raise VerifierUnavailable(f"{url}: a reply without text: {self._quoted(reply)}")
-        return text
+        return ChatReply(text, finish != "length", *counts)
 
     def _quoted(self, reply: httpx.Response) -> str:
         """For messages, which are logged: an endpoint may repeat the key that it does not like."""
         text = reply.text.replace(self._secret, "***") if self._secret else reply.text
         return text[:500]
+
+
+class EndpointVerifier:
+    """Chat completions with the crop as a PNG data URL, at temperature 0."""
+
+    def __init__(self, config: VerifierConfig) -> None:
+        """Raises ValueError where the URL, the model's name or the named API key is missing."""
+        self._config, self._endpoint = config, config.endpoint
+        self._chat = ChatEndpoint(config.endpoint)
+
+    async def answer(self, question: Question, crop: View) -> str:
+        body = await asyncio.to_thread(self._body, question, crop)
+        return (await self._chat.complete(body)).text
+
+    async def close(self) -> None:
+        await self._chat.close()
 
     def _body(self, question: Question, crop: View) -> dict[str, Any]:
         before, after = around_image(self._config.prompts.verify, question)

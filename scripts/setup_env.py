@@ -58,6 +58,8 @@ def main() -> int:
     make_venv(stamp, wanted["base"])
     install(device, dev)
     repair(device)
+    if dev:  # for the tests of the HTML page; unpacked into the user's cache, once
+        run("headless Chromium for tests", [str(VENV_PYTHON), str(ROOT / "scripts" / "fetch_chromium.py")], log=LOG)
     report_conflicts()
     STAMP.write_text(json.dumps(wanted), encoding="utf-8")
     print(f"Set-up is ready after {time.monotonic() - began:.0f} s.", flush=True)
@@ -94,6 +96,8 @@ def requirements_hash(device: str, dev: bool) -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     parts = [json.dumps([project["build-system"], project["project"]]).encode(), Path(__file__).read_bytes()]
     parts += [path.read_bytes() for path in constraint_files(device, dev)]
+    if dev:
+        parts.append((ROOT / "scripts" / "fetch_chromium.py").read_bytes())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.compat import repair_torchvision
-from episodes.families import Qwen25VL
+from episodes.families import ModelFamily, Qwen25VL
 from episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
 
 FAMILY = Qwen25VL()
@@ -65,9 +65,9 @@ def tiny_model(path: Path, *, tied: bool = False, seed: int = 0) -> Path:
     return path
 
 
-def view(columns: int, rows: int, seed: int = 0, box: Box | None = None) -> View:
+def view(columns: int, rows: int, seed: int = 0, box: Box | None = None, family: ModelFamily = FAMILY) -> View:
     """A view of random pixels with ``columns x rows`` visual tokens."""
-    width, height = columns * FAMILY.multiple, rows * FAMILY.multiple
+    width, height = columns * family.multiple, rows * family.multiple
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return View(box or Box(0, 0, width, height), pixels)
 
@@ -87,18 +87,19 @@ def trajectory(
     crop: View | None = None,
     seed: int = 0,
     version: int = 0,
+    family: ModelFamily = FAMILY,
 ) -> Trajectory:
     """A trajectory of as many turns as ``replies`` has lengths, with random plain tokens and random
     log-probs, and the prompt lengths that an engine would report."""
     rng = np.random.default_rng((seed, sample))
-    views = (coarse or view(3, 2, seed), crop or view(2, 4, seed + 1))[: len(replies)]
+    views = (coarse or view(3, 2, seed, family=family), crop or view(2, 4, seed + 1, family=family))[: len(replies)]
     turns, length = [], 0
     for place, (count, shown) in enumerate(zip(replies, views, strict=True)):
         head = rng.integers(0, WORDS, 3 + place).tolist()
         tail = rng.integers(0, WORDS, 4).tolist()
         prompt = [*head, IDS["<|vision_start|>"], IMAGE_PAD, IDS["<|vision_end|>"], *tail]
         completion = [*rng.integers(0, WORDS, count - 1).tolist(), IDS["<|im_end|>"]]
-        length += len(prompt) - 1 + FAMILY.visual_tokens(shown)
+        length += len(prompt) - 1 + family.visual_tokens(shown)
         turns.append(
             Turn(
                 prompt_ids=np.asarray(prompt, np.int32),

@@ -30,7 +30,12 @@ def group(number: int) -> Group:
     crop = view(2, 3, 5, Box(3, 4, 50, 60))
     found = trajectory(f"q{number}", 0, coarse=coarse, crop=crop, version=number)
     lost = trajectory(f"q{number}", 1, replies=(4,), coarse=coarse, seed=3, version=number)
-    turn = replace(found.turns[0], text="<zoom>…</zoom> \U0001f50d", engine_cached_tokens=32)
+    turn = replace(
+        found.turns[0],
+        text="<zoom>…</zoom> \U0001f50d",
+        engine_cached_tokens=32,
+        updates=((2, number + 1), (4, number + 2)),
+    )
     found = replace(found, turns=(turn, found.turns[1]))
     question = Question(f"q{number}", b"", "Which “mark”?", "B", ("ring", "bar"), (Box(1, 2, 3, 4),), "panels")
     played = Played(question.id, (facts_of(found), facts_of(lost)))

@@ -58,7 +58,18 @@ def test_what_is_too_old_is_dropped_counted_and_said() -> None:
         for number, versions in enumerate([(3, 2), (4, 4), (3, 3)]):
             await store.add(group(number, *versions))
         assert await take(store, 3, oldest=3) == [None, 1, 2]
-        assert store.dropped == 1
+        assert store.stale == 1
+
+    asyncio.run(story())
+
+
+def test_what_is_too_old_may_be_kept_and_is_counted() -> None:
+    async def story() -> None:
+        store = TrajectoryStore(keep_stale=True)
+        for number, versions in enumerate([(3, 2), (4, 4)]):
+            await store.add(group(number, *versions))
+        assert await take(store, 2, oldest=3) == [0, 1]
+        assert store.stale == 1
 
     asyncio.run(story())
 
@@ -87,9 +98,9 @@ def test_contents_and_restore() -> None:
         groups, skipped = store.contents()
         assert [one.number for one in groups] == [3, 4] and skipped == (2,)
         again = TrajectoryStore()
-        again.restore(store.next_number, groups, skipped, dropped=5)
+        again.restore(store.next_number, groups, skipped, stale=5)
         await again.add(group(1, 0, 0))
-        assert await take(again, 3) == [1, 3, 4] and again.dropped == 5
+        assert await take(again, 3) == [1, 3, 4] and again.stale == 5
         with pytest.raises(ValueError, match=r"groups \[3\] come before group 4"):
             again.restore(4, groups, (), 0)
 

@@ -95,6 +95,7 @@ class Reply:
     stopped: bool = True
     prompt_length: int = 0
     weight_version: int = 3
+    updates: tuple[tuple[int, int], ...] = ()
     cached_tokens: int = 0
 
     @property

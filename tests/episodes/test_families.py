@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cluster.compat import repair_torchvision
-from episodes.families import ModelFamily, Qwen25VL, family_of
+from episodes.families import Qwen3VL, Qwen25VL, family_of
 from episodes.types import Box, View
 
 repair_torchvision()
@@ -48,7 +48,7 @@ def test_fit_equals_smart_resize_on_ordinary_images(width: int, height: int, bud
         ((672, 672), 640, (672, 672)),  # 24 x 24 = 576 tokens fit: unchanged
         ((672, 672), 36, (168, 168)),  # 6 x 6
         ((1, 1), 640, (56, 56)),  # the family's least: 2 x 2
-        ((42, 71), 4, (28, 112)),  # 1 x 2 tokens would be rounded down below the family's least
+        ((42, 71), 4, (56, 56)),  # 1 x 2 tokens are below the family's least; of 1 x 4, 2 x 2, 4 x 1 the nearest
         ((5600, 28), 640, (5600, 28)),  # 1:200, the thinnest it takes
         ((8200, 41), 640, (5600, 28)),  # 41 rows round down to 28: 293:1 would be refused
     ],
@@ -110,18 +110,25 @@ def test_family_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
     assert isinstance(family_of(str(tmp_path)), Qwen25VL)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
-    with pytest.raises(ValueError, match="'llava' model; known families: qwen2_5_vl"):
+    with pytest.raises(ValueError, match="'llava' model; known families: qwen2_5_vl, qwen3_vl"):
         family_of(str(tmp_path))
 
 
-def test_another_unit_and_minimum_fit_as_well() -> None:
-    class Coarser(ModelFamily):
-        model_type, patch_size, merge_size, min_visual_tokens = "coarser", 16, 2, 64
+def test_qwen3_vl_by_hand() -> None:
+    """Units of 32 pixels, at least 8 x 8 of them; boxes in thousandths, whatever the view's size."""
+    family = Qwen3VL()
+    assert family.fit(1, 1, 640) == (256, 256)
+    assert family.fit(1000, 500, 640) == (992, 512)  # 31.25 x 15.6 units, rounded
+    coarse = View(Box(0, 0, 2000, 1000), np.zeros((256, 512, 3), np.uint8))
+    assert family.write_corners(Box(500, 250, 1000, 1000), coarse) == (250, 250, 500, 1000)
+    assert family.read_corners((250, 250, 500, 1000), coarse) == (128, 64, 256, 256)
+    with pytest.raises(ValueError, match="below the 64 of qwen3_vl"):
+        family.fit(1000, 1000, 63)
 
-        def read_corners(self, written, coarse):  # type: ignore[no-untyped-def]
-            return written
 
-        def write_corners(self, box, coarse):  # type: ignore[no-untyped-def]
-            return box.x1, box.y1, box.x2, box.y2
-
-    assert Coarser().fit(1, 1, 640) == (256, 256)  # 8 x 8 tokens of 32
+@given(SIDES, SIDES, st.integers(64, 16_384))
+def test_qwen3_vl_fits_its_processor(width: int, height: int, budget: int) -> None:
+    assume(max(width, height) <= 200 * min(width, height))
+    fitted = Qwen3VL().fit(width, height, budget)
+    assert smart_resize(fitted[1], fitted[0], 32, 64 * 32**2, budget * 32**2) == (fitted[1], fitted[0])
+    assert 64 <= fitted[0] * fitted[1] // 32**2 <= budget

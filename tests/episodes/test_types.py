@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,15 @@ def test_box_contains_itself_and_what_is_inside() -> None:
 def test_view_takes_only_rgb_bytes(pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match="uint8"):
         View(Box(0, 0, 4, 4), pixels)
+
+
+def test_a_turn_says_which_weights_sampled_which_tokens() -> None:
+    plain = turn([1], [5, 6, 7], [-1.0, -1.0, -1.0])
+    assert plain.versions == (0,)
+    assert replace(plain, updates=((1, 4), (2, 5))).versions == (0, 4, 5)
+    for wrong in [((0, 1),), ((3, 1),), ((1, 0),), ((2, 1), (1, 2)), ((1, 2), (2, 2))]:
+        with pytest.raises(ValueError, match="must ascend"):
+            replace(plain, updates=wrong)
 
 
 def test_turn_needs_one_logprob_per_sampled_token() -> None:

@@ -37,7 +37,7 @@ def test_the_default_is_todays_loss_and_no_replaced_groups() -> None:
     config = load_config(PANELS)
     loss = config.learner.loss
     assert (loss.objective, loss.clip_low, loss.clip_high, loss.dual_clip) == (ObjectiveName.DAPO, 0.2, 0.2, None)
-    assert (loss.kl, loss.mask_truncated, config.spare_groups) == (0.1, False, 0)
+    assert (loss.kl, loss.mask_truncated, config.spare_groups) == (0.0, False, 0)
     assert load_config(PANELS, ["dynamic_sampling=true"]).spare_groups == 3 * 8
 
 
@@ -72,6 +72,8 @@ def test_the_panels_recipe_plays_what_was_pretrained() -> None:
         ("checkpoint.url=s3://key:secret@bucket/runs", r"checkpoint\.url holds a user or password"),
         ("reward.verifier.endpoint.url=https://me:sk-1@host/v1", r"endpoint\.url holds a user or password"),
         ("reward.unscored_tolerance=2", "unscored_tolerance is 2.0; it is a share"),
+        ("reward.verifier.engine.model=''", r"reward\.verifier\.engine\.model has no value: name a reward model"),
+        ("reward.verifier.backend=endpoint", r"reward\.verifier\.endpoint needs url and model"),
         ("seven", "'seven' is not an override; write key=value"),
     ],
 )

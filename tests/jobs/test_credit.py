@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import ray
@@ -74,3 +75,13 @@ def test_what_teaches() -> None:
     # the same totals, earned in other turns
     swapped = group(score(1, 0, 0), score(0, 0, 1))
     assert not crediting().teaches(swapped) and crediting(credit=Credit.TURN).teaches(swapped)
+
+
+def test_a_group_that_is_too_old_weighs_less_for_each_version() -> None:
+    """Sampled by version 0, rewards 1 and 0: advantages of +-sqrt(1/2) with the sample deviation."""
+    old, half = group(score(1.0, 0.0), score(0.0, 0.0)), replace(crediting(), stale_weight=0.5)
+    plain = 0.5**0.5
+    for oldest, weight in ((0, 1.0), (1, 0.5), (3, 0.125)):
+        (found,) = half.batch([old], oldest)
+        assert found.advantages == ((pytest.approx(weight * plain),), (pytest.approx(-weight * plain),))
+    assert half.batch([old], 0)[0].advantages == crediting().batch([old])[0].advantages, "bit by bit"

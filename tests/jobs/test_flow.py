@@ -50,6 +50,7 @@ def flow_of(
     delay: Callable[[int], float] = lambda _: 0.0,
     state: FlowState | None = None,
     version: Callable[[], int] = lambda: 0,
+    keep_stale: bool = False,
 ) -> Flow:
     """Two trajectories a question, of rewards 0 and 1; of 1 and 1 for the questions ``equal``."""
 
@@ -70,7 +71,7 @@ def flow_of(
 
     pools: Any = Pools(play=play, score=score, restarts=0)
     questions: Any = Questions()
-    return Flow(questions, pools, pools, 0, OnBadRow.SKIP, state)
+    return Flow(questions, pools, pools, 0, OnBadRow.SKIP, state, keep_stale)
 
 
 def unlike(group: Group) -> bool:
@@ -147,6 +148,47 @@ def test_what_is_too_old_is_replaced_so_that_nobody_waits_for_ever() -> None:
 
     assert asyncio.run(story()) == ["q4", "q5", "q6", "q7"]
     assert flow.metrics()["count/stale_groups"] == 4
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_the_store_bounds_how_far_rollouts_run_ahead(ahead: int) -> None:
+    """A learner that takes its time, pools that answer at once: what is played, scored or waiting is never more than
+    4 groups for each version that the learner may be behind and the one it is at; and nothing is older than that."""
+    now, most = [0], 0
+    flow = flow_of(version=lambda: now[0])
+
+    async def story() -> list[int]:
+        nonlocal most
+        ages = []
+        for step in range(5):
+            flow.keep_ahead(4 * (1 + ahead))
+            flow.keep_ahead(4 * (1 + ahead))  # asking twice is asking once
+            groups = await asyncio.wait_for(flow.take(4, oldest=step - ahead, wanted=unlike, spare=0), timeout=10)
+            await asyncio.sleep(0.02)  # the learner learns, all that may be played is played
+            state = flow.state()
+            most = max(most, len(state.in_flight) + len(state.groups) + 4)
+            ages += [step - group.oldest_version for group in groups]
+            now[0] = step + 1
+        return ages
+
+    ages = asyncio.run(story())
+    assert most == 4 * (1 + ahead)
+    assert max(ages) == ahead and flow.metrics()["count/stale_groups"] == 0
+
+
+def test_what_is_too_old_is_handed_out_where_it_is_weighed_down() -> None:
+    now = [0]
+    flow = flow_of(version=lambda: now[0], keep_stale=True)
+
+    async def story() -> list[str]:
+        flow.keep_ahead(2)
+        await asyncio.sleep(0.05)
+        now[0] = 3
+        groups = await asyncio.wait_for(flow.take(2, oldest=3, wanted=unlike, spare=0), timeout=10)
+        return [group.question.id for group in groups]
+
+    assert asyncio.run(story()) == ["q0", "q1"]
+    assert flow.metrics()["count/stale_groups"] == 2
 
 
 @settings(max_examples=60, deadline=None)

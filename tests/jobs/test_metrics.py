@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import ray
 
 from actors.rollout_worker import Played, TrajectoryFacts
 from actors.trajectory_store import Group
 from episodes.types import Box, Outcome, Question, Score, Unscored, Verdict
-from jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics
+from jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics, staleness_metrics
 
 WHOLE, RIGHT, WRONG, TINY = Box(0, 0, 100, 100), Box(10, 10, 60, 60), Box(60, 60, 90, 90), Box(20, 20, 25, 25)
 TARGET = Box(20, 20, 30, 30)
@@ -17,6 +19,17 @@ TARGET = Box(20, 20, 30, 30)
 def facts(crop: Box | None, outcome: Outcome = Outcome.ANSWERED, box_outcome: str = "ok") -> TrajectoryFacts:
     ratio = None if crop is None else crop.area / 10_000
     return TrajectoryFacts(outcome, box_outcome, crop, ratio, 90, (20, 10) if crop else (20,), (0,))
+
+
+def test_staleness_by_hand() -> None:
+    """Version 5 learns: turns of versions (5, 5) and (3, 4), the second of which lived through an update; and of 4."""
+    members = [replace(facts(RIGHT), policy_versions=(5, 5)), replace(facts(RIGHT), policy_versions=(3, 4), updates=1)]
+    groups = [group(members, [Score(0.0)] * 2), group([replace(facts(None), policy_versions=(4,))], [Score(0.0)])]
+    assert staleness_metrics(groups, 5) == {
+        "rollout/staleness_mean": 1.0,
+        "rollout/staleness_max": 2.0,
+        "rollout/across_updates": pytest.approx(1 / 3),
+    }
 
 
 def group(members: list[TrajectoryFacts], scores: list[Verdict], boxes: tuple[Box, ...] = (TARGET,)) -> Group:

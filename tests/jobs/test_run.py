@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,13 +66,18 @@ def test_samples_show_every_box_and_every_part(config: TrainConfig) -> None:
     group = Group(0, Question("q", b"", "Which?", "ring"), played, scores, ray.ObjectRef.nil())
     with Run.open(config) as run:
         assert [step for step in range(5) if run.due_samples(step)] == [0, 2, 4]
-        run.write_samples(2, group, (found, lost))
+        run.write_samples(2, group, (found, lost), [(0.5, -0.25), (math.nan,)])
         folder = run.folder / "samples" / "step-000002"
         first, second = map(json.loads, (folder / "trajectories.jsonl").read_text().splitlines())
+        about = json.loads((folder / "group.json").read_text())
     assert first["crop"] == {"x1": 280, "y1": 280, "x2": 420, "y2": 420} and first["area_ratio"] == 0.0625
     assert first["total"] == 2.5 and first["parts"] == {"region": 1.0} and first["policy_versions"] == [3, 3]
     assert second["crop"] is None and second["total"] is None and second["unscored"] == "timeout"
-    assert {path.name for path in folder.iterdir()} == {"coarse.png", "crop-00.png", "trajectories.jsonl"}
+    assert first["advantages"] == [0.5, -0.25] and second["advantages"] == [None], "NaN is no JSON"
+    assert about["step"] == 2 and about["original"] == [560, 560] and about["question"]["answer"] == "ring"
+    assert {path.name for path in folder.iterdir()} == {
+        "coarse.png", "crop-00.png", "group.json", "trajectories.jsonl", "view.png",
+    }  # fmt: skip
 
 
 def test_sparklines() -> None:

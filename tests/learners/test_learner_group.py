@@ -165,9 +165,7 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
         await other.close()
 
     assert len(buckets) > 2  # and they outlive the ranks
-    weights: dict[str, torch.Tensor] = {}
-    for bucket in buckets:
-        weights |= safetensors.torch.load(await bucket)
+    weights = await files_of(buckets)
     assert furthest(logprobs_of(config.model, weights, played[0]), after) < 1e-5
     assert furthest(logprobs_of(folder / "export", None, played[0]), after) < 1e-5
 
@@ -184,10 +182,11 @@ async def state_of(learners: LearnerGroup) -> list[ray.ObjectRef]:
 
 
 async def files_of(references: Sequence[ray.ObjectRef]) -> dict[str, torch.Tensor]:
-    """The tensors of all files together."""
+    """The tensors of all files, or of all buckets, together."""
     tensors: dict[str, torch.Tensor] = {}
     for reference in references:
-        tensors |= safetensors.torch.load(await reference)
+        file = await reference
+        tensors |= safetensors.torch.load(file if isinstance(file, bytes) else b"".join(map(bytes, file)))
     return tensors
 
 

@@ -1,5 +1,5 @@
 """The real stack, started once per test run: Ray, vLLM engines and a learner on the panels recipe, and the same
-for a random model with tied embeddings."""
+for a random model with tied embeddings and for one of the second family."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import torch
 from actors.rollout_pool import RolloutPool
 from cluster.placement import Cluster
 from cluster.weights import WeightChannel
+from episodes.coarse_to_fine import EpisodeConfig, OnBadBox
+from episodes.families import Qwen3VL
 from episodes.panels import PanelsConfig, Split, question
 from episodes.types import Question
 from jobs.config import TrainConfig, load_config
@@ -57,6 +59,26 @@ class Stack:
         changed: int = await self.learners._actors[0].__ray_call__.remote(on_learner)
         return changed
 
+    async def remember(self) -> None:
+        """Have the learner keep a copy of its weights."""
+
+        def on_learner(rank: Any) -> None:
+            rank.kept = {name: weight.detach().clone() for name, weight in rank._learner.policy.named_weights()}
+
+        await self.learners._actors[0].__ray_call__.remote(on_learner)
+
+    async def exchange(self) -> None:
+        """The learner's weights against the copy that it keeps."""
+
+        def on_learner(rank: Any) -> None:
+            with torch.no_grad():
+                for name, weight in rank._learner.policy.named_weights():
+                    now = weight.detach().clone()
+                    weight.copy_(rank.kept[name])
+                    rank.kept[name] = now
+
+        await self.learners._actors[0].__ray_call__.remote(on_learner)
+
     async def on_worker(self, change: Callable[[Any], Any]) -> Any:
         """Run something inside the (only) rollout worker."""
         return await self.rollouts._pool._workers[0].actor.__ray_call__.remote(change)
@@ -86,23 +108,35 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory, recipe: TrainConfig) ->
     return folder
 
 
+@pytest.fixture(scope="session")
+def qwen3_model(tmp_path_factory: pytest.TempPathFactory, recipe: TrainConfig) -> Path:
+    """A random Qwen3-VL, and the tokenizer of the panels policy."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(recipe.learner.model)
+    folder, family = tmp_path_factory.mktemp("models") / "qwen3", Qwen3VL()
+    save_folder(make_model(tokenizer, TinyConfig(), 0, family), make_processor(tokenizer, family), folder)
+    return folder
+
+
 @dataclass
 class Everything:
     untied: Stack
     tied: Stack
+    qwen3: Stack
     rewards: RewardPool
 
 
 @pytest.fixture(scope="session")
 def everything(
-    ray_cluster: Cluster, runner: asyncio.Runner, recipe: TrainConfig, tied_model: Path
+    ray_cluster: Cluster, runner: asyncio.Runner, recipe: TrainConfig, tied_model: Path, qwen3_model: Path
 ) -> Iterator[Everything]:
     """All engines start at once, which takes about as long as one after the other on two cores, but no longer."""
 
-    async def launch(model: str, **extra: Any) -> Stack:
+    async def launch(model: str, episode: EpisodeConfig = recipe.episode, **extra: Any) -> Stack:
         engine = replace(recipe.rollout.engine, model=model, extra=recipe.rollout.engine.extra | extra)
         rollout = replace(recipe.rollout, engine=engine)
-        rollouts = RolloutPool.launch(ray_cluster, rollout, recipe.episode)
+        rollouts = RolloutPool.launch(ray_cluster, rollout, episode)
         learners = await LearnerGroup.launch(
             ray_cluster, replace(recipe.learner, model=model, freeze_vision=False, threads=1)
         )
@@ -111,19 +145,22 @@ def everything(
 
     async def launch_all() -> Everything:
         rewards = RewardPool.launch(ray_cluster, recipe.reward)
-        untied, tied, _ = await asyncio.gather(
+        least = Qwen3VL.min_visual_tokens
+        larger = replace(recipe.episode, coarse_tokens=least, fine_tokens=least, on_bad_box=OnBadBox.WHOLE_IMAGE)
+        untied, tied, qwen3, _ = await asyncio.gather(
             launch(recipe.learner.model),
             # so few tokens a step that most prompts are prefilled in parts
             launch(str(tied_model), max_num_batched_tokens=96),
+            launch(str(qwen3_model), larger),
             rewards.ready(START_S),
         )
-        return Everything(untied, tied, rewards)
+        return Everything(untied, tied, qwen3, rewards)
 
     started = runner.run(launch_all())
     yield started
 
     async def close_all() -> None:
-        for stack in (started.untied, started.tied):
+        for stack in (started.untied, started.tied, started.qwen3):
             await stack.rollouts.close()
             await stack.learners.close()
         await started.rewards.close()

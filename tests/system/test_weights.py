@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
-from episodes.types import Question
-from jobs.config import ProofConfig
+from actors.rollout_pool import Rollout
+from episodes.types import Question, Trajectory
+from jobs.config import ProofConfig, TrainConfig
 from jobs.proof import Proof, WeightsDiffer
 from tests.system.conftest import Everything, Stack, differences
 
@@ -21,7 +24,7 @@ async def play_all(stack: Stack, questions: list[Question]) -> list[tuple[Any, .
     return list(await asyncio.gather(*(one.trajectories for one in rollouts)))  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("which", ["untied", "tied"])
+@pytest.mark.parametrize("which", ["untied", "tied", "qwen3"])
 def test_a_perturbed_learner_and_the_engine_agree_on_prompts_and_images_seen_before(
     which: str, everything: Everything, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
@@ -76,5 +79,66 @@ def test_the_proof_notices_a_forgotten_cache(
         assert (await proof.measure(untied.version))["proof/mismatch_mean"] <= 1e-5
         with pytest.raises(WeightsDiffer, match="played for versions"):
             await proof.measure(untied.version + 1)
+
+    runner.run(story())
+
+
+def sampled_by(trajectory: Trajectory) -> np.ndarray:
+    """int[sampled tokens]: the version that the stamps say."""
+    found = []
+    for turn in trajectory.turns:
+        versions = np.full(len(turn.completion_ids), turn.policy_version)
+        for at, version in turn.updates:
+            versions[at:] = version
+        found.append(versions)
+    return np.concatenate(found)
+
+
+def test_no_turn_mixes_weights_without_saying_which_token_is_whose(
+    tied: Stack, runner: asyncio.Runner, recipe: TrainConfig, questions: list[Question]
+) -> None:
+    """Version b is published while long replies of version a are being sampled, and the engine is not drained. Every
+    token has the log-prob of the version that its stamp names (so the stamp is right to the token, and no cache of a
+    served b); under the other version log-probs are elsewhere."""
+    long = replace(recipe.rollout.sampling, coarse_max_tokens=300)
+
+    def furthest(worker: Any) -> int:
+        requests = worker._engine._llm.output_processor.request_states.values()
+        return max((one.detokenizer.num_output_tokens() for one in requests), default=0)
+
+    async def story() -> None:
+        a = await tied.publish()
+        await tied.remember()
+        await tied.perturb(seed=17)
+        playing = asyncio.gather(*(tied.rollouts.play(one, 23, 4, long) for one in questions[12:14]))
+        while await tied.on_worker(furthest) < 16:
+            assert not playing.done()
+            await asyncio.sleep(0.02)
+        b = await tied.publish()
+        rollouts = await playing
+        assert all(isinstance(one, Rollout) for one in rollouts)
+        groups = await asyncio.gather(*(one.trajectories for one in rollouts))  # type: ignore[union-attr]
+        trajectories = tuple(one for group in groups for one in group)
+
+        turns = [turn for one in trajectories for turn in one.turns]
+        crossed = [turn for turn in turns if turn.updates]
+        assert len(crossed) >= 4, "replies this long were still being sampled"
+        assert {turn.versions for turn in crossed} == {(a, b)}
+        assert {turn.versions for turn in turns} - {(a, b)} <= {(a,), (b,)}
+        facts = [facts for one in rollouts for facts in one.played.facts]  # type: ignore[union-attr]
+        assert sum(one.updates for one in facts) == len(crossed)
+
+        new = await tied.learners.logprobs(ray.put(trajectories))
+        await tied.exchange()
+        old = await tied.learners.logprobs(ray.put(trajectories))
+        await tied.exchange()
+        right, wrong = [], []
+        for one, ours_a, ours_b in zip(trajectories, old, new, strict=True):
+            theirs, of_b = one.logprobs[one.loss_mask], sampled_by(one) == b
+            right.append(np.abs(theirs - np.where(of_b, ours_b, ours_a)))
+            wrong.append(np.abs(theirs - np.where(of_b, ours_a, ours_b)))
+        found, other = np.concatenate(right), np.concatenate(wrong)
+        assert found.mean() <= 1e-5 and found.max() <= 1e-3, (found.mean(), found.max())
+        assert other.mean() > 1e-2, "the two versions can be told apart"
 
     runner.run(story())

@@ -1,0 +1,66 @@
+"""Weights on their way: the pieces of a safetensors file that are never put together in memory.
+
+A bucket is a header and one array per tensor, which one after the other are a safetensors file. The arrays of a tensor
+on the CPU are the tensor's own memory: Ray copies them into its object store, readers see them there, and the file is
+written from there. So a weight is copied once into the object store and once into the file, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bucket = Sequence[NDArray[np.uint8]]
+"""uint8[header], then uint8[bytes] of each tensor."""
+
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_ALIGNMENT = 64
+
+
+def pack(tensors: Iterable[tuple[str, Tensor]]) -> list[NDArray[np.uint8]]:
+    """Tensors on the CPU as a bucket that shares their memory: use it before they change.
+
+    Raises ValueError for a type that safetensors has no name for here."""
+    import torch
+
+    header: dict[str, dict[str, object]] = {}
+    parts, start = [], 0
+    # The widest first, as safetensors does, so that every tensor lies at a multiple of its own width.
+    for name, tensor in sorted(tensors, key=lambda pair: -pair[1].element_size()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in _DTYPES:
+            raise ValueError(f"weight {name!r} is {kind}; known: {', '.join(_DTYPES)}")
+        stop = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        parts.append(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return [np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8), *parts]
+
+
+def write_shared(bucket: Bucket) -> Path:
+    """The bucket as a safetensors file in shared memory where there is any: processes of this machine map it instead of
+    receiving it. Whoever gets the path removes the file."""
+    folder = Path("/dev/shm")
+    with tempfile.NamedTemporaryFile(
+        dir=folder if folder.is_dir() else None, prefix="ergo-rl-", delete=False, buffering=0
+    ) as file:
+        for part in bucket:
+            rest = part.data
+            while rest:  # a raw file may take less than it is given
+                rest = rest[file.write(rest) :]
+    return Path(file.name)

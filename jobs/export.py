@@ -1,0 +1,199 @@
+"""``ergo-rl export``: the policy of a run as a Hugging Face folder with a model card, also for ``vllm serve``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from jobs.checkpoints import Shelf, check, read_manifest, step_of
+from jobs.commands import EXPECTED
+from jobs.config import ConfigError, TrainConfig, load_config
+from jobs.evaluation import wilson
+from jobs.layout import CONFIG, EVALUATIONS, POLICY, RECIPE
+from jobs.metrics import Metrics
+from jobs.report_data import NoRun, read_lines
+from jobs.resume import CHECKPOINTS
+from learners.checkpoint import export_state
+
+_SCORES = (
+    ("target coverage", "coverage", False),
+    ("accuracy", "accuracy", True),
+    ("mean crop area", "area_ratio", False),
+    ("whole image", "full_image_rate", True),
+    ("bad box", "bad_box_rate", True),
+)
+"""Title, name in an evaluation, whether it is a share of all questions (coverage is of those with boxes)."""
+_TEMPLATE = files("jobs") / "page" / "model_card.md"
+
+
+def export(run: Path, out: Path, which: str = "") -> int:
+    """Write the policy of ``run`` to ``out``, whole or not at all; returns the step that it has behind it.
+
+    which: a checkpoint (``latest``, ``best``, ``step-000050``); empty: the finished policy, or else the newest
+    checkpoint. Raises NoRun, ConfigError, DamagedCheckpoint, OSError."""
+    if not (run / CONFIG).is_file():
+        raise NoRun(f"{run} is not a run's folder: it has no {CONFIG}")
+    if out.exists():
+        raise ConfigError(f"{out} is there already; name another folder with --out, or remove it")
+    config = load_config(run / CONFIG)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+        draft = Path(aside) / "folder"
+        if not which and (run / POLICY).is_dir():
+            shutil.copytree(run / POLICY, draft)
+            step = config.total_steps
+        else:
+            checkpoint = find_checkpoint(run, which or "latest")
+            step = step_of(checkpoint.name)
+            # what was trained is named by the checkpoint, which may be of another configuration than the run now
+            learner = load_config(checkpoint / CONFIG).learner
+            export_state(learner, sorted(checkpoint.glob("learner-*.safetensors")), draft)
+        shutil.copyfile(run / CONFIG, draft / RECIPE)
+        evaluations = read_lines(run / EVALUATIONS)
+        (draft / "README.md").write_text(model_card(config, step, evaluations), encoding="utf-8")
+        for path in draft.iterdir():
+            path.chmod(0o644)  # safetensors are written for their owner alone
+        draft.rename(out)
+    return step
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """A checkpoint of the run, checked. Raises NoRun where there is none of that name, DamagedCheckpoint."""
+    shelf = Shelf(run / CHECKPOINTS)
+    there = sorted(shelf.names())
+    if which == "latest":
+        found = shelf.newest()
+    elif which == "best":
+        scores = {name: score for name in there if (score := read_manifest(shelf.folder / name).score) is not None}
+        found = shelf.folder / max(scores, key=lambda name: (scores[name], step_of(name))) if scores else None
+    else:
+        found = shelf.folder / which if which in there else None
+    if found is None:
+        raise NoRun(f"{run} has no checkpoint {which!r}; it has: {', '.join(there) or 'none'}")
+    check(found)
+    return found
+
+
+def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -> str:
+    """Markdown with the front matter that model hubs read. Words of the configuration cannot break out of it."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"cell": _cell, "code": _code, "block": _block}
+    prompts, verifier, base = config.episode.prompts, config.reward.verifier, config.learner.model
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["ergo", "visual-grounding", "reinforcement-learning", "grpo"],
+    }
+    if not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        front["base_model"] = base  # a hub name; a hub refuses a folder's
+    before = next((one for one in evaluations if one["step"] == 0), {})
+    after = next((one for one in evaluations if one["step"] == step), {})
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        front=f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        name=re.sub(r"[^\w .,()+-]", "_", config.name),
+        version=_version(),
+        base=base,
+        step=step,
+        total_steps=config.total_steps,
+        trajectories=config.groups_per_step * config.rollout.group_size,
+        coarse_tokens=config.episode.coarse_tokens,
+        fine_tokens=config.episode.fine_tokens,
+        questions=config.questions.paths,
+        heldout=config.evaluation.paths,
+        reward_model=verifier.engine.model if verifier.backend == "engine" else verifier.endpoint.model,
+        cases=int(after.get("eval/trajectories", 0)),
+        scores=_scores(before, after),
+        max_model_len=config.rollout.engine.max_model_len,
+        system=prompts.system,
+        coarse=prompts.coarse,
+        fine=prompts.fine,
+        recipe=RECIPE,
+        config=yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True),
+    )
+
+
+def _scores(before: Metrics, after: Metrics) -> list[tuple[str, str, str]]:
+    return [
+        (title, _figure(before, f"eval/{name}", share), _figure(after, f"eval/{name}", share))
+        for title, name, share in _SCORES
+        if f"eval/{name}" in after
+    ]
+
+
+def _figure(metrics: Metrics, name: str, share: bool) -> str:
+    if name not in metrics:
+        return "-"
+    unscored = metrics.get("eval/unscored", 0.0) if name == "eval/accuracy" else 0.0
+    count = int(metrics["eval/trajectories"] - unscored)
+    low, high = wilson(metrics[name] * count, count)
+    return f"{metrics[name]:.1%}" + (f" ({low:.1%} to {high:.1%})" if share else "")
+
+
+def _settings(config: TrainConfig) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def _cell(text: str) -> str:
+    return _code(" ".join(text.split())).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Inline code, whatever backticks and line ends are in it."""
+    shown = text.replace("\n", "\\n")
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    pad = " " if "`" in shown or not shown else ""
+    return f"{ticks}{pad}{shown}{pad}{ticks}"
+
+
+def _block(text: str) -> str:
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{ticks}yaml\n{text}{ticks}"
+
+
+def _version() -> str:
+    try:
+        return version("ergo-rl")
+    except PackageNotFoundError:  # run from a checkout that Ray shipped
+        return "(not installed)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ergo-rl export",
+        description="Write the policy of a run as a Hugging Face folder with a model card (scores, data, prompts, "
+        "configuration): the finished policy, or that of a checkpoint, LoRA merged.",
+        epilog="example: ergo-rl export runs/panels --checkpoint best --out exported/panels-best",
+    )
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--out", type=Path, help="folder to make (default: exported/NAME)")
+    parser.add_argument(
+        "--checkpoint",
+        default="",
+        help="latest, best or a name such as step-000050 (default: the finished policy, or else the newest checkpoint)",
+    )
+    options = parser.parse_args(argv)
+    out = options.out or Path("exported") / "-".join(filter(None, (options.run.resolve().name, options.checkpoint)))
+    try:
+        step = export(options.run, out, options.checkpoint)
+    except (NoRun, ValueError, *EXPECTED) as error:
+        print(f"ergo-rl export: {error}", file=sys.stderr)
+        return 1
+    print(f"{out}: the policy after {step} steps; serve it: vllm serve {out} (README.md there has the options)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,23 @@
+"""Names in a run's folder that more than one reader knows. Imports nothing, so that looking at a run is quick."""
+
+from __future__ import annotations
+
+CONFIG = "config.yaml"
+"""A recipe: ``load_config`` reads it."""
+ENDED = "ended.json"
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+POLICY = "policy"
+"""The policy after the last step, a Hugging Face folder."""
+RECIPE = "ergo-rl.yaml"
+"""In an exported folder: the run's configuration, with the prompts and budgets that the policy was trained with."""
+SAMPLES = "samples"
+GROUP, TRAJECTORIES, VIEW = "group.json", "trajectories.jsonl", "view.png"
+"""In a folder of samples; ``GROUP`` is written last."""
+
+
+def folder_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def crop_name(sample: int) -> str:
+    return f"crop-{sample:02d}.png"

@@ -1,0 +1,101 @@
+"""What the benchmarks make of their measurements, by hand; no benchmark runs here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import driver, end_to_end, learner, overlap, rollout, weights
+from benchmarks.reporting import cpu_seconds, report
+
+
+def test_a_report_is_written_and_its_status_says_whether_the_target_was_met(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(out=tmp_path / "new" / "it.json", rounds=3)
+    assert report(arguments, {"ratio": 1.23456789, "by": {"a": [1.0, 2]}}, True, "fast") == 0
+    said = json.loads(arguments.out.read_text())
+    assert said["found"] == {"ratio": 1.235, "by": {"a": [1.0, 2]}} and said["verdict"] == "ok: fast"
+    assert said["settings"]["rounds"] == 3 and said["machine"]["cores"] == os.cpu_count()
+    assert report(arguments, {}, False, "slow") == 1
+    assert json.loads(arguments.out.read_text())["verdict"] == "MISSED: slow"
+
+
+def test_cpu_seconds_are_those_of_this_process_too() -> None:
+    before, mine = cpu_seconds(), time.process_time()
+    while time.process_time() - mine < 0.1:
+        pass
+    assert cpu_seconds() - before >= 0.08
+
+
+def test_weights() -> None:
+    """200 MB: gathered in 0.1 s and delivered in 0.1 s, a memcpy takes 0.05 s warm and 0.1 s fresh."""
+    times = {"memcpy": [0.05], "memcpy_fresh": [0.1], "gather": [0.1, 0.3, 0.1], "deliver": [0.1], "publish": [0.5]}
+    found = weights.figures(200_000_000, times)
+    assert found["transport/memcpy"] == pytest.approx(4.0) and found["transport/memcpy_fresh"] == pytest.approx(2.0)
+    assert found["transport_gb_per_s"] == pytest.approx(1.0) and found["publish/memcpy_fresh"] == pytest.approx(5.0)
+    assert found["learner_stall_s"] == 0.1
+    small = found | {"bytes": 99_000_000, "transport/memcpy_fresh": 9.0}
+    assert weights.verdict({"5 MB": small, "200 MB": found})[0]
+    assert not weights.verdict({"200 MB": found | {"transport/memcpy_fresh": 3.1}})[0]
+    assert not weights.verdict({"5 MB": small})[0], "nothing was large enough to count"
+
+
+def test_overlap() -> None:
+    """Rollouts take 2 s and learning 1 s where nothing overlaps; ahead by one a step takes 2.1 s."""
+
+    def step(seconds: float, rollout: float) -> dict[str, float]:
+        return {"step": seconds, "rollout": rollout, "learn": 1.0, "publish": 0.1, "cpu": 3.0}
+
+    found = overlap.figures({0: [step(3.1, 2.0)] * 3, 1: [step(2.1, 1.0), step(9.0, 1.0), step(2.0, 1.0)]}, cores=2)
+    assert found["larger_s"] == 2.0
+    assert found["staleness"][0]["step/larger"] == pytest.approx(1.55)
+    assert found["staleness"][1]["step/larger"] == pytest.approx(1.05)
+    assert found["staleness"][1]["cpu_s_per_core"] == 1.5
+    assert overlap.verdict(found)[0]
+    found["staleness"][1]["step/larger"] = 1.11
+    assert not overlap.verdict(found)[0]
+
+
+def test_driver() -> None:
+    one = {"overhead_ms": 0.5, "linear": 0.99, "trajectories_per_s": 1.0}
+    assert driver.figures({1: one, 256: one})[0]
+    assert not driver.figures({1: one | {"overhead_ms": 1.1}, 256: one})[0], "the worst counts"
+    assert not driver.figures({1: one, 256: one | {"linear": 0.94}})[0]
+    assert driver.figures({1: one | {"linear": 0.5}, 256: one})[0], "linear is asked of the most workers"
+
+
+def test_rollout() -> None:
+    """Two rounds of 10 trajectories: 1 s against 1.2 s, 2 s against 3 s. Ratios 1.2 and 1.5."""
+    counts = [{"trajectories": 10, "turns": 18, "reply_tokens": 100, "prompt_tokens": 1000}] * 2
+    found = rollout.figures({"ours": [1.0, 2.0], "chat": [1.2, 3.0]}, {"ours": counts, "chat": counts})
+    assert found["speedup"]["median"] == pytest.approx(1.35) and found["ours"]["trajectories"] == 20
+    assert found["reply_tokens_ratio"] == 1.0
+    assert rollout.verdict(found | {"longest_loop_stall_ms": 3.0})[0]
+
+
+def test_the_learner_against_the_plain_loop() -> None:
+    """1,000 tokens in 2 s against 1.8 s: 0.9 times."""
+    found = learner.against_plain({"learner": [2.0], "plain": [1.8]}, 1000)
+    assert found == {
+        "update/learner/tokens_per_s": 500.0, "update/plain/tokens_per_s": 555.6, "update/learner/speedup": 0.9,
+    }  # fmt: skip
+    ways = {way: {"padding": 0.0, "tokens_per_s": 1.0, "speedup": 1.0} for way in learner.WAYS}
+    flat = {f"{way}/{name}": value for way, one in ways.items() for name, value in one.items()}
+    good, line = learner.verdict(flat | found)
+    assert not good and line.startswith("TOO SLOW; one batch")
+    assert learner.verdict(flat | found | {"update/learner/speedup": 0.96})[0]
+
+
+def test_end_to_end() -> None:
+    """Steps of 1 s against 2 s; the first of each block is left out."""
+    ours = {"seconds": [9.0, 1.0, 1.0], "lengths": [10.0, 20.0]}
+    trl = {"seconds": [9.0, 2.0, 2.0], "lengths": [15.0, 15.0]}
+    found = end_to_end.figures({"ours": [ours], "trl": [trl]}, trajectories=64)
+    assert found["speedup"] == 2.0 and found["ours"]["trajectories_per_s"] == 64.0
+    assert found["ours"]["reply_tokens"]["mean"] == 15.0
+    assert end_to_end.verdict(found, "larger")[0] and not end_to_end.verdict(found | {"speedup": 1.9}, "larger")[0]
+    assert end_to_end.reward_of("Eel 12!") == pytest.approx(2 / 3) and end_to_end.reward_of("") == 0.0

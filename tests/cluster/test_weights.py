@@ -1,0 +1,80 @@
+"""The channel: who waits for whom."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from cluster.weights import WeightChannel
+
+
+class Source:
+    """Weights that count how often they were asked for."""
+
+    asked = 0
+
+    async def weights(self) -> Any:
+        self.asked += 1
+        return [self.asked]
+
+
+class Sink:
+    """Loads when it is told so."""
+
+    def __init__(self) -> None:
+        self.may_load = asyncio.Event()
+        self.begun: list[tuple[int, Any]] = []
+        self.holds = 0
+
+    async def load_weights(self, version: int, buckets: Sequence[Any]) -> list[float]:
+        self.begun.append((version, buckets[0]))
+        await self.may_load.wait()
+        if version == 13:
+            raise RuntimeError("no worker is left")
+        self.holds = version
+        return [0.25, 0.5]
+
+
+def test_a_publication_is_waited_for_or_goes_on_by_itself() -> None:
+    async def story() -> None:
+        source, sink = Source(), Sink()
+        channel = WeightChannel(source, sink)
+        assert await channel.settled() is None
+        ahead = await channel.publish(1, wait=False)
+        assert (ahead.version, ahead.load_s, sink.holds) == (1, None, 0)
+        second = asyncio.create_task(channel.publish(2))
+        await asyncio.sleep(0.01)
+        assert sink.begun == [(1, 1)] and source.asked == 1, "one after the other"
+        sink.may_load.set()
+        assert (await second).load_s == 0.5 and sink.holds == 2
+
+    asyncio.run(story())
+
+
+def test_whoever_stops_waiting_stops_nothing() -> None:
+    async def story() -> None:
+        sink = Sink()
+        channel = WeightChannel(Source(), sink)
+        await channel.publish(1, wait=False)
+        waiting = asyncio.create_task(channel.settled())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        sink.may_load.set()
+        assert await channel.settled() == 0.5 and sink.holds == 1
+
+    asyncio.run(story())
+
+
+def test_what_goes_wrong_behind_ones_back_rises_from_the_next_call() -> None:
+    async def story() -> None:
+        sink = Sink()
+        channel = WeightChannel(Source(), sink)
+        sink.may_load.set()
+        await channel.publish(13, wait=False)
+        with pytest.raises(RuntimeError, match="no worker is left"):
+            await channel.publish(14)
+
+    asyncio.run(story())

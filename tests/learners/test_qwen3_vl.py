@@ -1,0 +1,118 @@
+"""The second family: patches of 16, DeepStack, interleaved mRoPE. What is tested with numbers of its own for the first
+one must hold here too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.compat import repair_torchvision
+from episodes.families import Qwen3VL, family_of
+from episodes.types import Trajectory
+from learners.batch import Batcher, MicroBatch, Sample
+from learners.config import LearnerConfig, Packing
+from learners.policy import Policy
+from learners.tiny import TinyConfig, make_model, make_processor, save_folder
+from tests.factories import IDS, IMAGE_PAD, trajectory, view
+
+FAMILY = Qwen3VL()
+SMALL = TinyConfig(hidden=64, layers=2, heads=2, intermediate=96, vision_hidden=32, vision_layers=3, vision_heads=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repair_torchvision()
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny)
+    path = tmp_path_factory.mktemp("models") / "qwen3"
+    save_folder(make_model(tokenizer, SMALL, 0, FAMILY), make_processor(tokenizer, FAMILY), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def batcher(folder: Path) -> Batcher:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return Batcher(FAMILY, processor, IMAGE_PAD, IDS["<|im_end|>"], 4096, Packing.NONE)
+
+
+@pytest.fixture(scope="module")
+def some() -> list[Trajectory]:
+    """Groups share their coarse view; crops and lengths differ."""
+    coarse = [view(8, 8, 0, family=FAMILY), view(16, 5, 1, family=FAMILY)]
+    return [
+        trajectory(
+            f"q{n % 2}",
+            n,
+            replies=(3 + n, 9 - n),
+            coarse=coarse[n % 2],
+            crop=view(8 + n, 8, n, family=FAMILY),
+            family=FAMILY,
+        )
+        for n in range(4)
+    ]
+
+
+def batch_of(batcher: Batcher, some: list[Trajectory]) -> MicroBatch:
+    plan = batcher.plan([Sample(one, (1.0,)) for one in some])
+    assert plan.length_mismatches == 0
+    (batch,) = batcher.batches(plan)
+    return batch
+
+
+def test_the_folder_is_of_its_family_and_the_tower_feeds_two_layers(folder: Path) -> None:
+    assert isinstance(family_of(str(folder)), Qwen3VL)
+    policy = Policy(LearnerConfig(model=str(folder)))
+    assert len(policy.vlm.model.visual.deepstack_merger_list) == 2
+    assert policy.vlm.config.text_config.rope_parameters["mrope_interleaved"]
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_transformers_own_forward(folder: Path, batcher: Batcher, some: list[Trajectory]) -> None:
+    """From full logits of each unpadded row, its own pixels given to transformers' own forward pass."""
+    policy = Policy(LearnerConfig(model=str(folder), packing=Packing.NONE))
+    for one in some:
+        batch = batch_of(batcher, [one])
+        states = policy.vlm.model(
+            input_ids=batch.input_ids,
+            mm_token_type_ids=batch.mm_token_type_ids,
+            pixel_values=batch.pixel_values,
+            image_grid_thw=batch.image_grid_thw,
+        ).last_hidden_state[0]
+        wanted = torch.log_softmax(states @ policy.vlm.lm_head.weight.T, -1)
+        sampled = torch.nonzero(batch.loss_mask[0]).squeeze(-1)
+        found, _ = policy(batch, 1.0, ())
+        torch.testing.assert_close(
+            found[batch.loss_mask], wanted[sampled - 1, batch.input_ids[0, sampled]], atol=1e-5, rtol=0
+        )
+
+
+def test_packed_and_padded_rows_with_shared_views_have_one_gradient(
+    folder: Path, batcher: Batcher, some: list[Trajectory]
+) -> None:
+    batch = batch_of(batcher, some)
+    assert (batch.attention_mask == 0).any() and len(batch.view_grids) == 6 < len(batch.shown) == 8
+    outcomes = []
+    for packing in Packing:
+        policy = Policy(LearnerConfig(model=str(folder), packing=packing))
+        logprobs, _ = policy(batch, 1.0, ())
+        (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+        gradients = {name: weight.grad for name, weight in policy.named_weights()}
+        missing = [name for name, gradient in gradients.items() if gradient is None]
+        assert not missing
+        outcomes.append((logprobs.detach(), torch.cat([one.double().flatten() for one in gradients.values()])))
+    (logprobs, gradient), (other, other_gradient) = outcomes
+    torch.testing.assert_close(other, logprobs, atol=1e-5, rtol=0)
+    assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_a_silent_batch_reaches_every_parameter(folder: Path, batcher: Batcher, some: list[Trajectory]) -> None:
+    policy = Policy(LearnerConfig(model=str(folder)))
+    policy(batch_of(batcher, some).silent(), 1.0, ())[0].sum().backward()
+    for name, weight in policy.named_weights():
+        assert weight.grad is not None and not weight.grad.any(), name
