@@ -59,7 +59,7 @@ KINDS = {
     "driver": Kind(),
     "hung engine core": Kind(ENGINE, "ray::RolloutWorker", ROLLOUT, signal.SIGSTOP),
 }
-STEPS_BETWEEN = 3
+STEPS_BETWEEN = 5
 """Steps from one kill to the next, so that each comes at a run that goes well."""
 DRIVERS_FAMILY_S = 120.0
 """What is left so long behind a driver that was killed has been left behind. (Ray's own agents take some seconds.)"""

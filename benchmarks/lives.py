@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN = [sys.executable, "-m", "jobs", "train", "configs/panels.yaml"]
 GROUPS, G = 2, 4
 """Questions of a step, trajectories of a question."""
 ENGINE = "VLLM::EngineCore"
@@ -116,7 +117,7 @@ class Life:
 def living(overrides: list[str], log: Path) -> Iterator[Life]:
     """Whatever happens inside, no process is left."""
     places = dict(one.partition("=")[::2] for one in overrides)
-    command = [sys.executable, "-m", "jobs", "train", "configs/panels.yaml", *overrides]
+    command = [*TRAIN, *overrides]
     with log.open("ab") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     life = Life(process, log, Path(places["runs_dir"]) / places["name"])

@@ -59,6 +59,7 @@ class Cut:
         run, waiting = self.folder / "run", None
         checkpoints = run / "checkpoints"
         for number in range(self.kills):
+            born = time.time()
             with living(command(self.folder, self.steps), self.folder / "output.log") as life:
                 if waiting is not None:
                     self._resumed(life, *waiting)
@@ -79,7 +80,8 @@ class Cut:
                 self.orphans += [said for _, said in life.left]
             latest = checkpoints / "LATEST"
             saved = int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else -1
-            waiting = (saved, any(checkpoints.glob(".writing-step-*")), gone_s)
+            inside = any(path.stat().st_mtime > born for path in checkpoints.glob(".writing-step-*"))
+            waiting = (saved, inside, gone_s)
         with living(command(self.folder, self.steps), self.folder / "output.log") as life:
             if waiting is not None:
                 self._resumed(life, *waiting)

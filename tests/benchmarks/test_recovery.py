@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,43 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import chaos, resume, scaling
+from benchmarks import chaos, lives, resume, scaling
 from benchmarks.lives import GROUPS, G
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without engines, see there."""
+    monkeypatch.setattr(lives, "TRAIN", [sys.executable, "-m", "tests.benchmarks.stub_run"])
+
+
+def test_chaos_hurts_every_kind_and_sees_it_come_back(stub: None, tmp_path: Path) -> None:
+    kinds = chaos.plan(1, list(chaos.KINDS), seed=3)
+    trial = chaos.Chaos(tmp_path, kinds, seed=3, stall_s=0.5, patience_s=60)
+    assert trial.go() == 0 and [kill.kind for kill in trial.killed] == kinds and not trial.orphans
+    assert chaos.verdict(chaos.count(tmp_path / "run", trial.steps), 8, 8, [], 0)[0]
+    for kill in trial.killed:
+        assert 0 < kill.recovery_s < 60 and 0 < kill.gone_s < 60
+        assert ("hung" in kill.noticed) == (kill.kind == "hung engine core")
+        assert kill.gone_s >= 0.5 or kill.kind != "hung engine core"
+        assert ("gone on with at step" in kill.noticed) == (kill.kind == "driver")
+
+
+def test_chaos_sees_what_is_lost(stub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUB_FORGETS", "1")
+    trial = chaos.Chaos(tmp_path, ["rollout actor"], seed=0, stall_s=5, patience_s=60)
+    assert trial.go() == 0
+    counted = chaos.count(tmp_path / "run", trial.steps)
+    assert counted["questions_missing"] == 1 and not chaos.verdict(counted, 1, 1, [], 0)[0]
+
+
+def test_resume_kills_between_and_inside_saves_and_sees_the_next_step(stub: None, tmp_path: Path) -> None:
+    trial = resume.Cut(tmp_path, steps=30, kills=4, seed=0, patience_s=60)
+    assert trial.go() == 0 and len(trial.done) == 4 and all(kill.exact for kill in trial.done)
+    assert sum(kill.inside_save for kill in trial.done) >= 1
+    assert [line["step"] for line in lives.lines_of(tmp_path / "run" / "metrics.jsonl")] == list(range(30))
+    found = resume.compare(tmp_path / "run", tmp_path / "run")
+    assert resume.verdict(found, trial.done, 4, [])[0]
 
 
 def records(run: Path, steps: int, **changes: Any) -> Path:
