@@ -31,7 +31,7 @@ _MAY_DIFFER = (
     ),
     *(f"reward.verifier.endpoint.{key}" for key in ("url", "api_key_env", "timeout_s", "retries", "backoff_s",
                                                    "max_backoff_s", "concurrency")),
-    "reward.unscored_tolerance", "reward.outage_deadline_s",
+    "reward.unscored_tolerance", "reward.outage_deadline_s", "episode.prompts.direct", "reward.verifier.prompts.direct",
     *(f"learner.{key}" for key in ("ranks", "threads", "zero_stage", "stage3_persistence_threshold", "bucket_bytes",
                                    "micro_batch_tokens", "gradient_checkpointing", "collective_timeout_s")),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""An exported policy in every mode by the engines of a job, and again behind `vllm serve`: the same answers."""
+"""An exported policy, evaluated in each mode by the job's engines and behind ``vllm serve``: the same answers."""
 
 from __future__ import annotations
 
