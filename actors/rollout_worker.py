@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import ray
@@ -92,6 +93,9 @@ class RolloutWorker:
     def __init__(self, config: RolloutConfig, episode: EpisodeConfig) -> None:
         self._config = config
         self._episode = episode
+        # As many again as the engine decodes at once, so that it never runs dry; a question that waits for its turn is
+        # not decoded yet, so memory does not grow with what is asked.
+        self._places = Places(2 * config.engine.max_num_seqs)
 
     async def start(self) -> None:
         model = self._config.engine.model
@@ -111,7 +115,18 @@ class RolloutWorker:
     ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
         """Play one question ``len(samples)`` times at once. Turn 2 of a sample starts the moment its turn 1
         ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same. ``box`` is
-        used in place of the policy's own (evaluation)."""
+        used in place of the policy's own (evaluation). More than the engine could do soon wait for their turn."""
+        async with self._places.taken(len(samples)):
+            return await self._play(question, samples, seed, sampling, box)
+
+    async def _play(
+        self,
+        question: Question,
+        samples: Sequence[int],
+        seed: int,
+        sampling: SamplingConfig | None,
+        box: Box | None,
+    ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
         sampling = sampling or self._config.sampling
         limits = (sampling.coarse_max_tokens, sampling.fine_max_tokens)
         try:
@@ -144,6 +159,28 @@ class RolloutWorker:
         started = loop.time()
         await self._engine.load_weights(version, buckets)
         return loop.time() - started
+
+
+class Places:
+    """So many places, taken in the order in which they are asked for; who asks for more than there are takes all."""
+
+    def __init__(self, count: int) -> None:
+        self._count = self._free = count
+        self._turn, self._freed = asyncio.Lock(), asyncio.Event()
+
+    @asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        count = min(count, self._count)
+        async with self._turn:
+            while self._free < count:
+                self._freed.clear()
+                await self._freed.wait()
+            self._free -= count
+        try:
+            yield
+        finally:
+            self._free += count
+            self._freed.set()
 
 
 def stable_seed(*parts: object) -> int:
