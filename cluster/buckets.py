@@ -60,7 +60,7 @@ def write_shared(bucket: Bucket) -> Path:
         dir=folder if folder.is_dir() else None, prefix="ergo-rl-", delete=False, buffering=0
     ) as file:
         for part in bucket:
-            rest = memoryview(part)
+            rest = part.data
             while rest:  # a raw file may take less than it is given
                 rest = rest[file.write(rest) :]
     return Path(file.name)
