@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,6 +117,9 @@ class RolloutWorker:
     def __init__(self, config: RolloutConfig, episode: EpisodeConfig) -> None:
         self._config = config
         self._episode = episode
+        # As many again as the engine decodes at once, so that it never runs dry; a question that waits for its turn is
+        # not decoded yet, so memory does not grow with what is asked.
+        self._places = Places(2 * config.engine.max_num_seqs)
 
     async def start(self) -> None:
         model = self._config.engine.model
@@ -137,7 +141,19 @@ class RolloutWorker:
         """Play one question ``len(samples)`` times at once. Turn 2 of a sample starts the moment its turn 1
         ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same. ``box`` is
         used in place of the policy's own, ``manner`` in place of the episode that the worker was started for
-        (evaluation)."""
+        (evaluation). More than the engine could do soon wait for their turn."""
+        async with self._places.taken(len(samples)):
+            return await self._play(question, samples, seed, sampling, box, manner)
+
+    async def _play(
+        self,
+        question: Question,
+        samples: Sequence[int],
+        seed: int,
+        sampling: SamplingConfig | None,
+        box: Box | None,
+        manner: Manner | None,
+    ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
         sampling = sampling or self._config.sampling
         direct = manner is not None and manner.direct
         limits = (sampling.coarse_max_tokens, sampling.fine_max_tokens)
@@ -181,6 +197,28 @@ class RolloutWorker:
         started = loop.time()
         await self._engine.load_weights(version, buckets)
         return loop.time() - started
+
+
+class Places:
+    """So many places, taken in the order in which they are asked for; who asks for more than there are takes all."""
+
+    def __init__(self, count: int) -> None:
+        self._count = self._free = count
+        self._turn, self._freed = asyncio.Lock(), asyncio.Event()
+
+    @asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        count = min(count, self._count)
+        async with self._turn:
+            while self._free < count:
+                self._freed.clear()
+                await self._freed.wait()
+            self._free -= count
+        try:
+            yield
+        finally:
+            self._free += count
+            self._freed.set()
 
 
 def stable_seed(*parts: object) -> int:

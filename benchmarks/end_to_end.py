@@ -1,7 +1,7 @@
 """Time per optimiser step and trajectories per second, against TRL's GRPOTrainer on the same work.
 
     python -m benchmarks.end_to_end                    # the tiny policy; ten minutes on two cores
-    python -m benchmarks.end_to_end --size larger      # 60 M parameters, replies of widely varying length
+    python -m benchmarks.end_to_end --size larger      # 70 M parameters, replies of widely varying length
 
 The same randomly initialised policy, questions (panels), group size, reply limit, learning rate, and the same rule for
 the reward (how often a reply has an "e"). One turn on both sides: a random policy names no box, so our episodes end

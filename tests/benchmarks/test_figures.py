@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -99,3 +102,38 @@ def test_end_to_end() -> None:
     assert found["ours"]["reply_tokens"]["mean"] == 15.0
     assert end_to_end.verdict(found, "larger")[0] and not end_to_end.verdict(found | {"speedup": 1.9}, "larger")[0]
     assert end_to_end.reward_of("Eel 12!") == pytest.approx(2 / 3) and end_to_end.reward_of("") == 0.0
+
+
+class InProcess:
+    """``driver.Timers`` without Ray: called as an actor is, it answers with futures."""
+
+    def __init__(self, seconds: float) -> None:
+        self._timers = driver.Timers(seconds, tokens=4)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._timers, name)
+
+        def remote(*arguments: Any) -> Any:
+            answer = asyncio.ensure_future(method(*arguments))
+            return [self._first(answer), answer] if name == "play" else answer
+
+        return SimpleNamespace(remote=remote, options=lambda **_: SimpleNamespace(remote=remote))
+
+    @staticmethod
+    async def _first(answer: Any) -> Any:
+        return (await answer)[0]
+
+
+def test_the_simulation_plays_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three workers, 2 + 1 rounds of groups of 4 in 50 ms each: no faster than the timers."""
+    monkeypatch.setattr(driver.RewardPool, "score", _judged)
+    monkeypatch.setattr("cluster.pool.ray.cancel", lambda answer: None)
+    arguments = argparse.Namespace(group_size=4, rounds=2, seconds=0.05)
+    processes: Any = [InProcess(0.05), InProcess(0.05)]
+    found = asyncio.run(driver.measure(processes, 3, arguments))
+    assert found["trajectories"] == 24 and 0 < found["linear"] <= 1.05 and found["overhead_ms"] > 0
+
+
+async def _judged(self: Any, question: Any, trajectories: Any) -> Any:
+    played = (await trajectories)[1]
+    return await driver.Timers(0.0, 4).score(0, question, played)

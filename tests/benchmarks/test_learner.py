@@ -1,7 +1,13 @@
 import numpy as np
+import pytest
+import torch
 
-from benchmarks.learner import Mixture, figures, verdict
-from learners.batch import Sample, expand, side_by_side
+from benchmarks.learner import Mixture, PlainLoop, figures, verdict
+from episodes.families import family_of, load_tokenizer
+from learners.batch import Batcher, Sample, expand, side_by_side
+from learners.config import LearnerConfig
+from learners.losses import TokenBatch, policy_loss
+from learners.policy import Policy
 from tests.factories import FAMILY, IDS, IMAGE_PAD
 
 MARKS = (IDS["<|vision_start|>"], IDS["<|vision_end|>"], IMAGE_PAD)
@@ -34,3 +40,35 @@ def test_the_token_budget_holds_padding_below_ten_per_cent() -> None:
         passed = sum(len(members) * max(lengths[one] for one in members) for members in side_by_side(lengths, 16384))
         assert 1 - sum(lengths) / passed < 0.1
         assert 1 - sum(lengths) / (len(lengths) * max(lengths)) > 0.2
+
+
+def test_the_plain_loop_minimises_what_the_learner_does() -> None:
+    """Else it would be no comparison: the loss of the same trajectories, from padded rows and logits of every position,
+    and from ours."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+
+    model = "models/panels-policy"
+    family, tokenizer = family_of(model), load_tokenizer(model)
+    start, end, pad = map(tokenizer.convert_tokens_to_ids, ("<|vision_start|>", "<|vision_end|>", family.image_pad))
+    played = Mixture().scaled(0.05).trajectories(family, (start, end, pad), groups=1, seed=0)
+    samples = [Sample(one, (0.5 if one.sample % 2 else -0.5,)) for one in played]
+    rows, images = [expand(sample, family, pad) for sample in samples], AutoImageProcessor.from_pretrained(model)
+
+    plain = PlainLoop.__new__(PlainLoop)
+    plain._engine = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    plain._images, plain._pad = images, end
+    plain._tokens = sum(int(row.loss_mask.sum()) for row in rows)
+    config = LearnerConfig(model=model)
+    policy, batcher = Policy(config), Batcher(family, images, pad, end, 1 << 20)
+    ours = 0.0
+    with torch.no_grad():
+        theirs = float(plain._loss(rows))
+        for batch in batcher.batches(batcher.plan(samples)):
+            logprobs, entropy = policy(batch, 1.0, ())
+            rows_of = TokenBatch(
+                logprobs, entropy, batch.rollout_logprobs, batch.advantages, batch.loss_mask, batch.turns
+            )
+            loss = config.loss
+            loss.mismatch_low, loss.mismatch_high = 0.0, float("inf")  # the plain loop masks nothing
+            ours += float(policy_loss(rows_of, loss)[0]) / plain._tokens
+    assert theirs == pytest.approx(ours, rel=1e-4) and abs(ours) > 1e-3

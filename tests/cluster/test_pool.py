@@ -110,7 +110,11 @@ def test_a_death_is_no_callers_business(ray_cluster: Cluster, tmp_path: Any, cap
 
     async def story(pool: Pool) -> None:
         assert await pool.call("die_unless", str(tmp_path / "flag")) == "done"
-        assert pool.restarts == 1 and len(seen) == 3  # two at the start, one replacement
+        assert pool.restarts == 1
+        async with asyncio.timeout(60):  # the other worker answered; the replacement comes by itself
+            while len(seen) < 3:  # two at the start, one replacement
+                await asyncio.sleep(0.05)
+        assert [taught for _, taught, _ in await pool.call_all("who")] == [7, 7]
         await asyncio.gather(*(pool.call("who", 0.1) for _ in range(2)))
         back = [message for message in caplog.messages if "has done its first work" in message]
         assert len(back) == 1 and back[0].startswith("clerks: worker ")
