@@ -56,7 +56,7 @@ class Cluster:
     def connect(cls, config: ClusterConfig) -> Iterator[Cluster]:
         """Join or start Ray; on leaving, give back what was reserved and stop a Ray that was started here.
 
-        Raises ConnectionError (from Ray) where the address does not answer."""
+        Raises ConnectionError where the address does not answer or Ray does not start."""
         joined_already = ray.is_initialized()
         if not joined_already:
             local = config.address is None and "RAY_ADDRESS" not in os.environ
@@ -67,13 +67,16 @@ class Cluster:
             }
             if local and config.local_only:
                 keep_ray_local()
-            ray.init(
-                address=config.address,
-                namespace=config.namespace,
-                log_to_driver=config.log_to_driver,
-                logging_level=logging.ERROR,
-                **(started_here if local else {}),
-            )
+            try:
+                ray.init(
+                    address=config.address,
+                    namespace=config.namespace,
+                    log_to_driver=config.log_to_driver,
+                    logging_level=logging.ERROR,
+                    **(started_here if local else {}),
+                )
+            except Exception as error:  # a bare Exception where Ray's own processes do not come up in its 30 s
+                raise ConnectionError(f"Ray did not start, or could not be joined: {error}") from error
         cluster = cls(config)
         try:
             yield cluster
