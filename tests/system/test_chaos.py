@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.lives import Life, lines_of, living, small_run
+from benchmarks.lives import Life, lines_of, living, small_run
 
 pytestmark = pytest.mark.system
 G = 4

@@ -24,8 +24,8 @@ from typing import Any
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from benchmarks.lives import descendants, lines_of, small_run, still
 from tests.conftest import ROOT
-from tests.system.lives import descendants, lines_of, small_run, still
 
 pytestmark = pytest.mark.system
 MANY = 5000

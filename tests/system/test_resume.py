@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.system.lives import Life, lines_of, living, small_run
+from benchmarks.lives import Life, lines_of, living, small_run
 
 pytestmark = pytest.mark.system
 STEPS = 8
