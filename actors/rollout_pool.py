@@ -43,7 +43,7 @@ class RolloutPool:
         actor_class = ray.remote(RolloutWorker)
 
         def spawn(index: int) -> Any:
-            return actor_class.options(**cluster.actor_options(ROLE, index)).remote(config, episode)
+            return actor_class.options(**cluster.actor_options(ROLE)).remote(config, episode)
 
         async def catch_up(worker: Any) -> None:
             if self._weights is not None:

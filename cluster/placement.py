@@ -92,14 +92,14 @@ class Cluster:
         """Actors of ``role`` each ask for these resources, one by one (workers that may come and go)."""
         self._resources[role] = resources
 
-    async def reserve(self, role: str, count: int, resources: Resources) -> None:
-        """Reserve ``count`` places for ``role`` together: all of them or none. The event loop goes on meanwhile.
+    async def reserve(self, role: str, count: int, resources: Resources) -> list[dict[str, Any]]:
+        """Reserve ``count`` places for ``role`` together: all of them or none. The event loop goes on meanwhile, and
+        may reserve others for the same role. Returns what ``ActorClass.options(**...)`` takes, for each place.
 
         Raises TimeoutError with the numbers when the cluster cannot hold them within ``wait_s``."""
         bundle = _bundle(resources)
         gang = placement_group([bundle] * count, strategy="PACK")
         self._reserved.append(gang)
-        self._gangs[role], self._resources[role] = gang, resources
         started = said = time.monotonic()
         while not await asyncio.to_thread(gang.wait, min(_LOOK_EVERY_S, self.config.wait_s)):
             message = f"{count} x {bundle} for role {role!r}; free now: {self.free()}"
@@ -110,6 +110,11 @@ class Cluster:
             if now > said + _SAY_EVERY_S:
                 said = now
                 logger.warning("waiting for %s", message)
+        self._gangs[role] = gang
+        strategies = [
+            PlacementGroupSchedulingStrategy(gang, placement_group_bundle_index=place) for place in range(count)
+        ]
+        return [_asking(resources) | {"scheduling_strategy": strategy} for strategy in strategies]
 
     def expect(self, role: str, count: int) -> None:
         """Ray's autoscaler, where there is one, brings machines for ``count`` actors of ``role``, and keeps them,
@@ -125,15 +130,9 @@ class Cluster:
             self._reserved.remove(gang)
             remove_placement_group(gang)
 
-    def actor_options(self, role: str, index: int) -> dict[str, Any]:
-        """Options for ``ActorClass.options(**...)`` of the ``index``-th actor of a role."""
-        resources = self._resources[role]
-        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
-        if role in self._gangs:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                self._gangs[role], placement_group_bundle_index=index
-            )
-        return options
+    def actor_options(self, role: str) -> dict[str, Any]:
+        """What ``ActorClass.options(**...)`` takes for an actor of a role that was asked for with ``request``."""
+        return _asking(self._resources[role])
 
     @staticmethod
     def free() -> dict[str, float]:
@@ -144,3 +143,7 @@ class Cluster:
 
 def _bundle(resources: Resources) -> dict[str, float]:
     return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+
+
+def _asking(resources: Resources) -> dict[str, Any]:
+    return {"num_cpus": resources.cpus, "num_gpus": resources.gpus}

@@ -126,9 +126,8 @@ class LearnerGroup:
         """Reserve places for all ranks together, start them, load the model.
 
         Raises TimeoutError when the cluster cannot hold them, LearnerFailed when one does not come up."""
-        await cluster.reserve(ROLE, config.ranks, config.resources)
-        options = [cluster.actor_options(ROLE, rank) for rank in range(config.ranks)]
-        group = cls([ray.remote(LearnerRank).options(**chosen).remote(config) for chosen in options])
+        places = await cluster.reserve(ROLE, config.ranks, config.resources)
+        group = cls([ray.remote(LearnerRank).options(**place).remote(config) for place in places])
         (address, port), *_ = await group._all("start", [group._actors[0].address.remote()])
         await group._all("start", [actor.start.remote(rank, address, port) for rank, actor in enumerate(group._actors)])
         return group

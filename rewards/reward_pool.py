@@ -33,7 +33,7 @@ class RewardPool:
         actor_class = ray.remote(RewardWorker)
 
         def spawn(index: int) -> Any:
-            return actor_class.options(**cluster.actor_options(ROLE, index)).remote(config)
+            return actor_class.options(**cluster.actor_options(ROLE)).remote(config)
 
         faults = Faults(config.restarts, config.stall_s, config.backoff_s)
         return cls(Pool(spawn, config.workers, faults, "reward workers"), config)

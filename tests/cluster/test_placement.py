@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from cluster.placement import Cluster
+from cluster.resources import Resources
 
 LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
 """127.0.0.1, the same as IPv6, ::1; as /proc/net writes them."""
@@ -50,3 +53,25 @@ def test_a_ray_that_we_start_listens_to_this_machine_only(ray_cluster: Cluster) 
     assert len(ours) >= 4, "the tables are read"
     elsewhere = {owners[inode]: address for inode, address in ours.items() if address.split(":")[0] not in LOOPBACK}
     assert not elsewhere
+
+
+def test_two_who_reserve_for_one_role_at_once_each_get_their_own_places(ray_cluster: Cluster) -> None:
+    @ray.remote
+    class Placed:
+        def where(self) -> Any:
+            found = ray.util.get_current_placement_group()
+            return found.id.hex() if found else None
+
+    async def story() -> list[list[Any]]:
+        gangs = await asyncio.gather(*(ray_cluster.reserve("pairs", 2, Resources(cpus=0.01)) for _ in range(3)))
+        actors = [[Placed.options(**place).remote() for place in places] for places in gangs]  # type: ignore[attr-defined]
+        try:
+            async with asyncio.timeout(60):
+                return [list(await asyncio.gather(*(one.where.remote() for one in pair))) for pair in actors]
+        finally:
+            for one in (one for pair in actors for one in pair):
+                ray.kill(one)
+
+    first, second, third = asyncio.run(story())
+    assert [len(set(pair)) for pair in (first, second, third)] == [1, 1, 1], "a pair is together"
+    assert len({first[0], second[0], third[0]}) == 3, "and apart from the others"
