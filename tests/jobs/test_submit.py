@@ -1,5 +1,4 @@
-"""What a job is made of, what is refused before it travels, and the manifests; the real cluster is in
-``tests/system/test_cluster.py``."""
+"""What a job is made of, what is refused before it travels, and the manifests."""
 
 from __future__ import annotations
 
