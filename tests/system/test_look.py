@@ -52,7 +52,8 @@ def served(folder: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--dtype", "float32", "--max-model-len", "512", "--limit-mm-per-prompt", '{"image": 2}', "--generation-config", "vllm",
+    options = ["--dtype", "float32", "--max-model-len", "512",
+               "--limit-mm-per-prompt", '{"image": 2}', "--generation-config", "vllm",
                "--enforce-eager", "--block-size", "32", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
              "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
