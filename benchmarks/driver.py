@@ -111,7 +111,8 @@ async def measure(processes: list[Any], workers: int, arguments: argparse.Namesp
     def pool(size: int, name: str) -> Pool:
         return Pool(lambda index: Handle(processes[index % len(processes)], index), size, Faults(0), name)
 
-    rollouts = RolloutPool(pool(workers, "timers"), RolloutConfig(group_size=arguments.group_size))
+    config = RolloutConfig(group_size=arguments.group_size)
+    rollouts = RolloutPool(pool(workers, "timers"), config, Cluster(ClusterConfig()))
     rewards = RewardPool(pool(1, "judges"), RewardConfig())
     await asyncio.gather(rollouts.ready(120), rewards.ready(120))
     questions: Any = Questions()

@@ -16,6 +16,7 @@ import torch
 
 from actors.rollout_pool import RolloutPool
 from cluster.placement import Cluster
+from cluster.resources import Resources
 from cluster.weights import WeightChannel
 from episodes.coarse_to_fine import EpisodeConfig, OnBadBox
 from episodes.families import Qwen3VL
@@ -28,6 +29,8 @@ from rewards.reward_pool import RewardPool
 from tests.conftest import ROOT
 
 START_S = 300
+LITTLE = Resources(cpus=0.1)
+"""Three stacks share the machine's cores, and what earlier tests reserved is given back at the end only."""
 
 
 @dataclass
@@ -135,10 +138,10 @@ def everything(
 
     async def launch(model: str, episode: EpisodeConfig = recipe.episode, **extra: Any) -> Stack:
         engine = replace(recipe.rollout.engine, model=model, extra=recipe.rollout.engine.extra | extra)
-        rollout = replace(recipe.rollout, engine=engine)
+        rollout = replace(recipe.rollout, engine=engine, resources=LITTLE)
         rollouts = RolloutPool.launch(ray_cluster, rollout, episode)
         learners = await LearnerGroup.launch(
-            ray_cluster, replace(recipe.learner, model=model, freeze_vision=False, threads=1)
+            ray_cluster, replace(recipe.learner, model=model, freeze_vision=False, threads=1, resources=LITTLE)
         )
         await rollouts.ready(START_S)
         return Stack(rollouts, learners)
