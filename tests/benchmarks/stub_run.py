@@ -17,6 +17,8 @@ from pathlib import Path
 from cluster.compat import end_with_parent
 
 STEP_S = 0.1
+SAVE_S = 0.2
+"""Long beside the 0.05 s within which a kill comes after a save has begun."""
 ENGINE = ("VLLM::EngineCore", "VLLM::Worker")
 ROLES = {
     "rollout": ("ray::RolloutWorker", *ENGINE),
@@ -114,7 +116,7 @@ class Stub:
         self.step += 1
         aside = self.checkpoints / f".writing-step-{self.step}"
         aside.mkdir(exist_ok=True)
-        time.sleep(0.05)
+        time.sleep(SAVE_S)
         aside.rename(self.checkpoints / f"step-{self.step}")
         pointer = self.checkpoints / ".LATEST"
         pointer.write_text(f"step-{self.step}")
