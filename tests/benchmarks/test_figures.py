@@ -6,7 +6,8 @@ import argparse
 import asyncio
 import json
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks import driver, end_to_end, learner, overlap, rollout, weights
-from benchmarks.reporting import cpu_seconds, report
+from benchmarks.reporting import report
+from tests.conftest import ROOT
 
 
 def test_a_report_is_written_and_its_status_says_whether_the_target_was_met(tmp_path: Path) -> None:
@@ -28,10 +30,17 @@ def test_a_report_is_written_and_its_status_says_whether_the_target_was_met(tmp_
 
 
 def test_cpu_seconds_are_those_of_this_process_too() -> None:
-    before, mine = cpu_seconds(), time.process_time()
-    while time.process_time() - mine < 0.1:
-        pass
-    assert cpu_seconds() - before >= 0.08
+    """In a process of its own: what lives below the tests' comes and goes."""
+    burn = """
+import time
+from benchmarks.reporting import cpu_seconds
+before, mine = cpu_seconds(), time.process_time()
+while time.process_time() - mine < 0.1:
+    pass
+print(cpu_seconds() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", burn], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.08 <= float(done.stdout) <= 1
 
 
 def test_weights() -> None:

