@@ -130,6 +130,23 @@ def keep_discarded_draws() -> None:
     CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = sample_and_restore, bookkeeping_without_them
 
 
+# --- pictures of prompts that the prefix cache knows ----------------------------------------------------------------
+# vLLM 0.32 sends a worker no pixels of an image that the prefix cache covers when its request is scheduled first
+# (``strip_covered_mm_data``). If the request is then preempted, as by new weights in mid-reply, and the caches are
+# gone, the worker has nothing to encode and the core dies ("Expected number of multimodal embeddings to match number of
+# input items: 1, but got len(mm_embeddings)=0"). So pixels are always sent, as in 0.26: for free where the worker lives
+# in the core's process. A core with worker processes of its own (tensor parallel) is reached by the plugin's entry
+# point only: install the project there. Remove when vLLM sends them again to a request that is resumed.
+
+
+def keep_pictures() -> None:
+    """In an engine core: every request reaches its worker with the pixels of all its images."""
+    from vllm.v1.core.sched import output
+
+    if hasattr(output, "strip_covered_mm_data"):
+        output.strip_covered_mm_data = lambda mm_features, *_, **__: mm_features
+
+
 # --- a Ray that other machines cannot reach --------------------------------------------------------------------------
 # On Linux ``ray.init()`` turns 127.0.0.1 into the machine's address and then listens on every interface, without a
 # password; "bind to the node's address" (ray #55484, #59852) does not change that for a local start in 2.60. With the
@@ -188,6 +205,6 @@ def vllm_plugin() -> None:
     """Prepare a vLLM process (front end, engine core, worker); the ``vllm.general_plugins`` entry point calls it."""
     repair_torchvision()
     end_with_parent()
-    from cluster import weight_receiver  # imports vLLM: only where vLLM already runs
+    from cluster import weight_receiver  # imports vLLM: only where vLLM already runs, and prepares the rest
 
     weight_receiver.register()

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from cluster.compat import end_with_parent, keep_discarded_draws
+from cluster.compat import end_with_parent, keep_discarded_draws, keep_pictures
 
 BACKEND = "ergo_rl_files"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
@@ -97,4 +97,5 @@ class WorkerExtension:
 
 register()
 keep_discarded_draws()
+keep_pictures()
 end_with_parent()

@@ -12,7 +12,7 @@ from benchmarks.lives import Life, lines_of, living, small_run
 
 pytestmark = pytest.mark.system
 G = 4
-STALL_S = 60
+STALL_S = 30
 ENGINE = "VLLM::EngineCore"
 VICTIMS = (
     ("rollout worker", "ray::RolloutWorker", None, signal.SIGKILL),

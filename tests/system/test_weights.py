@@ -99,8 +99,12 @@ def test_no_turn_mixes_weights_without_saying_which_token_is_whose(
 ) -> None:
     """Version b is published while long replies of version a are being sampled, and the engine is not drained. Every
     token has the log-prob of the version that its stamp names (so the stamp is right to the token, and no cache of a
-    served b); under the other version log-probs are elsewhere."""
-    long = replace(recipe.rollout.sampling, coarse_max_tokens=300)
+    served b); under the other version log-probs are elsewhere.
+
+    The prompts are so long that blocks behind the image are in the prefix cache when they are asked again, and b must
+    have it encoded anew (vLLM's core died of it: ``cluster.compat.keep_pictures``)."""
+    long = replace(recipe.rollout.sampling, coarse_max_tokens=250)
+    asked = [replace(one, text=f"{one.text} Look at every panel before you answer." * 3) for one in questions[12:14]]
 
     def furthest(worker: Any) -> int:
         requests = worker._engine._llm.output_processor.request_states.values()
@@ -110,7 +114,9 @@ def test_no_turn_mixes_weights_without_saying_which_token_is_whose(
         a = await tied.publish()
         await tied.remember()
         await tied.perturb(seed=17)
-        playing = asyncio.gather(*(tied.rollouts.play(one, 23, 4, long) for one in questions[12:14]))
+        for one in asked:
+            assert isinstance(await tied.rollouts.play(one, 22, 1), Rollout)
+        playing = asyncio.gather(*(tied.rollouts.play(one, 23, 4, long) for one in asked))
         while await tied.on_worker(furthest) < 16:
             assert not playing.done()
             await asyncio.sleep(0.02)
