@@ -154,6 +154,7 @@ class RolloutWorker:
         except EngineDied:
             # A worker without an engine would fail at once and so draw all the work: be replaced instead.
             ray.actor.exit_actor()
+            raise
 
     async def play_here(
         self,

@@ -66,21 +66,16 @@ def read_chat(body: bytes, model: str, reply_tokens: int) -> Asked:
     if not isinstance(request, dict):
         raise Refused("the body must be a JSON object with model and messages")
     request = {name: value for name, value in request.items() if value is not None}
-    for name in request:
-        if name not in _KNOWN:
-            raise Refused(f"{name[:80]} is not a parameter of this server; leave it out", name, "unsupported_parameter")
-    for name, (only, why) in _FIXED.items():
-        if request.get(name, only) != only:
-            raise Refused(f"{name} can only be {json.dumps(only)}: {why}", name, "unsupported_parameter")
-    for name in _LIMITS:
-        limit = request.get(name, reply_tokens)
-        if not isinstance(limit, int) or limit < reply_tokens:
-            message = f"{name} must be at least {reply_tokens}, what the two replies may have together; leave it out"
-            raise Refused(message, name, "unsupported_parameter")
+    _check_parameters(request, reply_tokens)
     if request.get("model", model) != model:
         raise Refused(f"this server has the model {model!r} only", "model", "model_not_found", 404)
     text, image_url = _question(request.get("messages"))
-    return Asked(text, image_url, _options(request.get("ergo")))
+    options = _options(request.get("ergo"))
+    try:
+        "".join((text, *options)).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell out
+        raise Refused(f"the question is not text: {error.reason}", "messages") from error
+    return Asked(text, image_url, options)
 
 
 def read_data_url(url: str) -> bytes:
@@ -134,6 +129,22 @@ def completion(name: str, created: int, model: str, play: Play, family: ModelFam
             "seconds": play.seconds,
         },
     }
+
+
+def _check_parameters(request: Json, reply_tokens: int) -> None:
+    """Raises Refused for one that is not known, or asks for something else than is done."""
+    for name in request:
+        if name not in _KNOWN:
+            shown = name[:80].encode("ascii", "replace").decode()
+            raise Refused(f"{shown} is not a parameter of this server; leave it out", shown, "unsupported_parameter")
+    for name, (only, why) in _FIXED.items():
+        if request.get(name, only) != only:
+            raise Refused(f"{name} can only be {json.dumps(only)}: {why}", name, "unsupported_parameter")
+    for name in _LIMITS:
+        limit = request.get(name, reply_tokens)
+        if not isinstance(limit, int) or limit < reply_tokens:
+            message = f"{name} must be at least {reply_tokens}, what the two replies may have together; leave it out"
+            raise Refused(message, name, "unsupported_parameter")
 
 
 def _question(messages: Any) -> tuple[str, str]:

@@ -171,7 +171,6 @@ def start(config: TrainConfig, how: ServeConfig, endpoint: EndpointConfig | None
     )
     resources, at_once = config.rollout.resources, 2 * config.rollout.engine.max_num_seqs
     replica = serve.deployment(
-        Replica,
         name="chat",
         num_replicas=options.replicas,
         ray_actor_options={"num_cpus": resources.cpus, "num_gpus": resources.gpus},
@@ -180,7 +179,7 @@ def start(config: TrainConfig, how: ServeConfig, endpoint: EndpointConfig | None
         health_check_period_s=_HEALTH_EVERY_S,
         graceful_shutdown_timeout_s=5.0,
         max_constructor_retry_count=2,
-    )
+    )(Replica)
     try:
         serve.run(replica.bind(config, how, endpoint, options.family), name="ergo-rl")
     except RuntimeError as error:
@@ -265,7 +264,7 @@ def _too_large(what: str, most: int) -> Refused:
 
 
 def _unavailable(reason: str) -> Refused:
-    return Refused(f"{reason}; try again in a minute", None, "unavailable", 503)
+    return Refused(f"{reason.rstrip('.')}; try again in a minute", None, "unavailable", 503)
 
 
 if __name__ == "__main__":

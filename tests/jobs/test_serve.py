@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from jobs import serve
 from jobs.chat import Asked, Refused, read_chat, read_data_url
@@ -75,6 +76,8 @@ def test_one_question_about_one_picture() -> None:
         (chat(n=2), "n can only be 1", "n"),
         (chat(max_tokens=64), "max_tokens must be at least 112", "max_tokens"),
         (chat(max_completion_tokens="all"), "max_completion_tokens must be at least 112", "max_completion_tokens"),
+        (chat({"type": "text", "text": "\ud83d"}, image()), "not text: surrogates not allowed", "messages"),
+        (chat(**{"\ud83d": 1}), "^. is not a parameter", "?"),
         (chat(tools=[]), "tools is not a parameter of this server", "tools"),
         (chat(ergo={"option": []}), "ergo takes", "ergo"),
         (chat(ergo={"options": ["x"] * 27}), "up to 26 texts", "ergo"),
@@ -88,15 +91,18 @@ def test_what_cannot_be_done_as_asked_is_refused(request_: Any, sentence: str, p
     assert refused.value.param == param and refused.value.status == (404 if param == "model" else 400)
 
 
+words = st.text(st.characters(exclude_categories=()), max_size=8)  # halves of surrogate pairs, too
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=8,
 )
-parts = st.fixed_dictionaries({}, optional={"type": st.sampled_from(("text", "image_url")) | json_values,
-                                            "text": json_values, "image_url": json_values})  # fmt: skip
-messages = st.fixed_dictionaries({}, optional={"role": json_values | st.just("user"),
-                                               "content": json_values | st.lists(parts, max_size=3)})  # fmt: skip
+parts = st.fixed_dictionaries(
+    {"type": st.just("text") | json_values, "text": words | json_values}
+) | st.fixed_dictionaries({"type": st.just("image_url"), "image_url": json_values | st.just({"url": "u"})})
+messages = st.fixed_dictionaries(
+    {"role": st.just("user") | json_values, "content": st.lists(parts, max_size=3) | json_values}
+)
 requests = st.fixed_dictionaries(
     {"messages": json_values | st.lists(messages, max_size=2)},
     optional={name: json_values for name in ("model", "ergo", "stream", "n", "max_tokens", "temperature", "other")},
@@ -109,9 +115,9 @@ def test_a_body_is_a_question_or_a_refusal(body: bytes) -> None:
         asked = read_chat(body, "tiny", 112)
     except Refused as refused:
         assert str(refused) and 400 <= refused.status < 500
-        json.dumps(refused.body)
+        assert JSONResponse(refused.body).body
     else:
-        assert asked.text.strip() and isinstance(asked.image_url, str)
+        assert asked.text.strip().encode() and isinstance(asked.image_url, str)
 
 
 def test_a_body_of_brackets_is_refused() -> None:
