@@ -92,14 +92,21 @@ class Played:
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a question is played in an evaluation. tokens: visual-token budget of the coarse view and of the crop;
-    direct: one turn, the answer from the coarse view alone; its reply may be as long as turn 2's."""
+    """How a question is played in an evaluation. tokens: visual-token budget of the coarse view and, unless
+    ``fine_tokens`` says another, of the crop; direct: one turn, the answer from the coarse view alone; its reply may be
+    as long as turn 2's."""
 
     tokens: int
     direct: bool = False
+    fine_tokens: int | None = None
+
+    @classmethod
+    def usual(cls, episode: EpisodeConfig) -> Manner:
+        return cls(episode.coarse_tokens, fine_tokens=episode.fine_tokens)
 
     def episodes(self, usual: CoarseToFine) -> CoarseToFine:
-        config = replace(usual.config, coarse_tokens=self.tokens, fine_tokens=self.tokens)
+        fine = self.tokens if self.fine_tokens is None else self.fine_tokens
+        config = replace(usual.config, coarse_tokens=self.tokens, fine_tokens=fine)
         return CoarseToFine(usual.family, usual.tokenizer, config)
 
 
@@ -141,9 +148,30 @@ class RolloutWorker:
         """Play one question ``len(samples)`` times at once. Turn 2 of a sample starts the moment its turn 1
         ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same. ``box`` is
         used in place of the policy's own, ``manner`` in place of the episode that the worker was started for
-        (evaluation). More than the engine could do soon wait for their turn."""
+        (evaluation). More than the engine could do soon wait for their turn. The actor ends when its engine has."""
+        try:
+            return await self.play_here(question, samples, seed, sampling, box, manner)
+        except EngineDied:
+            # A worker without an engine would fail at once and so draw all the work: be replaced instead.
+            ray.actor.exit_actor()
+            raise
+
+    async def play_here(
+        self,
+        question: Question,
+        samples: Sequence[int],
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        box: Box | None = None,
+        manner: Manner | None = None,
+    ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
+        """``play`` for a caller in this process. Raises EngineDied."""
         async with self._places.taken(len(samples)):
             return await self._play(question, samples, seed, sampling, box, manner)
+
+    async def check(self) -> None:
+        """Raises EngineDied when the engine is gone."""
+        await self._engine.check()
 
     async def _play(
         self,
@@ -183,9 +211,6 @@ class RolloutWorker:
             seconds = time.monotonic() - started
         except (UnreadableImage, ReservedText, EngineRefused) as error:
             return Unplayable(question.id, f"{type(error).__name__}: {error}"), ()
-        except EngineDied:
-            # A worker without an engine would fail at once and so draw all the work: be replaced instead.
-            ray.actor.exit_actor()
         return Played(question.id, tuple(map(facts_of, trajectories)), seconds), trajectories
 
     def close(self) -> None:

@@ -162,6 +162,22 @@ def keep_ray_local() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
+# --- a Ray Serve that other machines cannot reach ---------------------------------------------------------------------
+# A replica of Ray Serve 2.60 opens a port for other deployments on every interface, whatever the node's address is, and
+# unpickles what comes there: whoever reaches it runs code. Remove when replicas listen on their node's address.
+
+
+def keep_serve_local() -> None:
+    """In a Serve replica's constructor: on a node with the address 127.0.0.1 that port is opened there."""
+    import ray
+    from ray.serve._private import replica
+
+    if ray.util.get_node_ip_address() != "127.0.0.1":
+        return
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
+
+
 # --- is there an autoscaler? -----------------------------------------------------------------------------------------
 # ``request_resources`` leaves its wish in a cluster without an autoscaler as well, where nobody reads it, and Ray 2.60
 # has no public question for it: ray.train and ray.data look for the machines that an autoscaler may bring, as this

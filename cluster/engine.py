@@ -223,6 +223,15 @@ class Engine:
             raise RuntimeError("vLLM did not clear its prefix cache: replies would mix old and new weights")
         await self._llm.reset_encoder_cache()
 
+    async def check(self) -> None:
+        """Raises EngineDied when the engine is gone."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._llm.check_health()
+        except EngineDeadError as error:
+            raise EngineDied(str(error)) from error
+
     def close(self) -> None:
         self._llm.shutdown()
 

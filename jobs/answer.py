@@ -13,22 +13,21 @@ from PIL import Image, ImageDraw
 
 from actors.rollout_worker import Manner
 from episodes import images
-from episodes.families import family_of
 from episodes.parsing import parse_answer
 from episodes.types import Question, Trajectory
 from jobs.commands import DEFAULT_RECIPE, EXPECTED
-from jobs.config import TrainConfig, load_config
-from jobs.layout import RECIPE
-from jobs.players import EndpointPlayer, LocalPlayer, NotPlayed, Play, Player, add_endpoint, endpoint_at, family_named
+from jobs.config import ConfigError, TrainConfig, load_config
+from jobs.layout import CONFIG, POLICY, RECIPE
+from jobs.players import NotPlayed, Play, Player, add_endpoint, endpoint_at, start_player
 
 _SHOWN_SIDE = 1600
 """Longest side of the picture with the box, pixels."""
 
 
 async def answer(config: TrainConfig, question: Question, player: Player) -> Play | NotPlayed:
-    """Both turns, at the budget of the recipe."""
+    """Both turns, at the budgets of the recipe."""
     try:
-        return await player.play(question, Manner(config.episode.coarse_tokens))
+        return await player.play(question, Manner.usual(config.episode))
     finally:
         await player.close()
 
@@ -70,24 +69,27 @@ def describe(play: Play, player: Player) -> str:
 
 
 def settings(model: str, recipe: Path | None, overrides: Sequence[str]) -> TrainConfig:
-    """The recipe that says prompts and budgets: the one named, else that of an exported folder, else the default one.
+    """The recipe that says prompts and budgets: the one named, else that of an exported folder or a run, else the
+    default one. model: a folder, a hub name, or a run's folder: its finished policy.
 
     Raises ConfigError, OSError."""
-    exported = Path(model) / RECIPE if model else Path()
-    chosen = recipe or (exported if exported.is_file() else Path(DEFAULT_RECIPE))
+    own = Path(model) / RECIPE
+    if model and (Path(model) / CONFIG).is_file() and not (Path(model) / "config.json").is_file():
+        own, policy = Path(model) / CONFIG, Path(model) / POLICY
+        if not policy.is_dir():
+            raise ConfigError(f"the run {model} has no finished policy; write one: ergo-rl export {model}")
+        model = str(policy)
+    chosen = recipe or (own if model and own.is_file() else Path(DEFAULT_RECIPE))
     models = [f"rollout.engine.model={model}", f"learner.model={model}"] if model else []
     return load_config(chosen, [*models, *overrides])
 
 
 async def ask(options: argparse.Namespace, config: TrainConfig, question: Question) -> int:
     """Play it, print it, write the pictures; the exit status."""
-    if options.url:
-        endpoint = await endpoint_at(options.url, options.served_model, config)
-        player: Player = EndpointPlayer(config, endpoint, family_named(options.family))
-    else:
-        family = family_of(config.rollout.engine.model)
+    endpoint = await endpoint_at(options.url, options.served_model, config) if options.url else None
+    if endpoint is None:
         print(f"starting {config.rollout.engine.model} (20 to 60 s on a CPU)", file=sys.stderr)
-        player = await LocalPlayer.start(config, family)
+    player = await start_player(config, endpoint, options.family)
     play = await answer(config, question, player)
     if isinstance(play, NotPlayed):
         print(f"ergo-rl answer: {play.reason}", file=sys.stderr)
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("image", type=Path)
     parser.add_argument("question")
     parser.add_argument("--options", nargs="+", default=[], metavar="TEXT", help="of a multiple-choice question")
-    parser.add_argument("--model", default="", help="Hugging Face folder or hub name (default: the recipe's)")
+    parser.add_argument("--model", default="", help="Hugging Face folder, hub name or run (default: the recipe's)")
     add_endpoint(parser)
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures (default: this one)")
     parser.add_argument("--recipe", type=Path, help=f"prompts and budgets (default: the model's {RECIPE}, or panels)")

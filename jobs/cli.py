@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("jobs.train", "Train a policy; overrides as key=value"),
     "evaluate": ("jobs.evaluate", "Measure a policy on held-out questions, beside baselines"),
     "answer": ("jobs.answer", "Ask about a picture: both turns, the box and the crop"),
+    "serve": ("jobs.serve", "An OpenAI-compatible chat endpoint that looks twice"),
     "report": ("jobs.report", "One HTML page of a run: curves, and its groups with every box"),
     "export": ("jobs.export", "A Hugging Face folder of a run's policy, with a model card"),
     "submit": ("jobs.submit", "Run a recipe as a job of a Ray cluster; KubeRay and Slurm as dry runs"),

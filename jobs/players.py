@@ -15,8 +15,9 @@ import httpx
 
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
+from cluster.engine import EngineDied
 from episodes.coarse_to_fine import CoarseToFine
-from episodes.families import FAMILIES, ModelFamily
+from episodes.families import FAMILIES, ModelFamily, family_of
 from episodes.images import UnreadableImage
 from episodes.prompts import ReservedText, around_image, fill
 from episodes.types import Box, Question, Trajectory, View
@@ -41,7 +42,7 @@ class Play:
 
 @dataclass(frozen=True, slots=True)
 class NotPlayed:
-    """Why; ``passing``: the endpoint did not answer, which another time it may."""
+    """Why; ``passing``: the endpoint or the engine did not answer, which another time it may."""
 
     reason: str
     passing: bool = False
@@ -69,10 +70,17 @@ class LocalPlayer:
         return cls(worker, family, greedy(config))
 
     async def play(self, question: Question, manner: Manner, box: Box | None = None) -> Play | NotPlayed:
-        played, found = await self._worker.play(question, (0,), 0, self._sampling, box, manner)
+        try:
+            played, found = await self._worker.play_here(question, (0,), 0, self._sampling, box, manner)
+        except EngineDied as error:
+            return NotPlayed(f"the engine has died: {error}", passing=True)
         if isinstance(played, Unplayable):
             return NotPlayed(played.reason)
         return Play(found[0], played.seconds, sum(played.facts[0].reply_tokens))
+
+    async def check(self) -> None:
+        """Raises EngineDied when the engine is gone."""
+        await self._worker.check()
 
     async def close(self) -> None:
         self._worker.close()
@@ -170,6 +178,16 @@ class Written:
 
 def greedy(config: TrainConfig) -> SamplingConfig:
     return replace(config.rollout.sampling, temperature=0.0)
+
+
+async def start_player(
+    config: TrainConfig, endpoint: EndpointConfig | None, family: str
+) -> LocalPlayer | EndpointPlayer:
+    """The endpoint where there is one; else an engine in this process (20 to 60 s on a CPU). family: of the endpoint's
+    model."""
+    if endpoint is not None:
+        return EndpointPlayer(config, endpoint, family_named(family))
+    return await LocalPlayer.start(config, family_of(config.rollout.engine.model))
 
 
 async def endpoint_at(url: str, model: str, config: TrainConfig) -> EndpointConfig:

@@ -1,0 +1,58 @@
+"""A chat endpoint on a real HTTP server that says what a test wants."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+LOOK, READ = "<think>there</think><zoom>[28, 28, 84, 84]</zoom>", "<think>a ring</think><answer>ring</answer>"
+
+
+@dataclass
+class Server:
+    """``say``: messages of a request -> its reply, or a status."""
+
+    say: Callable[[list[dict[str, Any]]], str | int]
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Looks in turn 1, reads in turn 2; serves one model."""
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    state = Server(lambda messages: READ if messages[-2:][0]["role"] == "assistant" else LOOK)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(200, {"data": [{"id": "tiny", "about": 500 * "tiny "}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state.bodies.append(body)
+            said = state.say(body["messages"])
+            if isinstance(said, int):
+                return self._send(said, {"error": "no"})
+            choice = {"message": {"content": said}, "finish_reason": "stop"}
+            return self._send(200, {"choices": [choice], "usage": {"prompt_tokens": 50, "completion_tokens": 7}})
+
+        def _send(self, status: int, content: dict[str, Any]) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield state
+    http.shutdown()
+    http.server_close()
