@@ -85,7 +85,7 @@ async def ask(options: argparse.Namespace, config: TrainConfig, question: Questi
         endpoint = await endpoint_at(options.url, options.served_model, config)
         player: Player = EndpointPlayer(config, endpoint, family_named(options.family))
     else:
-        family = family_of(config.rollout.engine.model)
+        family = family_of(config.rollout.engine.model, config.episode.family)
         print(f"starting {config.rollout.engine.model} (20 to 60 s on a CPU)", file=sys.stderr)
         player = await LocalPlayer.start(config, family)
     play = await answer(config, question, player)

@@ -16,6 +16,7 @@ import httpx
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
 from episodes.coarse_to_fine import CoarseToFine
+from episodes.extensions import imported
 from episodes.families import FAMILIES, ModelFamily
 from episodes.images import UnreadableImage
 from episodes.prompts import ReservedText, around_image, fill
@@ -198,14 +199,20 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model", default="", help="with --url: the model's name there (default: its only one)")
     parser.add_argument(
         "--family",
-        choices=sorted(FAMILIES),
         default="qwen2_5_vl",
-        help="with --url: how the model writes boxes and sizes images (default: %(default)s)",
+        help=f"with --url: how the model writes boxes and sizes images: {', '.join(FAMILIES)}, or package.module:Class "
+        "(default: %(default)s)",
     )
 
 
 def family_named(name: str) -> ModelFamily:
-    return FAMILIES[name]()
+    """Raises ConfigError for a family that is not there."""
+    if name in FAMILIES:
+        return FAMILIES[name]()
+    try:
+        return imported(name, ModelFamily)()
+    except ValueError as error:
+        raise ConfigError(f"--family: known are {', '.join(FAMILIES)}, or a class of your own: {error}") from error
 
 
 def _parts(before: str, after: str, view: View) -> list[dict[str, Any]]:
