@@ -47,6 +47,11 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text] == []
 
 
+def test_tests_and_benchmarks_that_pages_name_are_there() -> None:
+    named = {path for page in PAGES for path in re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)", page.read_text())}
+    assert len(named) >= 20 and [path for path in sorted(named) if not (ROOT / path).is_file()] == []
+
+
 def test_an_anchor_is_what_github_makes_of_a_title(tmp_path: Path) -> None:
     (page := tmp_path / "page.md").write_text("# One, `two` & three\n```\n# no title\n```\n## Sub\n## Sub\n")
     assert anchors(page) == {"one-two--three", "sub", "sub-1"}
@@ -78,4 +83,3 @@ def quoted() -> list[str]:
 def test_troubleshooting_quotes_what_the_code_says() -> None:
     assert len(quoted()) >= 25
     assert [message for message in quoted() if message not in said()] == []
-    assert "there is no such message … anywhere" not in said()
