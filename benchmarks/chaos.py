@@ -1,7 +1,7 @@
 """Kill every kind of process of a real training, one at a time at random moments; is anything lost?
 
-    python benchmarks/chaos.py                       # 22 kills; about a quarter of an hour on two quiet cores
-    python benchmarks/chaos.py --rounds 1 --seed 3   # each kind once
+    python -m benchmarks.chaos                       # 22 kills; about a quarter of an hour on two quiet cores
+    python -m benchmarks.chaos --rounds 1 --seed 3   # each kind once
 
 A run of the panels recipe (two questions of four trajectories a step, one step of staleness, a checkpoint behind each
 step) is hurt ``--rounds`` times in each way and hung once; a driver that was killed is started again by the same
@@ -15,8 +15,6 @@ of a worker, a step of learner or driver. Rollout engines have a worker process 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
 import signal
@@ -32,9 +30,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.lives import ENGINE, GROUPS, G, Life, LifeFailed, descendants, lines_of, living, small_run, still
+from benchmarks.reporting import parser_of, report
 
 
 @dataclass(frozen=True)
@@ -267,14 +264,13 @@ def workplace(folder: Path | None) -> Iterator[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "chaos")
     parser.add_argument("--rounds", type=int, default=3, help="kills of each kind (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--seed", type=int, default=0, help="of order and moments (default: %(default)s)")
     parser.add_argument("--stall-s", type=float, default=60, help="rollout.stall_s (default: %(default)s)")
     parser.add_argument("--patience-s", type=float, default=900, help="for each recovery (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="a new folder for the run, kept (default: one that is removed)")
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
     options = parser.parse_args()
     kinds = plan(options.rounds, options.kinds, options.seed)
     started, status, failure = time.monotonic(), 1, ""
@@ -288,16 +284,12 @@ def main() -> int:
         counted = count(folder / "run", chaos.steps)
     good, line = verdict(counted, len(chaos.killed), len(kinds), chaos.orphans, status)
     found = {
-        "good": good, "verdict": line, "seed": options.seed, "minutes": round((time.monotonic() - started) / 60, 1),
-        "counts": counted, "orphans": chaos.orphans, "failure": failure,
+        "minutes": (time.monotonic() - started) / 60, "counts": counted, "orphans": chaos.orphans, "failure": failure,
         "kills": [asdict(kill) for kill in chaos.killed],
         "vllm_worker": "its own process in the rollout engine, in the core's process in the reward engine",
     }  # fmt: skip
-    print(json.dumps(found, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(*table(chaos.killed), line, sep="\n", file=sys.stderr)
-    return 0 if good else 1
+    print(*table(chaos.killed), sep="\n", file=sys.stderr)
+    return report(options, found, good, line)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Kill a training's driver at ten random moments; does what it resumes come to the same end?
 
-    python benchmarks/resume.py                      # about a quarter of an hour on two quiet cores
-    python benchmarks/resume.py --kills 2 --steps 12
+    python -m benchmarks.resume                      # about a quarter of an hour on two quiet cores
+    python -m benchmarks.resume --kills 2 --steps 12
 
 Trains the panels recipe twice, small (two questions of four trajectories a step, synchronous, a checkpoint behind each
 step): once undisturbed, once with ``kill -9`` of the driver again and again. Half of the kills come at a random moment
@@ -12,8 +12,6 @@ rewards, questions and the weights are compared, bit for bit.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import sys
 import time
@@ -21,10 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.chaos import DRIVERS_FAMILY_S, workplace
 from benchmarks.lives import GROUPS, Life, LifeFailed, lines_of, living, small_run
+from benchmarks.reporting import parser_of, report
 
 FIGURES = ("learner/loss", "learner/grad_norm", "reward/total", "rollout/reply_tokens")
 """Of every step, compared as they are."""
@@ -141,13 +138,12 @@ def verdict(found: dict[str, Any], kills: list[Kill], planned: int, orphans: lis
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "resume")
     parser.add_argument("--kills", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="of either run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--patience-s", type=float, default=1800, help="for each wait (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="a new folder for the runs, kept (default: one that is removed)")
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
     options = parser.parse_args()
     if options.steps < options.kills + 3:
         parser.error("give more steps than kills, by 3")
@@ -169,15 +165,11 @@ def main() -> int:
             failure = str(error)
     good, line = verdict(found, trial.done, options.kills, trial.orphans)
     good = good and not failure
-    report = {
-        "good": good, "verdict": line, "seed": options.seed, "minutes": round((time.monotonic() - started) / 60, 1),
-        **found, "orphans": trial.orphans, "failure": failure, "kills": [asdict(kill) for kill in trial.done],
+    figures = {
+        "minutes": (time.monotonic() - started) / 60, **found, "orphans": trial.orphans, "failure": failure,
+        "kills": [asdict(kill) for kill in trial.done],
     }  # fmt: skip
-    print(json.dumps(report, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(failure or line, file=sys.stderr)
-    return 0 if good else 1
+    return report(options, figures, good, failure or line)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Rollout workers 1 -> 3 -> 1 and reward workers 1 -> 2 of a running training, by ``ergo-rl scale``: does it pause?
 
-    python benchmarks/scaling.py                     # about five minutes on two quiet cores
+    python -m benchmarks.scaling                     # about five minutes on two quiet cores
 
 Trains the panels recipe, small, and gives it workers by the command, as from another terminal. A *gap* is the time from
 the end of one step to the end of the next, by the run's own records. New engines start on the same cores as the run and
@@ -11,8 +11,6 @@ the median of the undisturbed steps before, to see what the competition for core
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,10 +20,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.chaos import workplace
 from benchmarks.lives import GROUPS, ROOT, Life, LifeFailed, living, small_run
+from benchmarks.reporting import parser_of, report
 
 PHASES = (("--rollout-workers", 3), ("--reward-workers", 2), ("--rollout-workers", 1))
 
@@ -91,12 +88,11 @@ def verdict(phases: Sequence[Phase]) -> tuple[bool, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "scaling")
     parser.add_argument("--quiet-steps", type=int, default=20, help="undisturbed ones (default: %(default)s)")
     parser.add_argument("--patience-s", type=float, default=900, help="for each wait (default: %(default)s)")
     parser.add_argument("--staleness", type=int, default=1, help="max_staleness of the run (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="a new folder for the run, kept (default: one that is removed)")
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
     options = parser.parse_args()
     phases, quiet_s, failure = list[Phase](), 0.0, ""
     with workplace(options.folder) as folder:
@@ -113,15 +109,12 @@ def main() -> int:
         except (LifeFailed, subprocess.TimeoutExpired) as error:
             failure = str(error)
     good, line = verdict(phases)
-    report = {
-        "good": good and not failure, "verdict": line, "failure": failure, "quiet_median_s": round(quiet_s, 3),
-        "phases": [asdict(one) | {"pause_in_steps": round(one.pause_in_steps, 3)} for one in phases],
+    found = {
+        "failure": failure, "quiet_median_s": quiet_s,
+        "phases": [asdict(one) | {"pause_in_steps": one.pause_in_steps} for one in phases],
     }  # fmt: skip
-    print(json.dumps(report, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(*table(phases, quiet_s), failure or line, sep="\n", file=sys.stderr)
-    return 0 if report["good"] else 1
+    print(*table(phases, quiet_s), sep="\n", file=sys.stderr)
+    return report(options, found, good and not failure, failure or line)
 
 
 if __name__ == "__main__":

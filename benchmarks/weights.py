@@ -31,7 +31,7 @@ import ray
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import RolloutConfig
 from benchmarks.reporting import parser_of, report, spread
-from cluster.buckets import Bucket, write_shared
+from cluster.buckets import Bucket, SharedFile
 from cluster.engine import EngineConfig
 from cluster.placement import Cluster, ClusterConfig
 from cluster.weights import WeightChannel
@@ -49,10 +49,10 @@ class Landing:
     async def land(self, *buckets: Bucket) -> float:
         """Seconds."""
         started = time.perf_counter()
-        paths = [write_shared(bucket) for bucket in buckets]
+        files = [SharedFile(bucket) for bucket in buckets]
         seconds = time.perf_counter() - started
-        for path in paths:
-            path.unlink()
+        for file in files:
+            file.close()
         return seconds
 
 

@@ -8,11 +8,13 @@ written from there. So a weight is copied once into the object store and once in
 from __future__ import annotations
 
 import json
+import os
 import struct
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,15 +54,23 @@ def pack(tensors: Iterable[tuple[str, Tensor]]) -> list[NDArray[np.uint8]]:
     return [np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8), *parts]
 
 
-def write_shared(bucket: Bucket) -> Path:
-    """The bucket as a safetensors file in shared memory where there is any: processes of this machine map it instead of
-    receiving it. Whoever gets the path removes the file."""
-    folder = Path("/dev/shm")
-    with tempfile.NamedTemporaryFile(
-        dir=folder if folder.is_dir() else None, prefix="ergo-rl-", delete=False, buffering=0
-    ) as file:
+class SharedFile:
+    """A bucket as a safetensors file in memory: processes of this machine and user map ``path`` instead of receiving
+    it. It lives until ``close``, or the end of the process that made it, and in the mappings of others: nobody's sudden
+    death leaves it behind."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._file: IO[bytes]
+        if sys.platform == "linux":
+            self._file = os.fdopen(os.memfd_create("ergo-rl-weights"), "wb", buffering=0)
+            self.path = Path(f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
+        else:
+            self._file = tempfile.NamedTemporaryFile(prefix="ergo-rl-", buffering=0)  # noqa: SIM115
+            self.path = Path(self._file.name)
         for part in bucket:
             rest = part.data
             while rest:  # a raw file may take less than it is given
-                rest = rest[file.write(rest) :]
-    return Path(file.name)
+                rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        self._file.close()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.buckets import Bucket, write_shared
+from cluster.buckets import Bucket, SharedFile
 
 
 @dataclass
@@ -265,18 +265,18 @@ def _prepare_environment(config: EngineConfig) -> None:
 async def _files(buckets: Sequence[Bucket]) -> AsyncIterator[AsyncIterator[Path]]:
     """The buckets as files in shared memory, the first one written when the block begins, each other one while the one
     before it is in use; whatever happens, none is left behind the block."""
-    tasks: list[asyncio.Task[Path]] = []
+    tasks: list[asyncio.Task[SharedFile]] = []
 
     def begin() -> None:
         if len(tasks) < len(buckets):
-            tasks.append(asyncio.create_task(asyncio.to_thread(write_shared, buckets[len(tasks)])))
+            tasks.append(asyncio.create_task(asyncio.to_thread(SharedFile, buckets[len(tasks)])))
 
     async def paths() -> AsyncIterator[Path]:
         for place in range(len(buckets)):
-            path = await tasks[place]
+            file = await tasks[place]
             begin()
-            yield path
-            path.unlink()
+            yield file.path
+            file.close()
 
     begin()
     await asyncio.gather(*tasks)
@@ -284,5 +284,5 @@ async def _files(buckets: Sequence[Bucket]) -> AsyncIterator[AsyncIterator[Path]
         yield paths()
     finally:
         for written in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(written, Path):
-                written.unlink(missing_ok=True)
+            if isinstance(written, SharedFile):
+                written.close()

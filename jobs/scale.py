@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.rollout_pool import RolloutPool
 from cluster.compat import keep_ray_local
@@ -70,8 +71,9 @@ class Mailbox:
 async def scalable(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> AsyncIterator[None]:
     """Inside the block the run does what its mailbox is asked."""
     name = _PREFIX + str(run.folder.resolve())
-    mailbox: Any = ray.remote(Mailbox).options(name=name, num_cpus=0).remote()
     context = ray.get_runtime_context()
+    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)  # no other node's end may take it along
+    mailbox: Any = ray.remote(Mailbox).options(name=name, num_cpus=0, scheduling_strategy=here).remote()
     place = {"address": context.gcs_address, "namespace": context.namespace}
     (run.folder / ADDRESS).write_text(json.dumps(place) + "\n")
     task = asyncio.create_task(_serve(mailbox, run, rollouts, rewards))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -9,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.buckets import pack, write_shared
+from cluster.buckets import SharedFile, pack
 
 KINDS = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
 
@@ -20,14 +23,30 @@ def test_what_is_written_is_what_safetensors_reads(shapes: list[tuple[torch.dtyp
     """Names, types and shapes, scalars and empty tensors too; from a file without a copy, and from bytes."""
     tensors = {f"layer.{i}": (torch.rand(shape) * 9).to(kind) for i, (kind, shape) in enumerate(shapes)}
     bucket = pack(tensors.items())
-    path = write_shared(bucket)
+    file = SharedFile(bucket)
     try:
-        for found in (safetensors.torch.load_file(path), safetensors.torch.load(b"".join(map(bytes, bucket)))):
+        for found in (safetensors.torch.load_file(file.path), safetensors.torch.load(b"".join(map(bytes, bucket)))):
             assert found.keys() == tensors.keys()
             for name, tensor in tensors.items():
                 assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
     finally:
-        path.unlink()
+        file.close()
+
+
+def test_a_mapping_in_another_process_outlives_the_file_and_nothing_is_left_on_disk() -> None:
+    """What an engine does with a bucket; the worker that wrote it may die at any moment."""
+    file = SharedFile(pack([("w", torch.arange(4.0))]))
+    code = (
+        "import sys; from safetensors import safe_open\n"
+        "with safe_open(sys.argv[1], framework='pt') as bucket: weight = bucket.get_tensor('w')\n"
+        "print('open', flush=True); input(); print(weight.tolist())"
+    )
+    command = [sys.executable, "-c", code, str(file.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None and reader.stdout.readline() == "open\n"
+        file.close()
+        assert not file.path.exists()
+        assert reader.communicate("\n", timeout=60)[0] == "[0.0, 1.0, 2.0, 3.0]\n"
 
 
 def test_a_bucket_is_no_copy_and_its_header_is_aligned() -> None:
