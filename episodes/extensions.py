@@ -30,7 +30,9 @@ def imported(path: str, kind: type[Kind]) -> type[Kind]:
     except Exception as error:  # whatever a user's module raises while it is imported
         where = "; is it installed, in the working directory, or on PYTHONPATH?"
         absent = isinstance(error, ModuleNotFoundError) and error.name in (module, module.partition(".")[0])
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}{where if absent else ''}") from error
+        raise ValueError(
+            f"{path} cannot be imported: {type(error).__name__}: {error}{where if absent else ''}"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, kind)):
         what = "nothing of that name" if found is None else f"{found!r}"
         raise ValueError(f"{path}: {module} has {what}; it must be a subclass of {kind.__module__}.{kind.__qualname__}")

@@ -33,7 +33,9 @@ def on_the_dashboard() -> set[str]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    return load_config(ROOT / "configs" / "panels.yaml", [f"runs_dir={tmp_path}", "name=story", "metrics.project=tests"])
+    return load_config(
+        ROOT / "configs" / "panels.yaml", [f"runs_dir={tmp_path}", "name=story", "metrics.project=tests"]
+    )
 
 
 def exporting(config: TrainConfig, *names: ExporterName) -> TrainConfig:
@@ -45,7 +47,9 @@ def test_a_package_that_is_missing_is_said_before_there_is_a_run(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    message = rf"metrics.exporters has {name}, but the package {name} is not installed: pip install 'ergo-rl\[{extra}\]'"
+    message = (
+        rf"metrics.exporters has {name}, but the package {name} is not installed: pip install 'ergo-rl\[{extra}\]'"
+    )
     with pytest.raises(ConfigError, match=message), Run.open(exporting(config, ExporterName(name))):
         pass
     assert not list(tmp_path.iterdir())
