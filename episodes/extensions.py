@@ -16,8 +16,8 @@ def is_path(name: str) -> bool:
 
 
 def imported(path: str, kind: type[Kind]) -> type[Kind]:
-    """The class at ``package.module:Class``, a subclass of ``kind``. Found by name in whichever process asks (driver, Ray
-    worker), in the working directory, too, as Ray's workers do.
+    """The class at ``package.module:Class``, a subclass of ``kind``. Found by name in whichever process asks (driver,
+    Ray worker), in the working directory, too, as Ray's workers do.
 
     Raises ValueError, saying what is wrong with the path, the module or the class."""
     module, _, name = path.partition(":")

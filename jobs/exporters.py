@@ -1,7 +1,7 @@
 """Where the figures of a run go besides its own files: TensorBoard, Weights & Biases, MLflow, Prometheus.
 
-Chosen by ``metrics.exporters``. The packages of W&B and MLflow are extras and imported here only. Addresses, accounts and
-keys are those of their own environment variables (WANDB_API_KEY, WANDB_ENTITY, WANDB_MODE; MLFLOW_TRACKING_URI, ...):
+Chosen by ``metrics.exporters``. The packages of W&B and MLflow are extras and imported here only. Addresses, accounts
+and keys are those of their own environment variables (WANDB_API_KEY, WANDB_ENTITY, WANDB_MODE; MLFLOW_TRACKING_URI):
 a configuration is saved with the run, a key must not be.
 """
 
@@ -132,7 +132,7 @@ class MLflow:
 
 
 class Prometheus:
-    """Gauges at Ray's own metrics endpoint, ``ray_ergo_rl_reward_total{run="..."}`` and so on, while the run goes on."""
+    """Gauges at Ray's own metrics endpoint while the run goes on: ``ray_ergo_rl_reward_total{run="..."}``, ..."""
 
     def __init__(self, config: TrainConfig, folder: Path, step: int) -> None:
         self._tags = {"run": folder.name}

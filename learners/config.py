@@ -59,8 +59,8 @@ class MismatchLevel(StrEnum):
 @dataclass
 class LossConfig:
     objective: str = ObjectiveName.DAPO.value
-    """dapo (clip per token, mean over all tokens) | grpo | dr_grpo | gspo | cispo | ``package.module:Class`` of your own
-    (docs/extending.md)."""
+    """dapo (clip per token, mean over all tokens) | grpo | dr_grpo | gspo | cispo | ``package.module:Class`` of your
+    own (docs/extending.md)."""
     clip_low: float = 0.2
     """The probability ratio is clipped below at 1 - clip_low (cispo: not at all)."""
     clip_high: float = 0.2

@@ -51,8 +51,8 @@ def terms_of(config: RewardConfig) -> dict[str, type[RewardTerm]]:
 
 
 def weights_of(config: RewardConfig) -> dict[str, float]:
-    """The weight of every term. Raises ValueError for an unknown term, one that alpha or beta weighs already, and one of
-    the user's without a weight."""
+    """The weight of every term. Raises ValueError for an unknown term, one that alpha or beta weighs already, and one
+    of the user's without a weight."""
     others = sorted((TERMS.keys() | config.terms.keys()) - {"region", "box"})
     if weightless := sorted(config.terms.keys() - config.weights.keys()):
         raise ValueError(f"reward.weights has none for {', '.join(weightless)} of reward.terms; 0 only measures a term")

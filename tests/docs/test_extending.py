@@ -75,8 +75,9 @@ def test_a_reward_term() -> None:
 
 
 def test_an_objective() -> None:
-    """Trajectory 0, advantage 2, ratios 1 and 2: weights 1, 1. Trajectory 1, advantage -1, ratios 1/2, 1, 2: weights 1/2, 1,
-    1. The gradient on a token is -weight x advantage, the mean is over 5 tokens; log-probs -1, -1; -3, -1, -1 times ln 2."""
+    """Trajectory 0, advantage 2, ratios 1 and 2: weights 1, 1. Trajectory 1, advantage -1, ratios 1/2, 1, 2: weights
+    1/2, 1, 1. The gradient on a token is -weight x advantage, the mean is over 5 tokens; log-probs -1, -1 and -3, -1,
+    -1 times ln 2."""
     from learners.losses import policy_loss
 
     config = configured("TOPR").learner.loss

@@ -58,7 +58,7 @@ def test_a_package_that_is_missing_is_said_before_there_is_a_run(
 def test_they_are_chosen_by_name() -> None:
     config = load_config(ROOT / "configs" / "panels.yaml", ["metrics.exporters=[wandb,prometheus]"])
     assert config.metrics.exporters == [ExporterName.WANDB, ExporterName.PROMETHEUS]
-    with pytest.raises(ConfigError, match="metrics.exporters.*comet"):
+    with pytest.raises(ConfigError, match=r"metrics\.exporters.*comet"):
         load_config(ROOT / "configs" / "panels.yaml", ["metrics.exporters=[comet]"])
 
 
