@@ -130,7 +130,7 @@ class RolloutWorker:
 
     async def start(self) -> None:
         model = self._config.engine.model
-        self._family, tokenizer = family_of(model), load_tokenizer(model)
+        self._family, tokenizer = family_of(model, self._episode.family), load_tokenizer(model)
         self._episodes = CoarseToFine(self._family, tokenizer, self._episode)
         self._stop_ids = (tokenizer.convert_tokens_to_ids(self._family.turn_end),)
         self._banned_ids = self._family.banned_ids(tokenizer)

@@ -35,6 +35,8 @@ class ClusterConfig:
     interface, so that other machines can join."""
     object_store_gib: float = 2.0
     """Object store of a Ray that is started here."""
+    metrics_port: int = 0
+    """Port of the metrics (Prometheus) of a Ray that is started here; 0: any that is free."""
     wait_s: float = 300.0
     """How long to wait for resources before giving up, with the numbers."""
     log_to_driver: bool = False
@@ -64,6 +66,7 @@ class Cluster:
                 "num_cpus": max(os.cpu_count() or 1, 2),
                 "object_store_memory": int(config.object_store_gib * 2**30),
                 "include_dashboard": False,
+                "_metrics_export_port": config.metrics_port or None,
             }
             if local and config.local_only:
                 keep_ray_local()

@@ -27,6 +27,8 @@ class OnBadBox(StrEnum):
 
 @dataclass
 class EpisodeConfig:
+    family: str = ""
+    """``package.module:Class`` of your own model family (docs/extending.md); empty: ours, by the model's type."""
     coarse_tokens: int = 640
     """Visual-token budget of the coarse view (paper: 640 or 1280)."""
     fine_tokens: int = 640

@@ -1,7 +1,8 @@
 """All that differs between model families, one small class each.
 
 A family knows how images are sized, how a box is written, which special tokens exist and how a chat is
-assembled. It never loads weights. To add one: subclass ``ModelFamily`` and add a line to ``FAMILIES``.
+assembled. It never loads weights. A new one is a subclass of ``ModelFamily``: a line in ``FAMILIES``, or named as
+``package.module:Class`` in a configuration (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
+from episodes.extensions import imported
 from episodes.types import Box, View
 
 Corners = tuple[float, float, float, float]
@@ -178,12 +180,14 @@ FAMILIES: dict[str, type[ModelFamily]] = {family.model_type: family for family i
 
 
 class UnknownFamily(ValueError):
-    """The model belongs to no family in FAMILIES."""
+    """The model belongs to no family that we know, or to another one than it was said to."""
 
 
-def family_of(model: str) -> ModelFamily:
-    """The family of a local folder or a hub name. Raises UnknownFamily for a family we do not know,
-    OSError for a model that is not there."""
+def family_of(model: str, own: str = "") -> ModelFamily:
+    """The family of a local folder or a hub name; ``own``: a class of the user's, ``package.module:Class``.
+
+    Raises UnknownFamily for a family we do not know, or an own one of other models, OSError for a model that is not
+    there, ValueError for a class that is not there."""
     config = Path(model) / "config.json"
     if config.is_file():
         model_type = json.loads(config.read_text())["model_type"]
@@ -193,9 +197,13 @@ def family_of(model: str) -> ModelFamily:
         from transformers import AutoConfig
 
         model_type = AutoConfig.from_pretrained(model).model_type
-    if model_type not in FAMILIES:
-        raise UnknownFamily(f"{model} is a {model_type!r} model; known families: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]()
+    known = FAMILIES if not own else {(family := imported(own, ModelFamily)).model_type: family}
+    if model_type not in known:
+        raise UnknownFamily(
+            f"{model} is a {model_type!r} model; {own or 'known families'}: {', '.join(sorted(known))} "
+            "(docs/extending.md: a family of your own)"
+        )
+    return known[model_type]()
 
 
 def load_tokenizer(model: str) -> Tokenizer:

@@ -57,7 +57,7 @@ def recipe_of(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
 def launch_players(cluster: Cluster, config: TrainConfig) -> tuple[RolloutPool, RewardPool]:
     """Rollout and reward workers, starting in the background. A model that is not there is said now (OSError,
     UnknownFamily), not by a worker in a minute."""
-    family_of(config.rollout.engine.model)
+    family_of(config.rollout.engine.model, config.episode.family)
     if config.reward.verifier.backend is Backend.ENGINE:
-        family_of(config.reward.verifier.engine.model)
+        family_of(config.reward.verifier.engine.model, config.reward.verifier.family)
     return RolloutPool.launch(cluster, config.rollout, config.episode), RewardPool.launch(cluster, config.reward)

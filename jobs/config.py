@@ -20,6 +20,8 @@ from yaml import YAMLError
 from actors.rollout_worker import RolloutConfig
 from cluster.placement import ClusterConfig
 from episodes.coarse_to_fine import EpisodeConfig
+from episodes.extensions import imported, is_path
+from episodes.families import ModelFamily
 from episodes.prompts import around_image
 from episodes.questions import QuestionsConfig
 from episodes.types import Question
@@ -31,7 +33,7 @@ from jobs.limits import out_of_range
 from jobs.metrics import MetricsConfig
 from learners.config import LearnerConfig
 from rewards.config import Backend, RewardConfig
-from rewards.tce import weights_of
+from rewards.tce import terms_of, weights_of
 
 _SHOWN = 400
 """Characters of a value or a reason that a message shows."""
@@ -204,6 +206,10 @@ def check(config: TrainConfig) -> None:
             f"learner.model ({learner.model}) and rollout.engine.model ({rollout.engine.model}) must be the same model",
         ),
         (
+            learner.family != episode.family,
+            f"learner.family ({learner.family!r}) must equal episode.family ({episode.family!r})",
+        ),
+        (
             longest >= rollout.engine.max_model_len,
             f"rollout.engine.max_model_len ({rollout.engine.max_model_len}) must be above {longest}, the sum of both "
             "visual-token budgets and both reply limits, with room for the prompts' text",
@@ -211,7 +217,13 @@ def check(config: TrainConfig) -> None:
     ]
     problems += [(True, message) for message in out_of_range(config)]
     try:
-        weights_of(config.reward)
+        terms_of(config.reward), weights_of(config.reward)
+        for own in filter(None, (episode.family, config.reward.verifier.family)):
+            imported(own, ModelFamily)
+        if is_path(learner.loss.objective):
+            from learners.objectives import objective_named  # loads torch
+
+            objective_named(learner.loss.objective)
         for prompts in (episode.prompts, config.reward.verifier.prompts):
             for template in (prompts.coarse, prompts.fine, prompts.verify):
                 around_image(template, Question("", b"", "", ""))

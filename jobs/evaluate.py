@@ -109,7 +109,7 @@ async def grid(
                     f"rollout.engine.max_model_len ({engine.max_model_len}) must be above {longest}, twice the largest "
                     "budget and both reply limits, with room for the prompts' text"
                 )
-            policy, family = engine.model, family_of(engine.model)
+            policy, family = engine.model, family_of(engine.model, config.episode.family)
             cluster = stack.enter_context(Cluster.connect(config.cluster))
             rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
             with console.status("starting engines (20 to 60 s on a CPU)"):

@@ -26,7 +26,7 @@ LEAST: dict[str, float] = {
     "proof.tolerance": 0, "proof.replies": 1,
     "evaluation.questions": 0, "evaluation.every": 0, "evaluation.in_flight": 1, "evaluation.oracle_margin": 0,
     "evaluation.random_area": 0,
-    "cluster.object_store_gib": 0.1, "cluster.wait_s": 0,
+    "cluster.object_store_gib": 0.1, "cluster.wait_s": 0, "cluster.metrics_port": 0,
     **{f"{role}.{key}": 0 for role in ("rollout", "reward") for key in ("restarts", "backoff_s")},
     **{f"{role}.stall_s": 1 for role in ("rollout", "reward")},
     **{f"{role}.resources.{key}": 0 for role in ("rollout", "reward", "learner") for key in ("cpus", "gpus")},

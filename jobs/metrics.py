@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from actors.rollout_worker import TrajectoryFacts
 from actors.trajectory_store import Group
@@ -13,8 +14,19 @@ from episodes.types import Outcome, Question, Score
 Metrics = dict[str, float]
 
 
+class ExporterName(StrEnum):
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+    PROMETHEUS = "prometheus"
+
+
 @dataclass
 class MetricsConfig:
+    exporters: list[ExporterName] = field(default_factory=lambda: [ExporterName.TENSORBOARD])
+    """Where figures go besides metrics.jsonl (docs/metrics.md): any of tensorboard, wandb, mlflow, prometheus."""
+    project: str = "ergo-rl"
+    """Project of W&B, experiment of MLflow."""
     full_image_ratio: float = 0.9
     """A crop of at least this share of the image counts as the whole image."""
     tiny_box_ratio: float = 0.005

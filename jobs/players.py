@@ -17,6 +17,7 @@ from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
 from cluster.engine import EngineDied
 from episodes.coarse_to_fine import CoarseToFine
+from episodes.extensions import imported
 from episodes.families import FAMILIES, ModelFamily, family_of
 from episodes.images import UnreadableImage
 from episodes.prompts import ReservedText, around_image, fill
@@ -187,7 +188,7 @@ async def start_player(
     model."""
     if endpoint is not None:
         return EndpointPlayer(config, endpoint, family_named(family))
-    return await LocalPlayer.start(config, family_of(config.rollout.engine.model))
+    return await LocalPlayer.start(config, family_of(config.rollout.engine.model, config.episode.family))
 
 
 async def endpoint_at(url: str, model: str, config: TrainConfig) -> EndpointConfig:
@@ -216,14 +217,20 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model", default="", help="with --url: the model's name there (default: its only one)")
     parser.add_argument(
         "--family",
-        choices=sorted(FAMILIES),
         default="qwen2_5_vl",
-        help="with --url: how the model writes boxes and sizes images (default: %(default)s)",
+        help=f"with --url: how the model writes boxes and sizes images: {', '.join(FAMILIES)}, or package.module:Class "
+        "(default: %(default)s)",
     )
 
 
 def family_named(name: str) -> ModelFamily:
-    return FAMILIES[name]()
+    """Raises ConfigError for a family that is not there."""
+    if name in FAMILIES:
+        return FAMILIES[name]()
+    try:
+        return imported(name, ModelFamily)()
+    except ValueError as error:
+        raise ConfigError(f"--family: known are {', '.join(FAMILIES)}, or a class of your own: {error}") from error
 
 
 def _parts(before: str, after: str, view: View) -> list[dict[str, Any]]:

@@ -83,6 +83,8 @@ def _default(kind: type, name: str) -> str:
         return "(must be given)"
     if isinstance(value, Enum):
         return f"`{value.value}`"
+    if isinstance(value, list):
+        value = [one.value if isinstance(one, Enum) else one for one in value]
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return "(see there)" if len(shown) > 100 else f"`{shown.replace('|', chr(92) + '|')}`"
 

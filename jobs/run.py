@@ -1,4 +1,4 @@
-"""The run directory: config, metrics, TensorBoard events, samples, checkpoints; and the live view of it all."""
+"""The run directory: config, metrics, samples, checkpoints; and the live view of it all."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from jobs.checkpoints import Shelf, name_of, step_of
 from jobs.config import ConfigError, TrainConfig
 from jobs.credit import Advantages
 from jobs.evaluation import Evaluation
+from jobs.exporters import Exporter, open_exporters, require_packages
 from jobs.guards import Guards
 from jobs.layout import CONFIG, ENDED, SAMPLES, folder_of
 from jobs.metrics import Metrics
@@ -57,13 +58,14 @@ class Run:
         self.shelf, self.copies = Shelf(start.folder / CHECKPOINTS), copies_of(config, start.folder)
         self._source = self._checkpoint = start.checkpoint
         self._records: dict[str, IO[str]] = {}
-        self._events: Any = None
+        self._exporters: list[Exporter] = []
 
     @classmethod
     @contextmanager
     def open(cls, config: TrainConfig) -> Iterator[Run]:
         """The folder ``runs_dir/name``: that of an unfinished run, or a new one, with a number behind the name where
         that one is taken (``jobs.resume``). ``restore`` comes next."""
+        require_packages(config)
         start = find_start(config)
         OmegaConf.save(OmegaConf.structured(config), start.folder / CONFIG)
         log_file = logging.FileHandler(start.folder / "run.log", encoding="utf-8")
@@ -76,6 +78,7 @@ class Run:
                 yield run
             except Exception as error:
                 run.ended(done=False, why=f"{type(error).__name__}: {error}")
+                run._close(failed=True)
                 raise
             finally:
                 run._close()
@@ -84,8 +87,6 @@ class Run:
 
     def rewind(self, checkpoint: Path | None) -> None:
         """Records, alarms and picture as they were at a checkpoint; None: at the start. What came after is gone."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self._close()
         self._checkpoint = checkpoint
         for name in RECORDS:
@@ -96,7 +97,7 @@ class Run:
         (self.folder / ENDED).unlink(missing_ok=True)
         step = 0 if checkpoint is None else step_of(checkpoint.name)
         self._records = {name: (self.folder / name).open("a", encoding="utf-8", buffering=1) for name in RECORDS}
-        self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+        self._exporters = open_exporters(self.config, self.folder, step)
         self._guards, self._alarms = Guards(self.config.guards), set[str]()
         metrics, self._evaluations = self._lines("metrics.jsonl"), self._lines("evaluations.jsonl")
         for one in metrics:
@@ -141,11 +142,16 @@ class Run:
     def _lines(self, name: str) -> list[Metrics]:
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
-    def _close(self) -> None:
+    def _close(self, failed: bool = False) -> None:
         for file in self._records.values():
             file.close()
-        if self._events is not None:
-            self._events.close()
+        for exporter in self._exporters:
+            exporter.close(failed)
+        self._exporters = []
+
+    def _export(self, step: int, metrics: Metrics) -> None:
+        for exporter in self._exporters:
+            exporter.log(step, metrics)
 
     @contextmanager
     def step(self, step: int) -> Iterator[StepReport]:
@@ -155,8 +161,7 @@ class Run:
             yield report
         self._guard(report)
         self._record("metrics.jsonl", {"step": step, "time": time.time(), **report.metrics})
-        for name, value in report.metrics.items():
-            self._events.add_scalar(name, value, step)
+        self._export(step, report.metrics)
         self.view.show(step, report.metrics)
 
     def _guard(self, report: StepReport) -> None:
@@ -174,8 +179,7 @@ class Run:
         for bad in evaluation.unplayable:
             logger.warning("held-out question %r cannot be played: %s", bad.question_id, bad.reason)
         self._record("evaluations.jsonl", {"step": step, **metrics})
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        self._export(step, metrics)
         self.view.show_evaluation(step, metrics)
         self._evaluations.append({"step": step, **metrics})
 

@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         endpoint = asyncio.run(endpoint_at(options.url, options.served_model, config)) if options.url else None
         model = endpoint.model if endpoint else config.rollout.engine.model
         if endpoint is None:
-            family_of(model)  # said before Ray and an engine start
+            family_of(model, config.episode.family)  # said before Ray and an engine start
         name = options.name or Path(options.model or model).name
         how = ServeConfig(name, options.max_body_mib * 2**20, options.fetch_images)
         run(config, how, endpoint, options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.resources import Resources
+from episodes.extensions import is_path
 from learners.advantages import AdvantageConfig
 
 
@@ -57,8 +58,9 @@ class MismatchLevel(StrEnum):
 
 @dataclass
 class LossConfig:
-    objective: ObjectiveName = ObjectiveName.DAPO
-    """dapo (clip per token, mean over all tokens) | grpo | dr_grpo | gspo | cispo."""
+    objective: str = ObjectiveName.DAPO.value
+    """dapo (clip per token, mean over all tokens) | grpo | dr_grpo | gspo | cispo | ``package.module:Class`` of your
+    own (docs/extending.md)."""
     clip_low: float = 0.2
     """The probability ratio is clipped below at 1 - clip_low (cispo: not at all)."""
     clip_high: float = 0.2
@@ -79,9 +81,16 @@ class LossConfig:
     """Trajectories that a reply's limit cut off leave the loss; they stay in their group's baseline."""
 
     def __post_init__(self) -> None:
+        if not is_path(self.objective):
+            self.objective = self.objective.lower()  # configs of earlier runs have DAPO
+            if self.objective not in (names := [name.value for name in ObjectiveName]):
+                raise ValueError(
+                    f"learner.loss.objective: there is no {self.objective!r}; known: {', '.join(names)}, or "
+                    "package.module:Class of your own"
+                )
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
             raise ValueError(f"clip_low is {self.clip_low}, clip_high {self.clip_high}; need 0..1 and at least 0")
-        if self.dual_clip is not None and (self.dual_clip <= 1 or self.objective is ObjectiveName.CISPO):
+        if self.dual_clip is not None and (self.dual_clip <= 1 or self.objective == ObjectiveName.CISPO):
             raise ValueError(f"dual_clip is {self.dual_clip}; it must be above 1, and cispo has its own cap")
         if not 0 <= self.mismatch_low < 1 < self.mismatch_high:
             raise ValueError(f"mismatch_low is {self.mismatch_low}, mismatch_high {self.mismatch_high}; 1 lies between")
@@ -146,6 +155,8 @@ class LoraConfig:
 class LearnerConfig:
     model: str = "models/panels-policy"
     """Local folder or hub name of a vision-language model of a known family."""
+    family: str = ""
+    """Must equal ``episode.family``."""
     dtype: Dtype = Dtype.FLOAT32
     """Precision of the passes; the optimiser's master weights are fp32 in any case."""
     freeze_vision: bool = False

@@ -22,7 +22,7 @@ from learners.adapters import Weight, weights_of
 from learners.batch import Batcher, MicroBatch, Plan, Sample
 from learners.config import Dtype, LearnerConfig, LoraConfig
 from learners.losses import TokenBatch, policy_loss
-from learners.objectives import OBJECTIVES
+from learners.objectives import objective_named
 from learners.policy import Policy
 from learners.report import TURNS, TokenSums, UpdateReport
 
@@ -60,7 +60,7 @@ class Learner:
         torch.set_num_threads(config.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         zero.join(place.rank, place.world, place.address, place.port, self.device, config.collective_timeout_s)
-        family, tokenizer = family_of(config.model), load_tokenizer(config.model)
+        family, tokenizer = family_of(config.model, config.family), load_tokenizer(config.model)
         self.banned_ids = family.banned_ids(tokenizer)
         self.batcher = Batcher(
             family=family,
@@ -212,7 +212,7 @@ class Learner:
 
     def _agree(self, plan: Plan) -> StepSize:
         lengths, passes = plan.lengths, torch.tensor(len(plan.bins), device=self.device)
-        denominator = OBJECTIVES[self.config.loss.objective].denominator(lengths)
+        denominator = objective_named(self.config.loss.objective).denominator(lengths)
         counts = [sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.real_tokens, plan.passed_tokens]
         totals = torch.tensor([denominator, *counts], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)

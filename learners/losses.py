@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from learners.config import LossConfig, MismatchLevel
-from learners.objectives import OBJECTIVES, Sampled, row_means
+from learners.objectives import Sampled, objective_named, row_means
 from learners.report import TokenSums
 
 
@@ -51,7 +51,7 @@ class TokenBatch:
 def policy_loss(batch: TokenBatch, config: LossConfig) -> tuple[Tensor, TokenSums]:
     """The weighted sum of the objective's loss over ``mask`` (float32, differentiable in ``logprobs``) and detached
     sums for the metrics."""
-    mask, objective = batch.mask, OBJECTIVES[config.objective]
+    mask, objective = batch.mask, objective_named(config.objective)
     rows = mask.nonzero()[:, 0]
     difference = (batch.logprobs.detach() - batch.rollout_logprobs)[mask]
     kept = agrees(difference, rows, config)

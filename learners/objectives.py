@@ -4,17 +4,20 @@ The loss of an optimiser step is ``sum(weight * token loss) / sum(share)``: over
 of the step, of every micro-batch of every rank. Weight and share depend on lengths alone, so ranks agree on the
 denominator before any forward pass (``Learner._agree``), and how rows were packed into micro-batches changes nothing.
 
-To add an objective: subclass ``Objective``, add a line to ``OBJECTIVES`` and a name to ``config.ObjectiveName``."""
+A new one is a subclass of ``Objective``: a line in ``OBJECTIVES`` and a name in ``config.ObjectiveName``, or named as
+``package.module:Class`` in a configuration (docs/extending.md)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from episodes.extensions import imported, is_path
 from learners.config import LossConfig, ObjectiveName
 
 
@@ -132,13 +135,19 @@ class CISPO(DAPO):
         return Surrogate(-ratio.clamp(max=cap) * tokens.advantages * tokens.logprobs, ratio, ratio > cap)
 
 
-OBJECTIVES: dict[ObjectiveName, Objective] = {
+OBJECTIVES: dict[str, Objective] = {
     ObjectiveName.DAPO: DAPO(),
     ObjectiveName.GRPO: GRPO(),
     ObjectiveName.DR_GRPO: DrGRPO(),
     ObjectiveName.GSPO: GSPO(),
     ObjectiveName.CISPO: CISPO(),
 }
+
+
+@cache
+def objective_named(name: str) -> Objective:
+    """One of OBJECTIVES, or the user's at ``package.module:Class``. Raises ValueError where that class is not there."""
+    return imported(name, Objective)() if is_path(name) else OBJECTIVES[name]
 
 
 def row_means(values: Tensor, rows: Tensor) -> Tensor:

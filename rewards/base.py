@@ -14,8 +14,8 @@ chose no region, so that nothing was asked."""
 
 
 class RewardTerm(ABC):
-    """One part of the reward. To add one: subclass this, add a line to ``rewards.tce.TERMS`` and its weight to the
-    config."""
+    """One part of the reward. A new one is a subclass: a line in ``rewards.tce.TERMS``, or named in ``reward.terms``
+    (docs/extending.md); and its weight in ``reward.weights``."""
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config

@@ -52,6 +52,8 @@ class VerifierConfig:
     """engine | endpoint."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """For backend engine."""
+    family: str = ""
+    """For backend engine: ``package.module:Class`` of the reward model's own family; empty: ours, by its type."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """For backend endpoint."""
     prompts: PromptTemplates = field(default_factory=PromptTemplates)
@@ -81,6 +83,8 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
     """Weights of the other terms, by their names in ``rewards.tce.TERMS`` (among them ``soft_box``, ours); 0 measures
     a term without paying it."""
+    terms: dict[str, str] = field(default_factory=dict)
+    """Terms of your own (docs/extending.md), ``name: package.module:Class``; each needs its weight."""
     number_tolerance: float = 0.01
     """Relative tolerance for answers that are decimal numbers; whole numbers must be equal."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)

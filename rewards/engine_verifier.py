@@ -27,7 +27,7 @@ class EngineVerifier:
     @classmethod
     async def start(cls, config: VerifierConfig) -> EngineVerifier:
         model = config.engine.model
-        family, tokenizer = family_of(model), load_tokenizer(model)
+        family, tokenizer = family_of(model, config.family), load_tokenizer(model)
         return cls(await Engine.start(config.engine), family, tokenizer, config)
 
     async def answer(self, question: Question, crop: View) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from episodes.extensions import imported
 from episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from rewards.accuracy import Accuracy
 from rewards.base import Reading, RewardTerm
@@ -22,11 +23,11 @@ TERMS: dict[str, type[RewardTerm]] = {
 class TotalReward:
     """R = alpha * region + beta * box + accuracy + format with the default weights: 0 .. 3.5.
 
-    Raises ValueError for a weight whose term does not exist."""
+    Raises ValueError for a weight whose term does not exist, and for a term without a weight."""
 
     def __init__(self, config: RewardConfig) -> None:
-        self.weights = weights_of(config)
-        self._terms = {name: TERMS[name](config) for name in self.weights}
+        terms, self.weights = terms_of(config), weights_of(config)
+        self._terms = {name: terms[name](config) for name in self.weights}
 
     def __call__(self, question: Question, trajectory: Trajectory, reading: Reading) -> Verdict:
         """``Score`` with every part before its weight, or ``Unscored`` with the reason of the first part that could
@@ -42,9 +43,19 @@ class TotalReward:
         return Score(sum(self.weights[name] * value for name, value in parts.items()), parts, (first, second))
 
 
+def terms_of(config: RewardConfig) -> dict[str, type[RewardTerm]]:
+    """TERMS and the user's own. Raises ValueError for a name that is taken, a class that is not there."""
+    if taken := sorted(TERMS.keys() & config.terms.keys()):
+        raise ValueError(f"reward.terms: {', '.join(taken)} is a term of ours; give yours another name")
+    return TERMS | {name: imported(path, RewardTerm) for name, path in config.terms.items()}
+
+
 def weights_of(config: RewardConfig) -> dict[str, float]:
-    """The weight of every term. Raises ValueError for an unknown term, or one that alpha or beta weighs already."""
-    others = sorted(TERMS.keys() - {"region", "box"})
+    """The weight of every term. Raises ValueError for an unknown term, one that alpha or beta weighs already, and one
+    of the user's without a weight."""
+    others = sorted((TERMS.keys() | config.terms.keys()) - {"region", "box"})
+    if weightless := sorted(config.terms.keys() - config.weights.keys()):
+        raise ValueError(f"reward.weights has none for {', '.join(weightless)} of reward.terms; 0 only measures a term")
     unknown = sorted(config.weights.keys() - set(others))
     if unknown:
         takes = f"{', '.join(others)} (alpha weighs region, beta box)"

@@ -29,7 +29,7 @@ def test_overrides_are_typed() -> None:
 def test_objectives_are_chosen_by_name_or_value() -> None:
     for chosen in ("dr_grpo", "DR_GRPO"):
         config = load_config(PANELS, [f"learner.loss.objective={chosen}", "learner.advantages.normalisation=none"])
-        assert config.learner.loss.objective is ObjectiveName.DR_GRPO
+        assert config.learner.loss.objective == ObjectiveName.DR_GRPO
         assert config.learner.advantages.normalisation is Normalisation.NONE
 
 

@@ -6,12 +6,20 @@ import numpy as np
 
 from episodes.parsing import BoxOutcome
 from episodes.types import Box, Finish, Outcome, Question, Trajectory, Turn, View
+from rewards.base import Reading, RewardTerm
 
 SCENE = Box(0, 0, 1000, 1000)
 GOOD_BOX = Box(100, 100, 300, 300)  # 4 % of the scene
 QUESTION = Question("q1", b"the original", "Which mark is on the red panel?", "B", ("cross", "ring", "bar", "dot"))
 LOOK = "<think>The red panel is up left.</think>\n<zoom>[10, 10, 30, 30]</zoom>"
 READ = "<think>A ring.</think>\n<answer>B</answer>"
+
+
+class Turns(RewardTerm):
+    """A term of a user's own: how many turns there were."""
+
+    def __call__(self, question: Question, trajectory: Trajectory, reading: Reading) -> float:
+        return float(len(trajectory.turns))
 
 
 def turn(text: str, finish: Finish = Finish.STOP) -> Turn:

@@ -62,6 +62,17 @@ def test_a_group_by_reference(ray_cluster: Cluster, endpoint: Endpoint) -> None:
     assert failed[2] == scored[2]
 
 
+def test_a_worker_imports_a_term_of_the_users_own(ray_cluster: Cluster, endpoint: Endpoint) -> None:
+    weights = {"accuracy": 1.0, "format": 1.0, "turns": 0.25}
+    config = replace(config_for(endpoint), terms={"turns": "tests.rewards.builders:Turns"}, weights=weights)
+
+    async def use(pool: RewardPool) -> Any:
+        return await pool.score(QUESTION, (played(),))
+
+    (score,) = with_pool(ray_cluster, config, use)
+    assert score.total == 3.5 + 0.25 * 2 and score.parts["turns"] == 2
+
+
 def test_a_reward_model_that_cannot_answer_fails_the_launch(ray_cluster: Cluster, endpoint: Endpoint) -> None:
     endpoint.answer = lambda body: fails(404)
 

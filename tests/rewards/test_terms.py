@@ -229,13 +229,3 @@ def test_one_part_that_cannot_be_judged_makes_the_whole_unscored() -> None:
 def test_a_weight_without_a_term_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"takes accuracy, format, soft_box .*, not {name}"):
         weights_of(RewardConfig(weights={name: 1.0}))
-
-
-def test_a_new_term_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Brief(TERMS["format"]):  # type: ignore[misc]
-        def __call__(self, question, trajectory, reading):  # type: ignore[no-untyped-def]
-            return 1.0 / len(trajectory.turns)
-
-    monkeypatch.setitem(TERMS, "brief", Brief)
-    score = TotalReward(RewardConfig(weights={"accuracy": 1.0, "format": 1.0, "brief": 2.0}))(QUESTION, played(), "B")
-    assert isinstance(score, Score) and score.total == 4.5 and score.parts["brief"] == 0.5

@@ -15,7 +15,9 @@ import pytest
 
 from episodes.panels import PanelsConfig, Split, question
 from episodes.questions import write_questions
+from jobs.exporters import gauge_name
 from tests.conftest import ROOT
+from tests.jobs.test_exporters import on_the_dashboard
 
 pytestmark = pytest.mark.system
 TIMEOUT_S = 420
@@ -51,6 +53,7 @@ def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
         "total_steps=3", "groups_per_step=4", "rollout.group_size=3", "samples_every=2", "proof.every=1",
         f"evaluation.paths=[{tmp_path / 'questions.parquet'}]", "evaluation.questions=4", "evaluation.every=2",
         "learner.ranks=2", "learner.zero_stage=3", "learner.threads=1",
+        "metrics.exporters=[tensorboard,prometheus]",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.rstrip().splitlines()[-1].startswith(f"Done. {tmp_path / 'bad-rows'}/ holds")
@@ -72,6 +75,9 @@ def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
     assert all(one["eval/trajectories"] == 3 and one["eval/unplayable"] == 1 for one in evaluations)
     assert all(0 <= one["eval/coverage"] <= 1 for one in evaluations)
     assert "Held-out questions, before -> after: target coverage" in done.stdout
+
+    figures = {name for one in (*steps, *evaluations) for name in one}
+    assert on_the_dashboard() - {f"ray_{gauge_name(name)}" for name in figures} == set()
 
     log = (run / "run.log").read_text()
     for bad in (3, 5, 7):

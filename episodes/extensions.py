@@ -1,0 +1,41 @@
+"""Classes that users bring along: ``package.module:Class`` in a configuration, and nothing to edit here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TypeVar
+
+Kind = TypeVar("Kind")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name in a configuration says where a class is, and is not one of ours."""
+    return ":" in name
+
+
+def imported(path: str, kind: type[Kind]) -> type[Kind]:
+    """The class at ``package.module:Class``, a subclass of ``kind``. Found by name in whichever process asks (driver,
+    Ray worker), in the working directory, too, as Ray's workers do.
+
+    Raises ValueError, saying what is wrong with the path, the module or the class."""
+    module, _, name = path.partition(":")
+    if not (all(part.isidentifier() for part in module.split(".")) and name.isidentifier()):
+        raise ValueError(f"{path!r} does not say where a class is; write package.module:Class")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # last: it hides nothing
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        where = "; is it installed, in the working directory, or on PYTHONPATH?"
+        absent = isinstance(error, ModuleNotFoundError) and error.name in (module, module.partition(".")[0])
+        raise ValueError(
+            f"{path} cannot be imported: {type(error).__name__}: {error}{where if absent else ''}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        what = "nothing of that name" if found is None else f"{found!r}"
+        raise ValueError(f"{path}: {module} has {what}; it must be a subclass of {kind.__module__}.{kind.__qualname__}")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ValueError(f"{path} leaves out {', '.join(missing)} of {kind.__module__}.{kind.__qualname__}")
+    return found
