@@ -171,8 +171,9 @@ class Chaos:
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 at = datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
-            except ValueError:
-                continue  # the second line of a message
+            except ValueError:  # the next line of a message
+                found[-1:] = [(at, f"{text} {line}") for at, text in found[-1:]]
+                continue
             found.append((at, line[24:]))
         return found
 

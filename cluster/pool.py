@@ -257,7 +257,7 @@ class Pool:
                 self.restarts += 1
                 logger.warning(
                     "%s: worker %d died (%s: %s); replacing it (%d left)",
-                    self.name, worker.index, type(error).__name__, str(error)[:300], self._restarts_left,
+                    self.name, worker.index, type(error).__name__, on_one_line(error)[:300], self._restarts_left,
                 )  # fmt: skip
                 ray.kill(worker.actor)  # a hung one, or what is left of it
                 if worker.in_a_row:
@@ -271,9 +271,8 @@ class Pool:
                     return
                 except Exception as another:  # whatever it is, the budget bounds how often it is tried
                     error = another
-            self._exhausted = (
-                f"{self.name}: worker {worker.index} died and no restarts are left: {type(error).__name__} {error}"
-            )
+            why = f"{type(error).__name__} {on_one_line(error)}"
+            self._exhausted = f"{self.name}: worker {worker.index} died and no restarts are left: {why}"
             logger.error(self._exhausted)
         finally:
             worker.repair = None
@@ -291,6 +290,11 @@ class Pool:
         while worker.load:
             await asyncio.sleep(0.1)
         ray.kill(worker.actor)
+
+
+def on_one_line(error: BaseException) -> str:
+    """Ray's messages have many, and a log is read line by line."""
+    return " ".join(str(error).split())
 
 
 async def together(*work: Coroutine[Any, Any, Any]) -> None:

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 
 from cluster.buckets import Bucket
 from cluster.placement import Cluster
+from cluster.pool import on_one_line
 from episodes.types import FloatArray, Trajectory
 from learners.config import LearnerConfig
 
@@ -179,14 +180,16 @@ class LearnerGroup:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         if any(task.done() and task.exception() for task in tasks):
             await asyncio.wait(tasks, timeout=GRACE_S)
-            failures = {rank: task.exception() for rank, task in enumerate(tasks) if task.done() and task.exception()}
+            raised = {rank: task.exception() for rank, task in enumerate(tasks) if task.done()}
+            failures = {rank: error for rank, error in raised.items() if error is not None}
             for task in tasks:
                 task.cancel()
             await self.close()
             # a death makes the connections of the others break: name the dead one
             rank = min(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank))
             verb = "died" if isinstance(failures[rank], RayActorError) else "failed"
-            raise LearnerFailed(f"learner rank {rank} {verb} in {what}: {failures[rank]}") from failures[rank]
+            cause = failures[rank]
+            raise LearnerFailed(f"learner rank {rank} {verb} in {what}: {on_one_line(cause)}") from cause
         return [task.result() for task in tasks]
 
 
