@@ -207,7 +207,7 @@ def latency(sizes: Sizes, folder: Path, note: Notes) -> None:
     changes = [
         f"learner.model={model}", f"rollout.engine.model={model}", f"rollout.engine.dtype={sizes.dtype}",
         f"rollout.engine.max_model_len={limit}", f"rollout.engine.enforce_eager={not sizes.gpu}",
-        f"rollout.engine.max_num_seqs={4}", f"episode.coarse_tokens={sizes.small}",
+        f"rollout.engine.threads={4 if sizes.gpu else 1}", f"episode.coarse_tokens={sizes.small}",
         f"episode.fine_tokens={sizes.small}", "rollout.engine.extra={load_format: dummy}",
     ]  # fmt: skip
     changes += [f"rollout.sampling.{turn}_max_tokens={sizes.reply}" for turn in ("coarse", "fine")]
