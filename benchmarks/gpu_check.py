@@ -255,8 +255,7 @@ def main() -> int:
 
         sizes = GPU if arguments.device == "gpu" else CPU
         MEASURES[arguments.job](sizes, Path(arguments.folder), Notes(Path(arguments.notes)))
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(0)  # all is noted; vLLM in this process has been seen to take minutes to end, and the group is killed
+        return 0
     import torch
 
     there = torch.cuda.is_available()
