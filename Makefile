@@ -12,7 +12,7 @@ SETUP = $(PYTHON) scripts/setup_env.py --device $(DEVICE)
 # On PATH for every child process too: DeepSpeed looks for ninja there. Not for SETUP, which runs outside of it.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help train test setup setup-dev lint format check-python
+.PHONY: help train test gpu-check setup setup-dev lint format check-python
 
 help:  ## This list
 	@echo "usage: make TARGET [ARGS=...] [DEVICE=auto|cpu|gpu] [PYTHON=python3.12]"
@@ -26,6 +26,9 @@ test: setup-dev  ## Set up, then lint, types, import contracts and all tests (AR
 	@$(MAKE) lint-only
 	@echo; echo "=== tests: pytest ==="
 	@$(IN_VENV) pytest $(ARGS)
+
+gpu-check: setup  ## Set up, then check and measure on one GPU, 8 minutes (DEVICE=cpu: a dry run; docs/gpu.md)
+	@$(IN_VENV) python -m benchmarks.gpu_check --device $(DEVICE) $(ARGS)
 
 setup: check-python  ## Make .venv with everything pinned (2 to 5 minutes the first time, then at once)
 	@$(SETUP)

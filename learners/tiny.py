@@ -201,8 +201,8 @@ def _mrope_sections(config: TinyConfig) -> list[int]:
     return [half - 2 * spatial, spatial, spatial]
 
 
-def make_processor(tokenizer: Any, family: ModelFamily | None = None) -> Any:
-    """The family's processor, whose own resize is an identity on views of its least to 1280 visual tokens."""
+def make_processor(tokenizer: Any, family: ModelFamily | None = None, most: int = 1280) -> Any:
+    """The family's processor, whose own resize is an identity on views of its least to ``most`` visual tokens."""
     repair_torchvision()
     from transformers import (
         Qwen2_5_VLProcessor,
@@ -214,7 +214,7 @@ def make_processor(tokenizer: Any, family: ModelFamily | None = None) -> Any:
 
     family = family or Qwen25VL()
     unit = family.multiple**2
-    size = {"shortest_edge": family.min_visual_tokens * unit, "longest_edge": 1280 * unit}
+    size = {"shortest_edge": family.min_visual_tokens * unit, "longest_edge": most * unit}
     if isinstance(family, Qwen3VL):
         patches = {"patch_size": family.patch_size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         return Qwen3VLProcessor(

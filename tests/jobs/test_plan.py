@@ -40,6 +40,8 @@ def recipe(*overrides: str) -> TrainConfig:
         ("Qwen/Qwen2.5-VL-3B-Instruct", 3_754_622_976, 668_684_288),
         ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656, 676_550_144),
         ("Qwen/Qwen2.5-VL-72B-Instruct", 73_410_777_344, 704_573_696),
+        ("Qwen/Qwen3-VL-4B-Instruct", 4_437_815_808, 415_347_712),
+        ("Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696, 576_388_336),
     ],
 )
 def test_parameters_of_the_published_models(model: str, parameters: int, vision: int) -> None:
