@@ -8,6 +8,7 @@ import sys
 from typing import TypeVar
 
 Kind = TypeVar("Kind")
+_LONGEST = 300
 
 
 def is_path(name: str) -> bool:
@@ -20,6 +21,8 @@ def imported(path: str, kind: type[Kind]) -> type[Kind]:
     Ray worker), in the working directory, too, as Ray's workers do.
 
     Raises ValueError, saying what is wrong with the path, the module or the class."""
+    if len(path) > _LONGEST:
+        raise ValueError(f"{path[:40]!r}... has {len(path)} characters; write package.module:Class")
     module, _, name = path.partition(":")
     if not (all(part.isidentifier() for part in module.split(".")) and name.isidentifier()):
         raise ValueError(f"{path!r} does not say where a class is; write package.module:Class")
