@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from actors.rollout_worker import RolloutConfig
 from cluster.placement import ClusterConfig
+from cluster.weights import WeightsConfig
 from episodes.coarse_to_fine import EpisodeConfig
 from episodes.prompts import around_image
 from episodes.questions import QuestionsConfig
@@ -120,6 +121,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     proof: ProofConfig = field(default_factory=ProofConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -211,6 +213,7 @@ def check(config: TrainConfig) -> None:
     ]
     problems += [(True, message) for message in out_of_range(config)]
     try:
+        config.weights.for_roles(learner.resources, rollout.resources)
         weights_of(config.reward)
         for prompts in (episode.prompts, config.reward.verifier.prompts):
             for template in (prompts.coarse, prompts.fine, prompts.verify):
