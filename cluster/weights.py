@@ -97,7 +97,7 @@ class WeightChannel:
         rises from the next call."""
         await self.settled()
         started = time.monotonic()
-        if self._broadcast is not None and not self._sink.joining:
+        if self._broadcast is not None and self._sink.members() and not self._sink.joining:
             try:
                 seconds = await self._broadcast.publish(version)
             except NotDelivered as error:
