@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from actors.rollout_worker import Manner, Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
+from cluster.broadcast import Meeting, NotDelivered, Published
+from cluster.buckets import Layout
 from cluster.placement import Cluster
 from cluster.pool import Faults, Pool
 from episodes.coarse_to_fine import EpisodeConfig
@@ -34,7 +37,8 @@ class RolloutPool:
         self._pool, self.config, self._cluster = pool, config, cluster
         self._settled = asyncio.Event()
         self._settled.set()
-        self._weights: tuple[int, Sequence[ray.ObjectRef]] | None = None
+        self._published: Published | None = None
+        self._joining = 0
 
     @classmethod
     def launch(cls, cluster: Cluster, config: RolloutConfig, episode: EpisodeConfig) -> RolloutPool:
@@ -46,13 +50,28 @@ class RolloutPool:
             return actor_class.options(**cluster.actor_options(ROLE)).remote(config, episode)
 
         async def catch_up(worker: Any) -> None:
-            if self._weights is not None:
-                version, buckets = self._weights
-                await worker.load_weights.remote(version, *buckets)
+            await self._catch_up(worker)
 
         faults = Faults(config.restarts, config.stall_s, config.backoff_s)
         self = cls(Pool(spawn, config.size.least, faults, "rollout workers", catch_up), config, cluster)
         return self
+
+    async def _catch_up(self, worker: Any) -> None:
+        """Give a new worker what was published last; if something else was meanwhile, that, too. Why it comes to an
+        end: ``cluster.broadcast``."""
+        held: Published | None = None
+        self._joining += 1
+        try:
+            while self._published is not None and self._published is not held:
+                published = self._published
+                buckets = await published.buckets()
+                if buckets is None:
+                    await published.outdated.wait()
+                else:
+                    await worker.load_weights.remote(published.version, *buckets)
+                    held = published
+        finally:
+            self._joining -= 1
 
     async def ready(self, deadline_s: float) -> None:
         await self._pool.ready(deadline_s)
@@ -86,13 +105,52 @@ class RolloutPool:
 
     async def load_weights(self, version: int, buckets: Sequence[ray.ObjectRef]) -> list[float]:
         """Every worker takes over ``version``; seconds per worker. Kept for workers that come later."""
-        self._weights = (version, list(buckets))
+
+        async def kept() -> Sequence[ray.ObjectRef]:
+            return list(buckets)
+
+        self.announce(Published(version, kept))
+        async with self._held_back():
+            seconds: list[float] = await self._pool.call_all("load_weights", version, *buckets)
+        return seconds
+
+    # What a broadcast needs (``cluster.broadcast.Receivers``).
+
+    @property
+    def processes(self) -> int:
+        return self.config.engine.processes
+
+    @property
+    def joining(self) -> bool:
+        return self._joining > 0
+
+    def members(self) -> tuple[Any, ...]:
+        return self._pool.up()
+
+    def announce(self, published: Published) -> None:
+        if self._published is not None:
+            self._published.outdated.set()
+        self._published = published
+
+    async def enter(self, meeting: Meeting, members: Sequence[Any]) -> None:
+        calls = [(member, (meeting, 1 + place * self.processes)) for place, member in enumerate(members)]
+        _of_all(await self._pool.call_each("enter_group", calls))
+
+    async def receive(
+        self, version: int, meeting: Meeting, layouts: Sequence[Layout], members: Sequence[Any]
+    ) -> list[float]:
+        calls = [(member, (version, meeting.generation, list(layouts))) for member in members]
+        async with self._held_back():
+            return _of_all(await self._pool.call_each("receive_weights", calls))
+
+    @asynccontextmanager
+    async def _held_back(self) -> AsyncIterator[None]:
+        """Inside the block what is asked to be played waits."""
         self._settled.clear()
         try:
-            seconds: list[float] = await self._pool.call_all("load_weights", version, *buckets)
+            yield
         finally:
             self._settled.set()
-        return seconds
 
     @property
     def restarts(self) -> int:
@@ -116,3 +174,15 @@ class RolloutPool:
 
     async def close(self) -> None:
         await self._pool.close()
+
+
+def _of_all(answers: Sequence[Any]) -> list[float]:
+    """Seconds per worker. Raises NotDelivered where one has none."""
+    failures = [
+        f"rollout worker {place}: {type(one).__name__} {str(one).splitlines()[0] if str(one) else ''}"
+        for place, one in enumerate(answers)
+        if isinstance(one, Exception)
+    ]
+    if failures:
+        raise NotDelivered("; ".join(failures))
+    return list(answers)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
-from cluster.buckets import Bucket
+from cluster.broadcast import Meeting
+from cluster.buckets import Bucket, Layout
 from cluster.engine import Completion, Engine, EngineConfig, EngineDied, EngineRefused, Sampling
 from cluster.resources import Resources, Size
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
@@ -218,10 +219,25 @@ class RolloutWorker:
 
     async def load_weights(self, version: int, *buckets: Bucket) -> float:
         """Take over the weights of ``version``; seconds it took (generation is paused for most of it)."""
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        await self._engine.load_weights(version, buckets)
-        return loop.time() - started
+        return await _timed(self._engine.load_weights(version, buckets))
+
+    async def enter_group(self, meeting: Meeting, first_rank: int) -> float:
+        """Meet the other engines and the learner, for broadcasts; seconds it took."""
+        return await _timed(self._engine.enter_group(meeting, first_rank))
+
+    async def receive_weights(self, version: int, generation: int, layouts: Sequence[Layout]) -> float:
+        """Take over the weights of ``version`` as they are broadcast; seconds it took."""
+        return await _timed(self._engine.receive_weights(version, generation, layouts))
+
+
+async def _timed(work: Awaitable[None]) -> float:
+    """Seconds. A worker whose engine is dead ends: it is replaced, then."""
+    started = time.monotonic()
+    try:
+        await work
+    except EngineDied:
+        ray.actor.exit_actor()
+    return time.monotonic() - started
 
 
 class Places:

@@ -1,6 +1,7 @@
-"""Seconds and bytes per second of a publish through the object store, beside a memcpy of the same bytes.
+"""Seconds and bytes per second of a publish, by either transport, beside a memcpy of the same bytes.
 
     python -m benchmarks.weights                  # a few minutes on two cores; --transport-only: a minute, no engines
+    python -m benchmarks.weights --transport broadcast         # gloo on CPUs
 
 For each size a random Qwen2.5-VL of about so many MB (float32), a learner of one rank that holds it, and a vLLM engine
 that plays it. A publish is
@@ -9,10 +10,15 @@ that plays it. A publish is
     deliver   object store -> a file in shared memory that vLLM's worker maps; generation goes on
     load      vLLM's own life cycle: layer by layer out of the file, packed as its CPU kernels want them; caches cleared
 
+or, with ``--transport broadcast``,
+
+    broadcast learner's parameters -> one array a bucket -> the group -> as many fresh arrays in one receiving process;
+              the learner stands still for so long. In a publish, vLLM loads each bucket before it receives the next
+
 Compared with a copy of the same bytes from one warm array into another (``memcpy``) and into fresh memory
 (``memcpy_fresh``: every page has to be given by the kernel, which is what every receiver pays), all taking turns.
-Target: gather + deliver, which is what the transport does, at most 3 x memcpy into fresh memory, for each size of at
-least 100 MB. What vLLM takes after that is shown beside it.
+Target: gather + deliver, or broadcast, which is what the transport does, at most 3 x memcpy into fresh memory, for each
+size of at least 100 MB. What vLLM takes after that is shown beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ import argparse
 import asyncio
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +37,11 @@ import ray
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import RolloutConfig
 from benchmarks.reporting import parser_of, report, spread
-from cluster.buckets import Bucket, SharedFile
+from cluster.broadcast import Meeting
+from cluster.buckets import Bucket, Layout, SharedFile
 from cluster.engine import EngineConfig
 from cluster.placement import Cluster, ClusterConfig
-from cluster.weights import WeightChannel
+from cluster.weights import Transport, WeightChannel, WeightsConfig
 from episodes.coarse_to_fine import EpisodeConfig
 from learners.config import LearnerConfig
 from learners.learner_group import LearnerGroup
@@ -54,6 +61,21 @@ class Landing:
         for file in files:
             file.close()
         return seconds
+
+    async def enter(self, meeting: Meeting) -> None:
+        import torch
+
+        from cluster.collective import Group
+
+        self._group = Group(
+            meeting.address, meeting.port, 1, meeting.world, torch.device("cpu"), meeting.timeout_s, door=None
+        )
+
+    async def receive(self, layouts: Sequence[Layout]) -> None:
+        import torch
+
+        for layout in layouts:
+            self._group.broadcast(torch.empty(layout.bytes, dtype=torch.uint8))
 
 
 def model_of(megabytes: int, folder: Path) -> Path:
@@ -84,6 +106,37 @@ def memcpy(size: int, repeats: int) -> tuple[list[float], list[float]]:
     return warm, fresh
 
 
+class Times:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def note(self, **seconds: float) -> None:
+        for name, value in seconds.items():
+            self.seconds.setdefault(name, []).append(value)
+
+    async def of(self, name: str, work: Awaitable[Any]) -> Any:
+        started = time.perf_counter()
+        result = await work
+        self.note(**{name: time.perf_counter() - started})
+        return result
+
+
+async def broadcasting(learners: LearnerGroup, landing: Any, config: WeightsConfig) -> Callable[[], Awaitable[None]]:
+    """What sends all weights once, when learner and landing have met."""
+    meeting = Meeting(0, *await learners.open(config.timeout_s), 2, config.timeout_s)
+    why, _ = await asyncio.gather(learners.enter(meeting), landing.enter.remote(meeting))
+    assert not why, why
+    layouts = await learners.layouts()
+
+    async def once() -> None:
+        why, _ = await asyncio.gather(learners.broadcast(meeting.generation), landing.receive.remote(layouts))
+        assert not why, why
+
+    return once
+
+
 async def measure(cluster: Cluster, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything of one size; what is compared takes turns."""
     learners = await LearnerGroup.launch(cluster, LearnerConfig(model=str(model), threads=1))
@@ -93,42 +146,41 @@ async def measure(cluster: Cluster, model: Path, arguments: argparse.Namespace) 
         engine = EngineConfig(model=str(model), dtype="float32", max_model_len=512, max_num_seqs=8)
         rollouts = RolloutPool.launch(cluster, RolloutConfig(engine=engine), EpisodeConfig())
         await rollouts.ready(arguments.deadline)
-    times: dict[str, list[float]] = {}
-
-    def note(**seconds: float) -> None:
-        for name, value in seconds.items():
-            times.setdefault(name, []).append(value)
-
+    times = Times()
     size = await _bytes(await learners.weights())
-    for version in range(1, arguments.repeats + 1):
+    config = WeightsConfig(arguments.transport)
+    transport = await broadcasting(learners, landing, config) if config.transport is Transport.BROADCAST else None
+    for _ in range(arguments.repeats):
         warm, fresh = await asyncio.to_thread(memcpy, size, 3)
-        note(memcpy=min(warm), memcpy_fresh=min(fresh))
-        started = time.perf_counter()
-        buckets = await learners.weights()
-        gathered = time.perf_counter()
-        await landing.land.remote(*buckets)
-        note(gather=gathered - started, deliver=time.perf_counter() - gathered)
-        del buckets
-        if rollouts is not None:
-            done = await WeightChannel(learners, rollouts).publish(version)
-            assert done.load_s is not None, "waited for"
-            note(publish=done.gather_s + done.load_s)
+        times.note(memcpy=min(warm), memcpy_fresh=min(fresh))
+        if transport is not None:
+            await times.of("broadcast", transport())
+        else:
+            buckets = await times.of("gather", learners.weights())
+            await times.of("deliver", landing.land.remote(*buckets))
+            del buckets
+    if rollouts is not None:  # a learner is in one group at a time: behind the others, not between them
+        channel = WeightChannel(learners, rollouts, config)
+        for version in range(1, arguments.repeats + 1):
+            done = await times.of("publish", channel.publish(version))
+            assert done.transport is config.transport, "it did not need the object store's help"
     await learners.close()
     cluster.give_back("learner")
     if rollouts is not None:
         await rollouts.close()
     ray.kill(landing)
-    return figures(size, times)
+    return figures(size, times.seconds)
 
 
 def figures(size: int, times: dict[str, list[float]]) -> dict[str, Any]:
     """times: seconds of each repetition, by name; ratios are of medians."""
     middle = {name: spread(values)["median"] for name, values in times.items()}
-    transport = middle["gather"] + middle["deliver"]
+    stall = middle["broadcast"] if "broadcast" in middle else middle["gather"]
+    transport = stall + middle.get("deliver", 0.0)
     found: dict[str, Any] = {
         "bytes": size,
         "seconds": {name: spread(values) for name, values in times.items()},
-        "learner_stall_s": middle["gather"],
+        "learner_stall_s": stall,
         "transport_gb_per_s": size / transport / 1e9,
         "transport/memcpy": transport / middle["memcpy"],
         "transport/memcpy_fresh": transport / middle["memcpy_fresh"],
@@ -141,7 +193,7 @@ def figures(size: int, times: dict[str, list[float]]) -> dict[str, Any]:
     return found
 
 
-def verdict(by_size: dict[str, dict[str, Any]]) -> tuple[bool, str]:
+def verdict(by_size: dict[str, dict[str, Any]], transport: str = "object store") -> tuple[bool, str]:
     large = {name: one for name, one in by_size.items() if one["bytes"] >= LEAST_MB * 1e6}
     good = bool(large) and all(one["transport/memcpy_fresh"] <= TARGET for one in large.values())
     parts = [
@@ -150,7 +202,7 @@ def verdict(by_size: dict[str, dict[str, Any]]) -> tuple[bool, str]:
         + (f", {one['publish/memcpy_fresh']:.1f} x with vLLM's loading" if "publish/memcpy_fresh" in one else "")
         for name, one in by_size.items()
     ]
-    return good, f"object store: {'; '.join(parts)}; target {TARGET:.0f} x"
+    return good, f"{transport}: {'; '.join(parts)}; target {TARGET:.0f} x"
 
 
 async def _bytes(buckets: Sequence[ray.ObjectRef]) -> int:
@@ -162,8 +214,15 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[5, 100, 200, 400], help="default 5 100 200 400")
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
     parser.add_argument("--transport-only", action="store_true", help="no engines: up to the file that vLLM maps")
+    parser.add_argument(
+        "--transport", choices=[Transport.OBJECT_STORE.value, Transport.BROADCAST.value], default="object_store"
+    )
     parser.add_argument("--deadline", type=float, default=600.0, help="for the start of an engine, s; default 600")
     arguments = parser.parse_args()
+    arguments.transport = Transport(arguments.transport)
+    name = arguments.transport.replace("_", " ")
+    if arguments.transport is Transport.BROADCAST and arguments.out == parser.get_default("out"):
+        arguments.out = arguments.out.with_stem("weights-broadcast")
     found = {}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -173,8 +232,8 @@ def main() -> int:
         for megabytes in arguments.megabytes:
             model = model_of(megabytes, Path(folder))
             found[f"{megabytes} MB"] = runner.run(measure(cluster, model, arguments))
-    good, line = verdict(found)
-    return report(arguments, {"transport": "object store", "sizes": found}, good, line)
+    good, line = verdict(found, name)
+    return report(arguments, {"transport": name, "sizes": found}, good, line)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ written from there. So a weight is copied once into the object store and once in
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 Bucket = Sequence[NDArray[np.uint8]]
 """uint8[header], then uint8[bytes] of each tensor."""
@@ -30,6 +32,32 @@ _DTYPES = {
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 _ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What lies one after the other in a bucket that is sent as one array, the widest types first, so that every tensor
+    lies at a multiple of its own width. dtypes: by torch's names; sizes: bytes."""
+
+    names: Sequence[str]
+    dtypes: Sequence[str]
+    shapes: Sequence[Sequence[int]]
+    sizes: Sequence[int]
+
+    @classmethod
+    def of(cls, weights: Iterable[tuple[str, dtype, Sequence[int]]]) -> Layout:
+        """From name, torch's type and shape of each. Raises ValueError where there is none."""
+        ordered = sorted(weights, key=lambda one: -one[1].itemsize)
+        if not ordered:
+            raise ValueError("a bucket without weights")
+        names, dtypes, shapes = zip(*ordered, strict=True)
+        sizes = tuple(kind.itemsize * math.prod(shape) for kind, shape in zip(dtypes, shapes, strict=True))
+        kinds = tuple(str(kind).removeprefix("torch.") for kind in dtypes)
+        return cls(names, kinds, tuple(tuple(shape) for shape in shapes), sizes)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes)
 
 
 def pack(tensors: Iterable[tuple[str, Tensor]]) -> list[NDArray[np.uint8]]:

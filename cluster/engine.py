@@ -10,16 +10,17 @@ import asyncio
 import itertools
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.buckets import Bucket, SharedFile
+from cluster.broadcast import Meeting
+from cluster.buckets import Bucket, Layout, SharedFile
 
 
 @dataclass
@@ -48,6 +49,11 @@ class EngineConfig:
     trust_remote_code: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """Further vLLM engine arguments, passed on as they are."""
+
+    @property
+    def processes(self) -> int:
+        """Worker processes that hold weights."""
+        return self.tensor_parallel_size * int(self.extra.get("pipeline_parallel_size", 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +155,6 @@ class Engine:
         from PIL import Image
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         params = SamplingParams(
             max_tokens=sampling.max_tokens,
@@ -166,12 +171,11 @@ class Engine:
             prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in images]}
         version, final = self.weight_version, None
         try:
-            async for output in self._llm.generate(
-                prompt, params, request_id=f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"
-            ):
-                final = output
-        except EngineDeadError as error:
-            raise EngineDied(str(error)) from error
+            with _engine_died():
+                async for output in self._llm.generate(
+                    prompt, params, request_id=f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"
+                ):
+                    final = output
         except _refusals() as error:
             raise EngineRefused(str(error)) from error
         if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
@@ -191,27 +195,51 @@ class Engine:
         )
 
     async def load_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Replace the weights by ``buckets`` (names as in a checkpoint) through vLLM's weight transfer life cycle, and
-        clear every cache that depends on them. The first bucket is laid out before generation stops, each other one
-        while the one before it is loaded.
+        """Replace the weights by ``buckets`` (names as in a checkpoint). The first one is laid out before generation
+        stops, each other one while the one before it is loaded. Raises EngineDied."""
+        async with self._loading, _files(buckets) as paths:
+            await self._replace_weights(version, ({"path": str(path)} async for path in paths))
+
+    async def enter_group(self, meeting: Meeting, first_rank: int) -> None:
+        """Have every worker process meet others for broadcasts, as ranks from ``first_rank``. Raises EngineDied."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        async with self._loading:
+            with _engine_died():
+                await self._llm.init_weight_transfer_engine(
+                    WeightTransferInitRequest(init_info={**asdict(meeting), "first_rank": first_rank})
+                )
+
+    async def receive_weights(self, version: int, generation: int, layouts: Sequence[Layout]) -> None:
+        """Replace the weights by what the group ``generation`` is sent next, in these buckets. Raises EngineDied, and
+        whatever made the broadcast fail."""
+
+        async def arrivals() -> AsyncIterator[dict[str, Any]]:
+            for layout in layouts:
+                yield {"generation": generation, "layout": asdict(layout)}
+
+        async with self._loading:
+            await self._replace_weights(version, arrivals())
+
+    async def _replace_weights(self, version: int, arrivals: AsyncIterator[dict[str, Any]]) -> None:
+        """Through vLLM's weight transfer life cycle; then clear every cache that depends on weights.
 
         Running requests are kept: what they have sampled stays, its keys and values are computed anew, and they go on
         with the new weights; vLLM says from which token on (``Completion.updates``). A vLLM that cannot say it (0.26)
-        ends what runs first instead, so that no reply mixes weights without being stamped so."""
+        ends what runs first instead, so that no reply mixes weights without being stamped so. Where it fails the engine
+        stays paused until it is given weights again: what it holds is half of two versions."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self._llm
-        async with self._loading, _files(buckets) as paths:
+        with _engine_died():
             await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
-            try:
-                await llm.start_weight_update()
-                async for path in paths:
-                    await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
-                # vLLM 0.26 takes no version here.
-                await llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
-                await self.clear_caches()
-            finally:
-                await llm.resume_generation()
+            await llm.start_weight_update()
+            async for arrival in arrivals:
+                await llm.update_weights(WeightTransferUpdateRequest(update_info=arrival))
+            # vLLM 0.26 takes no version here.
+            await llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
+            await self.clear_caches()
+            await llm.resume_generation()
         self.weight_version = version
 
     async def clear_caches(self) -> None:
@@ -234,6 +262,16 @@ class Engine:
 
     def close(self) -> None:
         self._llm.shutdown()
+
+
+@contextmanager
+def _engine_died() -> Iterator[None]:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDied(str(error)) from error
 
 
 def _stamps_tokens() -> bool:

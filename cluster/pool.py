@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +128,16 @@ class Pool:
         answers = await asyncio.gather(*(self._call_one(worker, method, args) for worker in workers))
         return [answer[0] for answer in answers if answer]
 
+    def up(self) -> tuple[ActorHandle, ...]:
+        """The actors that take calls now."""
+        return tuple(worker.actor for worker in self._workers if worker.ready.is_set())
+
+    async def call_each(self, method: str, calls: Sequence[tuple[ActorHandle, tuple[Any, ...]]]) -> list[Any]:
+        """Call ``method`` once on each of these actors, with its own arguments; returns when all have ended. What an
+        actor raised, or that it died, stands in place of its answer: nothing is called again, but the dead are
+        replaced."""
+        return await asyncio.gather(*(self._call_once(actor, method, args) for actor, args in calls))
+
     async def resize(self, size: int) -> None:
         """Grow or shrink. New workers take calls once started and prepared; removed ones finish what they hold.
 
@@ -210,6 +220,18 @@ class Pool:
                 return (await self._watched(worker, getattr(actor, method).remote(*args)),)
             except (RayActorError, _Hung) as error:
                 self._replace(worker, actor, error)
+
+    async def _call_once(self, actor: ActorHandle, method: str, args: tuple[Any, ...]) -> Any:
+        worker = next((worker for worker in self._workers if worker.actor is actor), None)
+        if worker is None:
+            return LookupError("it is no worker any more")
+        try:
+            return await self._watched(worker, getattr(actor, method).remote(*args))
+        except (RayActorError, _Hung) as error:
+            self._replace(worker, actor, error)
+            return error
+        except Exception as error:  # the caller's to judge
+            return error
 
     async def _until_ready(self, worker: _Worker) -> None:
         async with self._changed:

@@ -7,11 +7,13 @@ as its working directory and then has no entry points: vLLM's plugin entry point
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -19,37 +21,63 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from cluster.buckets import Layout
+from cluster.collective import Group, GroupLost, tensors_of
 from cluster.compat import end_with_parent, keep_discarded_draws, keep_pictures
 
-BACKEND = "ergo_rl_files"
+BACKEND = "ergo_rl_buckets"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 
 
 @dataclass
-class NoInit(WeightTransferInitInfo):
-    """There is nothing to agree on beforehand."""
+class Membership(WeightTransferInitInfo):
+    """A place in a group for broadcasts (``cluster.broadcast.Meeting``). first_rank: of this engine's first worker
+    process. Files need none of it."""
+
+    generation: int
+    address: str
+    port: int
+    world: int
+    timeout_s: float
+    first_rank: int
 
 
 @dataclass
-class BucketFile(WeightTransferUpdateInfo):
-    """One bucket: a safetensors file on a file system that this worker sees (shared memory)."""
+class Arrival(WeightTransferUpdateInfo):
+    """One bucket: a safetensors file on a file system that this worker sees (shared memory), or the next broadcast of
+    the group ``generation``, which sends what the fields of ``cluster.buckets.Layout`` say."""
 
-    path: str
+    path: str = ""
+    generation: int = 0
+    layout: dict[str, list[Any]] = field(default_factory=dict)
 
 
-class FileWeightTransferEngine(WeightTransferEngine[NoInit, BucketFile]):
+class BucketTransferEngine(WeightTransferEngine[Membership, Arrival]):
     """Loads checkpoint-format weights, bucket by bucket, through vLLM's layerwise reload: on CPU vLLM packs
     linear weights when it loads them, so a plain ``load_weights`` fails with a size mismatch."""
 
-    init_info_cls = NoInit
-    update_info_cls = BucketFile
+    init_info_cls = Membership
+    update_info_cls = Arrival
+    _group: Group | None = None
+    _generation = 0
+    _updating = False
 
-    def init_transfer_engine(self, init_info: NoInit) -> None:
-        return None
+    def init_transfer_engine(self, init_info: Membership) -> None:
+        """Leave the group of before, meet the new one. Raises GroupLost."""
+        self.shutdown()
+        rank = init_info.first_rank + self.parallel_config.rank
+        self._group = Group(
+            init_info.address, init_info.port, rank, init_info.world, self.device, init_info.timeout_s, door=None
+        )
+        self._generation = init_info.generation
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+        if self._updating:
+            # One that broke off. A layer that had some of its weights would count them twice, and be done too early.
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._updating = True
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -57,16 +85,29 @@ class FileWeightTransferEngine(WeightTransferEngine[NoInit, BucketFile]):
         if self.device.type != "cpu":  # the base class synchronises an accelerator; a CPU has none
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: BucketFile) -> None:
+    def receive_weights(self, update_info: Arrival) -> None:
         model: Any = self.model
+        if not update_info.path:
+            model.load_weights(self._received(update_info))
+            return
         with safe_open(update_info.path, framework="pt", device="cpu") as bucket:
             # Each tensor keeps the mapping, while its layer waits for its remaining weights; the file may be removed.
             model.load_weights((name, bucket.get_tensor(name)) for name in bucket.keys())  # noqa: SIM118
+
+    def _received(self, arrival: Arrival) -> Iterator[tuple[str, Tensor]]:
+        """Its memory goes when the last layer has what it needs of it: most of the time before the next bucket."""
+        if self._group is None or arrival.generation != self._generation:
+            raise GroupLost(f"a bucket of group {arrival.generation} for a member of group {self._generation}")
+        layout = Layout(**arrival.layout)
+        flat = torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
+        self._group.broadcast(flat)
+        return tensors_of(flat, layout)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        self._updating = False
         self._refresh_tied_heads()
 
     def _refresh_tied_heads(self) -> None:
@@ -83,12 +124,14 @@ class FileWeightTransferEngine(WeightTransferEngine[NoInit, BucketFile]):
                     module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
-        return None
+        if self._group is not None:
+            self._group.close()
+        self._group, self._generation = None, 0
 
 
 def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, BucketTransferEngine)
 
 
 class WorkerExtension:

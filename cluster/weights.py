@@ -1,27 +1,69 @@
-"""The weight channel: one protocol between whoever has weights and whoever plays with them.
+"""The weight channel: one protocol between whoever has weights and whoever plays with them, and two transports.
 
-Transport here: Ray's object store. The source returns buckets (``cluster.buckets``) as objects that the driver owns;
-every sink pulls them by itself, on whatever node it is, late joiners too. The receiving end inside vLLM is
-``cluster.weight_receiver``.
+*Object store*: the source returns buckets (``cluster.buckets``) as Ray objects that the driver owns; every sink pulls
+them by itself, on whatever node it is, late joiners too. Works everywhere. *Broadcast* (``cluster.broadcast``): one
+collective reaches every worker process of every engine at once, and nothing goes through main memory on GPUs. What it
+cannot deliver the object store does. The receiving end inside vLLM is ``cluster.weight_receiver``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Protocol
 
 import ray
 
+from cluster.broadcast import Broadcast, NotDelivered, Receivers, Sender
+from cluster.resources import Resources
 
-class WeightSource(Protocol):
-    async def weights(self) -> Sequence[ray.ObjectRef]:
-        """The current weights, each object a ``cluster.buckets.Bucket``. They may change again when it returns."""
+logger = logging.getLogger(__name__)
 
 
-class WeightSink(Protocol):
+class Transport(StrEnum):
+    AUTO = "auto"
+    OBJECT_STORE = "object_store"
+    BROADCAST = "broadcast"
+
+
+@dataclass
+class WeightsConfig:
+    """How weights get from the learner into the engines."""
+
+    transport: Transport = Transport.AUTO
+    """object_store: every engine pulls them by itself | broadcast: one collective to all of them, NCCL on GPUs (not yet
+    run by this project), gloo on CPUs; what it cannot deliver goes through the object store | auto: broadcast where the
+    learner's ranks and the rollout workers have GPUs of their own, else object_store."""
+    timeout_s: float = 120.0
+    """In a broadcast: who waits longer than this for another process gives it up, seconds. vLLM before 0.32 finishes
+    running replies first, which counts."""
+
+    def for_roles(self, *roles: Resources) -> WeightsConfig:
+        """The same with ``auto`` decided, for actors with these resources. A share of a GPU is not one's own: NCCL
+        takes no two ranks on one.
+
+        Raises ValueError for a broadcast between those who cannot be in one group."""
+        own, without = all(one.gpus >= 1 for one in roles), all(one.gpus == 0 for one in roles)
+        if self.transport is Transport.BROADCAST and not (own or without):
+            shares = ", ".join(f"{one.gpus:g}" for one in roles)
+            raise ValueError(
+                "weights.transport=broadcast needs learner.resources.gpus and rollout.resources.gpus both 0 (gloo) or "
+                f"both at least 1 (NCCL, a GPU for every process), got {shares}; set weights.transport=object_store"
+            )
+        if self.transport is Transport.AUTO:
+            return replace(self, transport=Transport.BROADCAST if own else Transport.OBJECT_STORE)
+        return self
+
+
+class WeightSource(Sender, Protocol):
+    """Whoever has weights."""
+
+
+class WeightSink(Receivers, Protocol):
     async def load_weights(self, version: int, buckets: Sequence[ray.ObjectRef]) -> list[float]:
         """Take over the weights; seconds per worker. Returns when every worker holds ``version``. Whoever asks it to
         play meanwhile plays with ``version``, too."""
@@ -30,25 +72,43 @@ class WeightSink(Protocol):
 @dataclass(frozen=True, slots=True)
 class Publication:
     """gather_s: the source's part, the learner stands still for so long; load_s: the slowest sink's part, generation
-    paused for most of it, None where nobody waited for it."""
+    paused for most of it, None where nobody waited for it. In a broadcast the two go on at once."""
 
     version: int
     gather_s: float
     load_s: float | None
+    transport: Transport = Transport.OBJECT_STORE
 
 
 class WeightChannel:
     """From one source to one sink. Publications arrive one after the other, in their order."""
 
-    def __init__(self, source: WeightSource, sink: WeightSink) -> None:
+    def __init__(self, source: WeightSource, sink: WeightSink, config: WeightsConfig | None = None) -> None:
+        """``config``: of ``WeightsConfig.for_roles``; the object store without one."""
         self._source, self._sink = source, sink
-        self._loading: asyncio.Task[list[float]] | None = None
+        self._broadcast = None
+        if config is not None and config.transport is Transport.BROADCAST:
+            self._broadcast = Broadcast(source, sink, config.timeout_s)
+        self._loading: asyncio.Future[list[float]] | None = None
 
     async def publish(self, version: int, wait: bool = True) -> Publication:
         """Give every sink the source's current weights, stamped with ``version``. Without ``wait`` it returns as soon
-        as the source may change its weights again; what goes wrong afterwards rises from the next call."""
+        as the source may change its weights again (a broadcast: when they have arrived); what goes wrong afterwards
+        rises from the next call."""
         await self.settled()
         started = time.monotonic()
+        if self._broadcast is not None and self._sink.members() and not self._sink.joining:
+            try:
+                seconds = await self._broadcast.publish(version)
+            except NotDelivered as error:
+                logger.warning(
+                    "version %d was not broadcast, it goes through the object store: %s (the next one tries a new "
+                    "group)", version, error,
+                )  # fmt: skip
+            else:
+                self._loading = asyncio.get_running_loop().create_future()
+                self._loading.set_result(seconds)
+                return Publication(version, time.monotonic() - started, max(seconds), Transport.BROADCAST)
         buckets = await self._source.weights()
         gather_s = time.monotonic() - started
         self._loading = asyncio.create_task(self._sink.load_weights(version, buckets))

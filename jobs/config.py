@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from actors.rollout_worker import RolloutConfig
 from cluster.placement import ClusterConfig
+from cluster.weights import WeightsConfig
 from episodes.coarse_to_fine import EpisodeConfig
 from episodes.extensions import imported, is_path
 from episodes.families import ModelFamily
@@ -122,6 +123,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     proof: ProofConfig = field(default_factory=ProofConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -217,6 +219,7 @@ def check(config: TrainConfig) -> None:
     ]
     problems += [(True, message) for message in out_of_range(config)]
     try:
+        config.weights.for_roles(learner.resources, rollout.resources)
         terms_of(config.reward), weights_of(config.reward)
         for own in filter(None, (episode.family, config.reward.verifier.family)):
             imported(own, ModelFamily)

@@ -23,7 +23,7 @@ LEAST: dict[str, float] = {
     "learner.optimizer.weight_decay": 0, "learner.optimizer.max_grad_norm": 0, "learner.optimizer.warmup_steps": 0,
     "learner.optimizer.total_steps": 1, "learner.threads": 1, "learner.stage3_persistence_threshold": 0,
     "learner.micro_batch_tokens": 1, "learner.bucket_bytes": 1, "learner.collective_timeout_s": 1,
-    "proof.tolerance": 0, "proof.replies": 1,
+    "weights.timeout_s": 1, "proof.tolerance": 0, "proof.replies": 1,
     "evaluation.questions": 0, "evaluation.every": 0, "evaluation.in_flight": 1, "evaluation.oracle_margin": 0,
     "evaluation.random_area": 0,
     "cluster.object_store_gib": 0.1, "cluster.wait_s": 0, "cluster.metrics_port": 0,

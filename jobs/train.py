@@ -84,7 +84,8 @@ async def live(
 ) -> None:
     """From the last checkpoint to the last step, with one set of learners."""
     rollouts, rewards, learners = crew.rollouts, crew.rewards, crew.learners
-    weights = WeightChannel(source=learners, sink=rollouts)
+    transport = config.weights.for_roles(config.learner.resources, config.rollout.resources)
+    weights = WeightChannel(learners, rollouts, transport)
     credit = Crediting(config.learner, weights_of(config.reward), config.stale_weight)
     state = await run.restore(learners, rows=len(questions))
     bad_rows, keep_stale = config.questions.on_bad_row, config.stale_weight > 0

@@ -41,15 +41,19 @@ class Weight:
         # ZeRO-3 leaves parameters with 0 elements; ds_numel is their true number
         return int(getattr(self.base, "ds_numel", self.base.numel())) * self.base.element_size()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self.base, "ds_shape", self.base.shape))
+
     @torch.no_grad()
-    def value(self, copy: bool = True) -> Tensor:
-        """On the CPU in the precision of the passes, merged in fp32. Without ``copy`` it may be the parameter's own
+    def value(self, copy: bool = True, device: str | torch.device = "cpu") -> Tensor:
+        """On ``device`` in the precision of the passes, merged in fp32. Without ``copy`` it may be the parameter's own
         memory."""
         if self.adapter is None:
-            return self.base.detach().to("cpu", copy=copy)
+            return self.base.detach().to(device, copy=copy)
         down, up, scale = self.adapter
         merged = self.base.float() + scale * (up.float() @ down.float())
-        return merged.to("cpu", self.base.dtype)
+        return merged.to(device, self.base.dtype)
 
 
 def add_adapters(vlm: Any, config: LoraConfig) -> None:

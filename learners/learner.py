@@ -13,7 +13,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from cluster.buckets import Bucket, pack
+from cluster.buckets import Bucket, Layout, pack
+from cluster.collective import Group, GroupLost, flat_of
 from cluster.compat import repair_torchvision
 from episodes.families import family_of, load_tokenizer
 from episodes.types import FloatArray, Trajectory
@@ -152,12 +153,34 @@ class Learner:
         for members in self._whole():
             yield pack((weight.name, weight.value(copy=False)) for weight in members)
 
+    def layouts(self) -> list[Layout]:
+        """What ``broadcast`` sends, bucket by bucket. Needs no other rank."""
+        return [Layout.of(map(_described, members)) for members in self._buckets_of_weights()]
+
+    def broadcast(self, group: Group | None) -> str:
+        """Send the weights to the others of ``group``, one bucket at a time; ranks without a group help to make them
+        whole. Every rank must call it, and goes to the end in any case, because the others do.
+
+        Returns what broke the group, or nothing."""
+        broken = ""
+        for members in self._whole():
+            if group is not None and not broken:
+                weights = ((weight.name, weight.value(copy=False, device=self.device)) for weight in members)
+                try:
+                    group.broadcast(flat_of(weights, Layout.of(map(_described, members))))
+                except GroupLost as error:
+                    broken = str(error)
+        return broken
+
     def _whole(self) -> Iterator[list[Weight]]:
         """Every weight once, in lists of about ``bucket_bytes``, whole until the next list is asked for."""
-        for members in _in_buckets(weights_of(self.policy.vlm), self.config.bucket_bytes):
+        for members in self._buckets_of_weights():
             parts = [parameter for weight in members for parameter in weight.parameters]
             with zero.gathered(parts, self.config.zero_stage):
                 yield members
+
+    def _buckets_of_weights(self) -> Iterator[list[Weight]]:
+        return _in_buckets(weights_of(self.policy.vlm), self.config.bucket_bytes)
 
     def export(self, path: Path) -> None:
         """A Hugging Face folder that ``from_pretrained`` and ``vllm serve`` load. Every rank must call it."""
@@ -242,6 +265,10 @@ def _reference(config: LearnerConfig, device: torch.device) -> Policy | None:
         return None
     dtype = torch.bfloat16 if config.dtype is Dtype.BFLOAT16 else torch.float32
     return Policy(replace(config, lora=LoraConfig())).requires_grad_(False).eval().to(device, dtype)
+
+
+def _described(weight: Weight) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    return weight.name, weight.base.dtype, weight.shape
 
 
 def _in_buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:

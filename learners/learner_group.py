@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.buckets import Bucket
+from cluster.broadcast import Meeting
+from cluster.buckets import Bucket, Layout
 from cluster.placement import Cluster
 from cluster.pool import on_one_line
 from episodes.types import FloatArray, Trajectory
 from learners.config import LearnerConfig
 
 if TYPE_CHECKING:
+    from cluster.collective import Door, Group
     from learners.learner import Learner  # imports torch, which the driver does not need
 
 ROLE = "learner"
@@ -66,6 +68,9 @@ class LearnerRank:
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
         self._learner: Learner
+        self._door: Door | None = None
+        self._group: Group | None = None
+        self._generation = 0
 
     def address(self) -> tuple[str, int]:
         """Where this process could listen as rank 0."""
@@ -101,6 +106,40 @@ class LearnerRank:
         for _ in self._learner.weights():
             pass
 
+    def layouts(self) -> list[Layout]:
+        return self._learner.layouts()
+
+    def open(self, timeout_s: float) -> tuple[str, int]:
+        """Where the next group for broadcasts will meet."""
+        from cluster.collective import Door
+
+        self._door = Door(ray.util.get_node_ip_address(), timeout_s)
+        return self._door.address, self._door.port
+
+    def enter(self, meeting: Meeting) -> str:
+        """Meet whoever receives weights, as their sender. Returns what went wrong, or nothing."""
+        from cluster.collective import SENDER, Group, GroupLost
+
+        if self._group is not None:
+            self._group.close()
+        self._group, device = None, self._learner.device
+        try:
+            self._group = Group(
+                meeting.address, meeting.port, SENDER, meeting.world, device, meeting.timeout_s, self._door
+            )
+        except GroupLost as error:
+            return str(error)
+        self._generation = meeting.generation
+        return ""
+
+    def broadcast(self, generation: int) -> str:
+        """Send the weights, or, on other ranks, take part in gathering them. Returns what went wrong, or nothing."""
+        from cluster.collective import SENDER
+
+        if self._learner.place.rank == SENDER and (self._group is None or generation != self._generation):
+            raise ValueError(f"group {generation} is to be sent weights; the last one met was {self._generation}")
+        return self._learner.broadcast(self._group)
+
     def export(self, path: Path) -> None:
         self._learner.export(path)
 
@@ -121,6 +160,8 @@ class LearnerGroup:
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
+        self.changes = 0
+        """So often was it asked for something that changes its weights. Ranks do what they are asked in that order."""
 
     @classmethod
     async def launch(cls, cluster: Cluster, config: LearnerConfig) -> LearnerGroup:
@@ -136,6 +177,7 @@ class LearnerGroup:
     async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
         """One optimiser step; its metrics (``learners.report.UpdateReport``, as ``learner/...``)."""
         shares = assign(groups, len(self._actors))
+        self.changes += 1
         pairs = zip(self._actors, shares, strict=True)
         reports = await self._all("update", [actor.update.remote(share) for actor, share in pairs])
         return dict(reports[0])
@@ -152,6 +194,24 @@ class LearnerGroup:
         buckets, *_ = await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])
         return list(buckets)
 
+    # What a broadcast needs (``cluster.broadcast.Sender``).
+
+    async def layouts(self) -> list[Layout]:
+        (layouts,) = await self._all("layouts", [self._actors[0].layouts.remote()])
+        return list(layouts)
+
+    async def open(self, timeout_s: float) -> tuple[str, int]:
+        ((address, port),) = await self._all("open", [self._actors[0].open.remote(timeout_s)])
+        return address, port
+
+    async def enter(self, meeting: Meeting) -> str:
+        (why,) = await self._all("enter", [self._actors[0].enter.remote(meeting)])
+        return str(why)
+
+    async def broadcast(self, generation: int) -> str:
+        answers = await self._all("broadcast", [actor.broadcast.remote(generation) for actor in self._actors])
+        return str(answers[0])
+
     async def export(self, path: str | Path) -> None:
         """Write a Hugging Face folder."""
         await self._all("export", [actor.export.remote(Path(path)) for actor in self._actors])
@@ -166,13 +226,18 @@ class LearnerGroup:
 
     async def restore(self, files: Sequence[ray.ObjectRef]) -> int:
         """Take up a state, with any number of ranks; returns the step that comes next."""
+        self.changes += 1
         steps = await self._all("restore", [actor.restore.remote(list(files)) for actor in self._actors])
         return int(steps[0])
 
     async def close(self) -> None:
+        self._kill()
+        self._actors = []
+
+    def _kill(self) -> None:
+        """Whoever asks them for something afterwards is told that they are dead."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
 
     async def _all(self, what: str, answers: Sequence[Awaitable[Any]]) -> list[Any]:
         """The answers of all ranks, or LearnerFailed as soon as one fails: the others may hang in a collective."""
@@ -184,7 +249,7 @@ class LearnerGroup:
             failures = {rank: error for rank, error in raised.items() if error is not None}
             for task in tasks:
                 task.cancel()
-            await self.close()
+            self._kill()
             # a death makes the connections of the others break: name the dead one
             rank = min(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank))
             verb = "died" if isinstance(failures[rank], RayActorError) else "failed"

@@ -54,6 +54,8 @@ def test_weights() -> None:
     assert weights.verdict({"5 MB": small, "200 MB": found})[0]
     assert not weights.verdict({"200 MB": found | {"transport/memcpy_fresh": 3.1}})[0]
     assert not weights.verdict({"5 MB": small})[0], "nothing was large enough to count"
+    found = weights.figures(200_000_000, {"memcpy": [0.05], "memcpy_fresh": [0.1], "broadcast": [0.25]})
+    assert found["learner_stall_s"] == 0.25 and found["transport/memcpy_fresh"] == pytest.approx(2.5)
 
 
 def test_overlap() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.weights import WeightChannel
+from cluster.resources import Resources
+from cluster.weights import Transport, WeightChannel, WeightsConfig
 
 
 class Source:
@@ -78,3 +79,28 @@ def test_what_goes_wrong_behind_ones_back_rises_from_the_next_call() -> None:
             await channel.publish(14)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "chosen"),
+    [
+        ("auto", (0, 0), "object_store"),
+        ("auto", (1, 1), "broadcast"),
+        ("auto", (1, 8), "broadcast"),
+        ("auto", (0.5, 0.5), "object_store"),  # colocated
+        ("auto", (1, 0.5), "object_store"),
+        ("auto", (1, 0), "object_store"),
+        ("object_store", (1, 1), "object_store"),
+        ("broadcast", (0, 0), "broadcast"),
+        ("broadcast", (1, 1), "broadcast"),
+    ],
+)
+def test_the_transport_is_what_the_placement_allows(asked: str, gpus: tuple[float, float], chosen: str) -> None:
+    roles = [Resources(gpus=share) for share in gpus]
+    assert WeightsConfig(Transport(asked)).for_roles(*roles).transport == chosen
+
+
+@pytest.mark.parametrize("gpus", [(1, 0), (0.5, 0.5), (1, 0.5)])
+def test_a_broadcast_between_those_who_cannot_be_in_one_group_is_refused(gpus: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"broadcast needs .* got .*; set weights.transport=object_store"):
+        WeightsConfig(Transport.BROADCAST).for_roles(*[Resources(gpus=share) for share in gpus])
