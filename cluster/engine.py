@@ -22,6 +22,11 @@ from numpy.typing import NDArray
 from cluster.broadcast import Meeting
 from cluster.buckets import Bucket, Layout, SharedFile
 
+_ATTEMPTS = 4
+"""vLLM ends a request with "error", or with an EngineGenerateError ("recoverable"), where another attempt may do: so
+when its two caches of processed images have drifted apart, because a request was cancelled on its way between them, or
+while that is mended; the next attempt sends the image again."""
+
 
 @dataclass
 class EngineConfig:
@@ -155,6 +160,7 @@ class Engine:
         from PIL import Image
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineGenerateError
 
         params = SamplingParams(
             max_tokens=sampling.max_tokens,
@@ -170,14 +176,21 @@ class Engine:
         if images:
             prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in images]}
         version, final = self.weight_version, None
-        try:
-            with _engine_died():
-                async for output in self._llm.generate(
-                    prompt, params, request_id=f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"
-                ):
-                    final = output
-        except _refusals() as error:
-            raise EngineRefused(str(error)) from error
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                with _engine_died():
+                    async for output in self._llm.generate(
+                        prompt, params, request_id=f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"
+                    ):
+                        final = output
+            except _refusals() as error:
+                raise EngineRefused(str(error)) from error
+            except EngineGenerateError:
+                if not left:
+                    raise
+                continue
+            if final is None or final.outputs[0].finish_reason != "error":
+                break
         if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a request without a reply: {final}")
         reply = final.outputs[0]

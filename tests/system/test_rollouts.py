@@ -118,6 +118,26 @@ def test_vision_tokens_are_never_sampled(tied: Stack, runner: asyncio.Runner, qu
     runner.run(story())
 
 
+def test_an_image_that_the_engine_core_has_lost_is_sent_again(
+    untied: Stack, runner: asyncio.Runner, questions: list[Question]
+) -> None:
+    """vLLM's front end keeps account of the processed images that its core has; requests that are cancelled on their
+    way make it wrong, and the core then refuses those that come without pixels. Here its own cache is emptied alone."""
+
+    def forget(worker: Any) -> None:
+        llm = worker._engine._llm  # this runs beside the engine's loop
+        loop = llm.output_handler.get_loop()
+        asyncio.run_coroutine_threadsafe(llm.engine_core.reset_mm_cache_async(), loop).result(60)
+
+    async def story() -> None:
+        before = await play(untied, questions[11], seed=31)
+        await untied.on_worker(forget)
+        after = await play(untied, questions[11], seed=31)
+        assert [one.token_ids.tolist() for one in after] == [one.token_ids.tolist() for one in before]
+
+    runner.run(story())
+
+
 def test_turn_two_reuses_turn_one(untied: Stack, runner: asyncio.Runner, questions: list[Question]) -> None:
     """Turn 2 finds the whole 32-token blocks of turn 1, prompt and reply, in the prefix cache (all but the last)."""
 
