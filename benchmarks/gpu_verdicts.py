@@ -24,7 +24,7 @@ def judge_panels(found: Found, gpu: bool) -> Judged:
     one = found["panels"]
     line = (
         f"{one['steps']} of {one['wanted']} steps of ergo-rl train in {one['dtype']}; attention: {one['attention']}; "
-        f"weights through the {one['weights']} (the only channel there is); vLLM and learner differ by "
+        f"weights through the {one['weights']}; vLLM and learner differ by "
         f"{one['mismatch_mean']:.1e} nats at most (limit {one['tolerance']:.0e})"
     )
     return one["steps"] == one["wanted"] and one["mismatch_mean"] <= one["tolerance"], line
