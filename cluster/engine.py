@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from cluster.broadcast import Meeting
 from cluster.buckets import Bucket, Layout, SharedFile
 
+_LAST_WORDS_S = 5.0
 _ATTEMPTS = 4
 """vLLM ends a request with "error", or with an EngineGenerateError ("recoverable"), where another attempt may do: so
 when its two caches of processed images have drifted apart, because a request was cancelled on its way between them, or
@@ -217,11 +219,10 @@ class Engine:
         """Have every worker process meet others for broadcasts, as ranks from ``first_rank``. Raises EngineDied."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        async with self._loading:
-            with _engine_died():
-                await self._llm.init_weight_transfer_engine(
-                    WeightTransferInitRequest(init_info={**asdict(meeting), "first_rank": first_rank})
-                )
+        async with self._loading, self._watched():
+            await self._llm.init_weight_transfer_engine(
+                WeightTransferInitRequest(init_info={**asdict(meeting), "first_rank": first_rank})
+            )
 
     async def receive_weights(self, version: int, generation: int, layouts: Sequence[Layout]) -> None:
         """Replace the weights by what the group ``generation`` is sent next, in these buckets. Raises EngineDied, and
@@ -244,7 +245,7 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self._llm
-        with _engine_died():
+        async with self._watched():
             await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
             await llm.start_weight_update()
             async for arrival in arrivals:
@@ -263,6 +264,21 @@ class Engine:
         if not await self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not clear its prefix cache: replies would mix old and new weights")
         await self._llm.reset_encoder_cache()
+
+    @asynccontextmanager
+    async def _watched(self) -> AsyncIterator[None]:
+        """Raises EngineDied for whatever a core says that is about to end: it may take back what it was asked to do
+        ("Call to pause_scheduler method failed: cancelled") before its death is known."""
+        with _engine_died():
+            try:
+                yield
+            except Exception as error:
+                ends = time.monotonic() + _LAST_WORDS_S
+                while not self._llm.errored and time.monotonic() < ends:
+                    await asyncio.sleep(0.1)
+                if self._llm.errored:
+                    raise EngineDied(str(error)) from error
+                raise
 
     async def check(self) -> None:
         """Raises EngineDied when the engine is gone."""
