@@ -178,6 +178,20 @@ def keep_serve_local() -> None:
     replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
 
 
+# --- joining a Ray that another process of this machine has started ---------------------------------------------------
+# Since 2.60 a Ray that ``ray.init()`` starts wants a token, kept in ~/.ray; who joins it by its address is not told so,
+# and gets "InvalidAuthToken" for half a minute (only ``address="auto"`` looks for the token). The mode is read once,
+# when Ray is imported. Remove when an address of this machine makes Ray look for its token, too.
+
+
+def join_with_token() -> None:
+    """For this process: Rays that are joined from now on are told this user's token, unless RAY_AUTH_MODE is set."""
+    from ray._raylet import Config
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    Config.initialize("")
+
+
 # --- is there an autoscaler? -----------------------------------------------------------------------------------------
 # ``request_resources`` leaves its wish in a cluster without an autoscaler as well, where nobody reads it, and Ray 2.60
 # has no public question for it: ray.train and ray.data look for the machines that an autoscaler may bring, as this

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,7 +25,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.rollout_pool import RolloutPool
-from cluster.compat import keep_ray_local
+from cluster.compat import join_with_token, keep_ray_local
 from jobs.commands import EXPECTED, explain
 from jobs.config import ConfigError
 from jobs.run import Run
@@ -74,7 +75,8 @@ async def scalable(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> Asyn
     context = ray.get_runtime_context()
     here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)  # no other node's end may take it along
     mailbox: Any = ray.remote(Mailbox).options(name=name, num_cpus=0, scheduling_strategy=here).remote()
-    place = {"address": context.gcs_address, "namespace": context.namespace}
+    token = os.environ.get("RAY_AUTH_MODE") == "token"
+    place = {"address": context.gcs_address, "namespace": context.namespace, "token": token}
     (run.folder / ADDRESS).write_text(json.dumps(place) + "\n")
     task = asyncio.create_task(_serve(mailbox, run, rollouts, rewards))
     try:
@@ -147,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     address: str = options.address or place.get("address", "auto")
     if address.startswith("127.0.0.1:"):
         keep_ray_local()
+    if place.get("token") and not options.address:
+        join_with_token()
     try:
         ray.init(
             address=address,

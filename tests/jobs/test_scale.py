@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +57,9 @@ def test_from_another_terminal(ray_cluster: Cluster, tmp_path: Path) -> None:
     async def story() -> None:
         async with scalable(run, rollouts, rewards):
             command = [sys.executable, "-m", "jobs", "scale", str(run.folder), "--rollout-workers", "2"]
+            terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
             process = await asyncio.to_thread(
-                subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=100
+                subprocess.run, command, cwd=ROOT, env=terminal, capture_output=True, text=True, timeout=100
             )
             assert process.returncode == 0, process.stderr
             assert process.stdout.strip() == "2 rollout workers" and rollouts.size == 2
