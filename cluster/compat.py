@@ -186,7 +186,7 @@ def keep_serve_local() -> None:
 
 def join_with_token() -> None:
     """For this process: Rays that are joined from now on are told this user's token, unless RAY_AUTH_MODE is set."""
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     Config.initialize("")
