@@ -60,7 +60,7 @@ def by_trl(trl_loss: TrlLoss, batch: TokenBatch, config: LossConfig) -> tuple[to
     """The loss as TRL's trainer computes it, from a stub of the trainer that holds the settings."""
     loss_type, level = NAMES[config.objective]
     # TRL's epsilon_high is the cap itself for CISPO
-    high = config.clip_high + (1 if config.objective is ObjectiveName.CISPO else 0)
+    high = config.clip_high + (1 if config.objective == ObjectiveName.CISPO else 0)
     accelerator = SimpleNamespace(num_processes=1, gather=lambda value: value, reduce=lambda value, reduction: value)
     trainer: Any = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **options: (batch.logprobs, batch.entropy, None),
