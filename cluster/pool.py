@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,10 @@ LONGEST_BACKOFF_S = 60.0
 
 class PoolExhausted(RuntimeError):
     """Workers kept dying and the budget of restarts is spent."""
+
+
+DEAD = (RayActorError, OutOfMemoryError)
+"""What Ray says of an actor that has ended; the second where its memory monitor ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class Pool:
                 f"only {up} of {len(self._workers)} {self.name} were ready after {deadline_s:.0f} s; "
                 f"free in the cluster: {free}. Ask for fewer, or for less per worker."
             ) from None
-        except RayActorError as error:
+        except DEAD as error:
             raise PoolExhausted(f"{self.name}: one died while it started: {error}") from error
 
     async def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
@@ -118,7 +122,7 @@ class Pool:
                 first = await self._watched(worker, answer if num_returns == 1 else answer[0])
                 self._back(worker)
                 return first if num_returns == 1 else (first, *answer[1:])
-            except (RayActorError, _Hung) as error:
+            except (*DEAD, _Hung) as error:
                 self._replace(worker, actor, error)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
@@ -218,7 +222,7 @@ class Pool:
             actor = worker.actor
             try:
                 return (await self._watched(worker, getattr(actor, method).remote(*args)),)
-            except (RayActorError, _Hung) as error:
+            except (*DEAD, _Hung) as error:
                 self._replace(worker, actor, error)
 
     async def _call_once(self, actor: ActorHandle, method: str, args: tuple[Any, ...]) -> Any:
@@ -227,7 +231,7 @@ class Pool:
             return LookupError("it is no worker any more")
         try:
             return await self._watched(worker, getattr(actor, method).remote(*args))
-        except (RayActorError, _Hung) as error:
+        except (*DEAD, _Hung) as error:
             self._replace(worker, actor, error)
             return error
         except Exception as error:  # the caller's to judge
@@ -252,7 +256,7 @@ class Pool:
                 if left <= 0:
                     raise _Hung(f"it finished nothing for {self._faults.stall_s:.0f} s")
                 await asyncio.wait({waiting}, timeout=left)
-            if not isinstance(waiting.exception(), RayActorError):
+            if not isinstance(waiting.exception(), DEAD):
                 worker.progress, worker.in_a_row = time.monotonic(), 0
             return waiting.result()
         except RayTaskError as error:

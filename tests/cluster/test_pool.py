@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import OutOfMemoryError
 
 from cluster.placement import Cluster
 from cluster.pool import Faults, Pool, PoolExhausted
@@ -41,6 +42,13 @@ class Clerk:
         if not os.path.exists(flag):
             with open(flag, "w"):
                 os._exit(1)
+        return "done"
+
+    async def run_out_of_memory_unless(self, flag: str) -> str:
+        """As Ray says it where its memory monitor has ended an actor."""
+        if not os.path.exists(flag):
+            with open(flag, "w"):
+                raise OutOfMemoryError("3 worker(s) were killed due to the node running low on memory")
         return "done"
 
     async def die(self) -> None:
@@ -154,6 +162,14 @@ def test_many_callers_see_one_death_and_it_is_replaced_once(ray_cluster: Cluster
         flag = str(tmp_path / "flag")
         calls = [pool.call("who", 0.5) for _ in range(5)]
         assert await asyncio.gather(*calls, pool.call("die_unless", flag))
+        assert pool.restarts == 1
+
+    run(story, size=1)
+
+
+def test_a_worker_that_the_memory_monitor_ends_is_replaced(ray_cluster: Cluster, tmp_path: Any) -> None:
+    async def story(pool: Pool) -> None:
+        assert await pool.call("run_out_of_memory_unless", str(tmp_path / "flag")) == "done"
         assert pool.restarts == 1
 
     run(story, size=1)
