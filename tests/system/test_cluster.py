@@ -119,13 +119,14 @@ class TwoNodes:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[TwoNodes]:
     """The head with one CPU, and a second node with one that has the resource ``second``."""
-    from ray.util import get_node_ip_address
-
     home = Path(tempfile.mkdtemp(prefix="ergo-ray-", dir="/tmp"))  # Ray's sockets have short names
-    address, port, dashboard = get_node_ip_address(), free_port(), free_port()
+    port, dashboard = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # A token of its own, in the environment alone: what a job is sent must not hold it.
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Asked of a fresh process: here a Ray of other tests may have made it 127.0.0.1, and nodes must have one address.
+    asked = "from ray.util import get_node_ip_address; print(get_node_ip_address())"
+    address = subprocess.check_output([sys.executable, "-c", asked], env=environment, text=True).strip()
     nodes = TwoNodes(tmp_path, f"{address}:{port}", f"http://{address}:{dashboard}", environment)
     started = time.monotonic()
     with ExitStack() as stack:
