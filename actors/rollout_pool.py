@@ -114,6 +114,11 @@ class RolloutPool:
             seconds: list[float] = await self._pool.call_all("load_weights", version, *buckets)
         return seconds
 
+    async def sleep(self) -> None:
+        """Where ``engine.sleep`` is set: every engine gives its device's memory back until weights are loaded."""
+        if self.config.engine.sleep:
+            await self._pool.call_all("sleep")
+
     # What a broadcast needs (``cluster.broadcast.Receivers``).
 
     @property

@@ -221,6 +221,10 @@ class RolloutWorker:
         """Take over the weights of ``version``; seconds it took (generation is paused for most of it)."""
         return await _timed(self._engine.load_weights(version, buckets))
 
+    async def sleep(self) -> float:
+        """Give the device's memory back until weights are loaded; seconds it took."""
+        return await _timed(self._engine.sleep())
+
     async def enter_group(self, meeting: Meeting, first_rank: int) -> float:
         """Meet the other engines and the learner, for broadcasts; seconds it took."""
         return await _timed(self._engine.enter_group(meeting, first_rank))

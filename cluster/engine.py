@@ -53,6 +53,9 @@ class EngineConfig:
     """Turn 2 re-uses the prompt and reply of turn 1."""
     start_deadline_s: float = 600.0
     """An engine that is not up by then counts as failed."""
+    sleep: bool = False
+    """Give the GPU's memory back between a step's last reply and the next weights (vLLM's sleep level 1: weights go to
+    main memory, the KV cache is dropped), for a learner on the same GPU. On a CPU it pauses and gives nothing back."""
     trust_remote_code: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """Further vLLM engine arguments, passed on as they are."""
@@ -110,6 +113,7 @@ class Engine:
         self.config = config
         self.weight_version = 0
         self._loading = asyncio.Lock()
+        self._asleep = False
         self._ids = itertools.count()
 
     @classmethod
@@ -122,6 +126,7 @@ class Engine:
         repair_torchvision()
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from cluster.weight_receiver import BACKEND, WORKER_EXTENSION
@@ -135,6 +140,7 @@ class Engine:
                 "gpu_memory_utilization": config.gpu_memory_utilization,
                 "tensor_parallel_size": config.tensor_parallel_size,
                 "enforce_eager": config.enforce_eager,
+                "enable_sleep_mode": config.sleep and current_platform.is_sleep_mode_available(),
                 "enable_prefix_caching": config.prefix_caching,
                 "trust_remote_code": config.trust_remote_code,
                 "limit_mm_per_prompt": {"image": 2, "video": 0},
@@ -235,6 +241,13 @@ class Engine:
         async with self._loading:
             await self._replace_weights(version, arrivals())
 
+    async def sleep(self) -> None:
+        """Give the device's memory back until weights are loaded. What is asked meanwhile waits; what runs goes on
+        afterwards. Raises EngineDied."""
+        async with self._loading, self._watched():
+            await self._llm.sleep(level=1, mode="keep")
+            self._asleep = True
+
     async def _replace_weights(self, version: int, arrivals: AsyncIterator[dict[str, Any]]) -> None:
         """Through vLLM's weight transfer life cycle; then clear every cache that depends on weights.
 
@@ -246,14 +259,21 @@ class Engine:
 
         llm = self._llm
         async with self._watched():
-            await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
+            if self._asleep:  # paused until the KV cache is back, too, which is not in the way while weights load
+                await llm.wake_up(tags=["weights"])
+            else:
+                await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
             await llm.start_weight_update()
             async for arrival in arrivals:
                 await llm.update_weights(WeightTransferUpdateRequest(update_info=arrival))
             # vLLM 0.26 takes no version here.
             await llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
             await self.clear_caches()
-            await llm.resume_generation()
+            if self._asleep:
+                await llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            else:
+                await llm.resume_generation()
         self.weight_version = version
 
     async def clear_caches(self) -> None:

@@ -196,6 +196,14 @@ def check(config: TrainConfig) -> None:
         (rollout.group_size < 2, "rollout.group_size must be at least 2: advantages are relative to the group"),
         (config.dynamic_sampling_most < 1, "dynamic_sampling_most must be at least 1 (times groups_per_step)"),
         (config.max_staleness < 0, "max_staleness must be 0 (on-policy) or more"),
+        (
+            rollout.engine.sleep and config.max_staleness > 0,
+            "rollout.engine.sleep needs max_staleness=0: engines that sleep while the learner updates play nothing",
+        ),
+        (
+            verifier.engine.sleep,
+            "reward.verifier.engine.sleep must be false: only rollout engines are woken, by new weights",
+        ),
         (not 0 <= config.stale_weight <= 1, "stale_weight must be from 0 (drop) to 1 (count in full)"),
         (rollout.sampling.temperature <= 0, "rollout.sampling.temperature must be above 0 for training"),
         (

@@ -5,6 +5,7 @@ Written P: parameters, T: those that are trained, N: ranks, b: bytes of a number
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.engine import EngineConfig
@@ -31,17 +32,24 @@ TEXT_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Bytes of one thing, and how they come about. held: False for what exists only at the start, before the rest."""
+    """Bytes of one thing, and how they come about. held: False for what exists only at the start, before the rest;
+    resting: False for what is there only while its role works."""
 
     name: str
     bytes: float
     how: str
     held: bool = True
+    resting: bool = True
 
 
-def total(parts: list[Part]) -> float:
+def total(parts: Sequence[Part]) -> float:
     """The most that exists at once: all that is held, or what the start needs."""
     return max(sum(part.bytes for part in parts if part.held), sum(part.bytes for part in parts if not part.held))
+
+
+def at_rest(parts: Sequence[Part]) -> float:
+    """What stays on the device while another role works there: of an engine that sleeps, of a learner between steps."""
+    return sum(part.bytes for part in parts if part.held and part.resting)
 
 
 def trajectory_tokens(config: TrainConfig) -> int:
@@ -71,7 +79,7 @@ def learner_parts(shape: Shape, config: TrainConfig, on_gpu: bool) -> list[Part]
     ]
     if sharded:
         live = width * min(MAX_LIVE, every)
-        parts.append(Part("gathered weights", live, "b x min(P, 1e9), what ZeRO-3 has whole at once"))
+        parts.append(Part("gathered weights", live, "b x min(P, 1e9), what ZeRO-3 has whole at once", resting=False))
     state = 12 * grads / ranks
     if not (learner.offload_optimizer and on_gpu):
         parts.append(Part("optimiser", state, "12 T / N: fp32 master weights and both moments of Adam"))
@@ -80,7 +88,7 @@ def learner_parts(shape: Shape, config: TrainConfig, on_gpu: bool) -> list[Part]
         parts.append(Part("reference policy", width * shape.parameters, "b P, whole on every rank"))
     parts += _activations(shape, config, width)
     logits = 3 * 4 * CHUNK_LOGITS + width * shape.vocabulary * shape.hidden
-    parts.append(Part("logits", logits, "3 chunks of 64 MiB, and the gradient of the head: b V H"))
+    parts.append(Part("logits", logits, "3 chunks of 64 MiB, and the gradient of the head: b V H", resting=False))
     parts.append(Part("weights on their way", learner.bucket_bytes, "one bucket of learner.bucket_bytes"))
     parts.append(Part("runtime", RUNTIME if on_gpu else GIB / 2, "allowance"))
     begin = width * every + (RUNTIME if on_gpu else 0)
@@ -115,8 +123,8 @@ def _activations(shape: Shape, config: TrainConfig, width: int) -> list[Part]:
         vision = seen
     how = "checkpointed" if learner.gradient_checkpointing else "all kept"
     return [
-        Part("activations, text", width * tokens * text, f"{tokens:,} tokens, {how} (estimate)"),
-        Part("activations, tower", width * patches * vision, f"{patches:,.0f} patches (estimate)"),
+        Part("activations, text", width * tokens * text, f"{tokens:,} tokens, {how} (estimate)", resting=False),
+        Part("activations, tower", width * patches * vision, f"{patches:,.0f} patches (estimate)", resting=False),
     ]
 
 
@@ -150,7 +158,8 @@ def engine_needs(shape: Shape, engine: EngineConfig, tokens: int, gpu_memory: fl
     heads = max(1.0, shape.kv_heads / ways) / shape.kv_heads  # fewer heads than GPUs are kept more than once
     per_token = 2 * shape.layers * shape.kv_width * width * heads
     conversation = per_token * engine.max_model_len
-    weights = Part("weights", width * shape.parameters / ways, f"b P / {ways}, b = {width}")
+    awake = not engine.sleep
+    weights = Part("weights", width * shape.parameters / ways, f"b P / {ways}, b = {width}", resting=awake)
     how = f"2 x {shape.layers} layers x {shape.kv_width} x {width} bytes a token"
     if gpu_memory is None:
         cache = float(engine.kv_cache_gib * GIB)
@@ -160,10 +169,12 @@ def engine_needs(shape: Shape, engine: EngineConfig, tokens: int, gpu_memory: fl
     text = batch * (6 * shape.hidden + 3 * shape.intermediate / ways) * width
     vision = tokens * shape.patches_per_token * (6 * shape.vision_hidden + 3 * shape.vision_intermediate) * width
     logits = 2 * 4 * engine.max_num_seqs * shape.vocabulary
-    work = Part("work", text + vision + logits, f"{batch:,} tokens, pictures of {tokens:,}, logits (estimate)")
+    work = Part(
+        "work", text + vision + logits, f"{batch:,} tokens, pictures of {tokens:,}, logits (estimate)", resting=awake
+    )
     runtime = Part("runtime", RUNTIME, "allowance")
     limit = engine.gpu_memory_utilization * gpu_memory
-    least = Part("KV cache, at least", conversation, f"{how}, {engine.max_model_len} tokens")
+    least = Part("KV cache, at least", conversation, f"{how}, {engine.max_model_len} tokens", resting=awake)
     cache = limit - weights.bytes - work.bytes - runtime.bytes
     return EngineNeeds(limit, (weights, work, runtime, least), cache, cache / conversation)
 

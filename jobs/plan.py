@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,7 @@ from jobs.memory import (
     GIB,
     EngineNeeds,
     Part,
+    at_rest,
     engine_needs,
     largest_picture,
     learner_host_parts,
@@ -37,13 +38,15 @@ DOES_NOT_FIT = 3
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One actor: its role and number, the GPUs it asks for, what it needs on each, in bytes, and in main memory."""
+    """One actor: its role and number, the GPUs it asks for, what it needs on each, in bytes, and in main memory.
+    resting: bytes on each GPU while it has nothing to do."""
 
     role: str
     number: int
     gpus: float
     parts: tuple[Part, ...]
     bytes: float
+    resting: float = 0.0
     host_parts: tuple[Part, ...] = ()
 
     @property
@@ -86,13 +89,18 @@ def _processes(config: TrainConfig, policy: Shape, judge: Shape | None) -> tuple
 
     def add_engines(role: str, count: int, gpus: float, needs: EngineNeeds) -> None:
         engines[role] = needs
+        asleep = role == "rollout" and rollout.engine.sleep
         parts: tuple[Part, ...] = needs.parts
         size = sum(part.bytes for part in parts)
         host = parts
         if gpus:
-            parts = (*parts[:-1], Part("KV cache", max(0.0, needs.cache), "what gpu_memory_utilization leaves"))
-            size, host = max(needs.limit, size), (_ENGINE_HOST,)
-        found.extend(Process(role, number, gpus, parts, size, host) for number in range(count))
+            cache = Part("KV cache", max(0.0, needs.cache), "what gpu_memory_utilization leaves", resting=not asleep)
+            parts, host = (*parts[:-1], cache), (_ENGINE_HOST,)
+            size = max(needs.limit, size)
+            if asleep:
+                host += (replace(parts[0], name="weights of an engine that sleeps"),)
+        resting = at_rest(parts) if asleep else size
+        found.extend(Process(role, number, gpus, parts, size, resting, host) for number in range(count))
 
     picture = largest_picture(config.episode)
     gpus = rollout.resources.gpus
@@ -105,11 +113,11 @@ def _processes(config: TrainConfig, policy: Shape, judge: Shape | None) -> tuple
         add_engines("reward", reward.workers, gpus, needs)
     else:
         client = (Part("processes", GIB / 2, "allowance: a client of the URL"),)
-        found += [Process("reward", number, gpus, (), 0.0, client) for number in range(reward.workers)]
+        found += [Process("reward", number, gpus, (), 0.0, host_parts=client) for number in range(reward.workers)]
     parts = tuple(learner_parts(policy, config, bool(learner.resources.gpus)))
     host = tuple(learner_host_parts(policy, config)) if learner.resources.gpus else parts
-    size = total(list(parts))
-    found += [Process("learner", rank, learner.resources.gpus, parts, size, host) for rank in range(learner.ranks)]
+    size, resting, gpus = total(parts), at_rest(parts), learner.resources.gpus
+    found += [Process("learner", rank, gpus, parts, size, resting, host) for rank in range(learner.ranks)]
     return found, engines
 
 
@@ -176,12 +184,21 @@ def _engine_problems(config: TrainConfig, engines: dict[str, EngineNeeds]) -> li
     return problems
 
 
+def phases(config: TrainConfig, there: Sequence[Process]) -> list[list[float]]:
+    """Bytes that each process on one GPU has there at its busiest. Where rollout engines sleep there are two such
+    times, playing (a learner rests) and learning (they do); where they do not, everything counts at once."""
+    if not config.rollout.engine.sleep:
+        return [[one.bytes for one in there]]
+    return [[one.resting if one.role == who else one.bytes for one in there] for who in ("learner", "rollout")]
+
+
 def _gpu_problems(plan: Plan) -> list[str]:
     size = plan.config.hardware.gpu_memory_gib * GIB
     found: dict[str, list[int]] = {}
     for at, there in enumerate(plan.gpus):
-        if (needed := sum(one.bytes for one in there)) > size:
-            listed = " + ".join(f"{one.role} {gib(one.bytes)}" for one in there)
+        working = max(phases(plan.config, there), key=sum)
+        if (needed := sum(working)) > size:
+            listed = " + ".join(f"{one.role} {gib(bytes)}" for one, bytes in zip(there, working, strict=True))
             found.setdefault(f"{listed} = {gib(needed)} GiB, and a GPU has {size / GIB:g}", []).append(at)
     return [f"GPU {', '.join(map(str, numbers))}: {what}" for what, numbers in found.items()]
 
@@ -198,7 +215,7 @@ def _host_problems(plan: Plan) -> list[str]:
 
 def host_bytes(plan: Plan) -> float:
     """Of all nodes together: processes, the object store's two versions of the weights, the driver."""
-    return sum(total(list(one.host_parts)) for one in plan.processes) + _object_store(plan) + 2 * GIB
+    return sum(total(one.host_parts) for one in plan.processes) + _object_store(plan) + 2 * GIB
 
 
 def _object_store(plan: Plan) -> float:
@@ -255,9 +272,10 @@ def _gpu_table(plan: Plan) -> Table:
     for name in ("node", "GPU", "who", "GiB", "of"):
         table.add_column(name, justify="left" if name == "who" else "right")
     for at, there in enumerate(plan.gpus):
-        needed = sum(one.bytes for one in there)
-        who = ", ".join(f"{one.title} ({gib(one.bytes)})" for one in there) or "-"
-        table.add_row(str(at // per_node), str(at % per_node), who, gib(needed), f"{size:g}")
+        for share in phases(plan.config, there):
+            named = zip(there, share, strict=True)
+            who = ", ".join(f"{one.title} ({gib(bytes)})" for one, bytes in named) or "-"
+            table.add_row(str(at // per_node), str(at % per_node), who, gib(sum(share)), f"{size:g}")
     return table
 
 

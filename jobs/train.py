@@ -114,6 +114,7 @@ async def live(
                     groups = shuffled(groups, random.Random(stable_seed(config.seed, "shuffle", step)))
                 batch = credit.batch(groups, oldest)
                 with report.timed("learn"):
+                    await rollouts.sleep()
                     report.add(await learners.update(batch))
                 keeper.reached(step + 1, flow, groups)
                 with report.timed("publish"):

@@ -84,6 +84,8 @@ class Learner:
         grad_norm = self.apply(lr)
         means = sums.means(with_kl=self.reference is not None)
         assert means is not None, "accumulate found tokens"
+        if self.device.type == "cuda" and self.config.resources.gpus < 1:
+            torch.cuda.empty_cache()  # an engine on the same GPU needs what this step's activations took
         return UpdateReport(
             loss=sums.total("loss") / step.denominator,
             grad_norm=grad_norm,

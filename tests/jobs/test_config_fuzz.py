@@ -33,9 +33,24 @@ KEYS = (
 )  # fmt: skip
 
 
+OWN: Any = OmegaConf.structured(load_config(PANELS))
+
+
+def value_for(key: str, rng: random.Random) -> str:
+    """Mostly something hostile; one time in four what the recipe itself has there, halved or doubled where it is a
+    number."""
+    own = OmegaConf.select(OWN, key) if key in _all_keys(TrainConfig()) and rng.random() < 0.25 else None
+    if own is None or OmegaConf.is_config(own):
+        return rng.choice(VALUES)
+    if isinstance(own, int | float) and not isinstance(own, bool):
+        return str(type(own)(own * rng.choice((0.5, 1, 2))))
+    return getattr(own, "name", str(own))
+
+
 def fuzzed(rng: random.Random, folder: Path) -> tuple[Path, list[str]]:
     """A recipe and overrides: wrong values at right and wrong keys, or a recipe with damaged text."""
-    overrides = [f"{rng.choice(KEYS)}={rng.choice(VALUES)}" for _ in range(rng.choice((1, 1, 1, 2, 5)))]
+    keys = rng.choices(KEYS, k=rng.choice((1, 1, 1, 2, 5)))
+    overrides = [f"{key}={value_for(key, rng)}" for key in keys]
     if rng.random() < 0.7:
         return PANELS, overrides if rng.random() < 0.95 else [rng.choice(VALUES)]
     blob = bytearray(PANELS.read_bytes())
@@ -68,7 +83,7 @@ def test_five_hundred_configs_are_taken_or_refused_with_a_reason(tmp_path: Path)
         else:
             holds(config, overrides)
             outcomes["taken"] += 1
-    assert outcomes.total() == CONFIGS and min(outcomes.values()) > CONFIGS / 20, outcomes
+    assert outcomes.total() == CONFIGS and min(outcomes.values()) > CONFIGS / 10, outcomes
 
 
 def holds(config: TrainConfig, overrides: list[str]) -> None:

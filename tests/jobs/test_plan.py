@@ -11,7 +11,7 @@ from cluster.engine import EngineConfig
 from jobs.config import ConfigError, TrainConfig, load_config
 from jobs.memory import GIB, Part, engine_needs, learner_host_parts, learner_parts, total, trained, trajectory_tokens
 from jobs.pace import pace
-from jobs.plan import DOES_NOT_FIT, Process, main, make_plan, place
+from jobs.plan import DOES_NOT_FIT, Process, main, make_plan, phases, place
 from jobs.shapes import Shape, shape_of
 from learners.config import Dtype, LoraConfig
 from tests.conftest import ROOT
@@ -161,6 +161,33 @@ def test_whole_gpus_are_taken_on_one_node_and_shares_together() -> None:
     assert [[one.title for one in there] for there in gpus] == [
         ["rollout 0", "learner 2"], ["learner 3"], ["reward 1"], ["reward 1"]]  # fmt: skip
     assert missing == []
+
+
+def test_roles_that_take_turns_on_a_gpu_need_it_one_at_a_time() -> None:
+    """50 of an engine, 2 of them while it sleeps; 40 of a learner, 10 of them between steps: 60 is the most."""
+    engine, learner = (
+        Process("rollout", 0, 0.4, (), 50, resting=2), Process("learner", 0, 0.6, (), 40, resting=10)
+    )  # fmt: skip
+    assert phases(recipe("max_staleness=0"), [engine, learner]) == [[50, 40]]
+    sleeping = recipe("max_staleness=0", "rollout.engine.sleep=true")
+    assert phases(sleeping, [engine, learner]) == [[50, 10], [2, 40]]
+
+
+def test_an_engine_that_sleeps_leaves_its_context_alone_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """3B on one GPU: 0.7 of it for the engine is too much beside a learner at work, and not beside one that rests."""
+    large = ["rollout.engine.gpu_memory_utilization=0.7"]
+    path = ROOT / "configs/ergo-3b.yaml"
+    assert main([str(path), *large]) == DOES_NOT_FIT
+    assert main([str(path), *large, "rollout.engine.sleep=true"]) == 0
+    capsys.readouterr()
+    plan = make_plan(load_config(path, [*large, "rollout.engine.sleep=true"]))
+    (engine, learner) = plan.gpus[0]
+    assert engine.resting == 2 * GIB, "its runtime"
+    parts = sizes(list(learner.parts))
+    passing = parts["activations, text"] + parts["activations, tower"] + parts["logits"]
+    assert learner.resting == pytest.approx(sum(part.bytes for part in learner.parts if part.held) - passing)
+    weights = 2 * 3_754_622_976
+    assert sizes(list(engine.host_parts))["weights of an engine that sleeps"] == weights, "in main memory meanwhile"
 
 
 def test_what_finds_no_place_is_named() -> None:

@@ -84,6 +84,32 @@ def test_the_proof_notices_a_forgotten_cache(
     runner.run(story())
 
 
+def test_an_engine_that_sleeps_plays_nothing_until_it_has_new_weights(
+    untied: Stack, runner: asyncio.Runner, questions: list[Question]
+) -> None:
+    """vLLM's own sleep, on a CPU without the memory that it would give back: what is asked meanwhile waits, and is
+    played with the weights that wake it, on caches that were warm. Twice, and once more awake."""
+
+    async def story() -> None:
+        await play_all(untied, questions[:4])
+        for seed in (11, 12):
+            await untied.perturb(seed)
+            await untied.rollouts._pool.call_all("sleep")
+            asked = asyncio.create_task(play_all(untied, questions[:4]))
+            assert not (await asyncio.wait([asked], timeout=3))[0], "an engine that sleeps has answered"
+            version = await untied.publish()
+            groups = await asked
+            assert {turn.policy_version for group in groups for one in group for turn in one.turns} == {version}
+            found = np.concatenate([await differences(untied, group) for group in groups])
+            assert found.mean() <= 1e-5 and found.max() <= 1e-3, (found.mean(), found.max())
+        await untied.perturb(13)
+        await untied.publish()
+        (group,) = await play_all(untied, questions[:1])
+        assert (await differences(untied, group)).mean() <= 1e-5
+
+    runner.run(story())
+
+
 def test_a_broadcast_reaches_every_engine_and_one_that_breaks_is_repaired(
     untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
