@@ -10,11 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ray
-
 from cluster.broadcast import Meeting
 from cluster.buckets import Bucket, Layout
-from cluster.engine import Completion, Engine, EngineConfig, EngineDied, EngineRefused, Sampling
+from cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Sampling
 from cluster.resources import Resources, Size
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
 from episodes.families import family_of, load_tokenizer
@@ -149,24 +147,7 @@ class RolloutWorker:
         """Play one question ``len(samples)`` times at once. Turn 2 of a sample starts the moment its turn 1
         ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same. ``box`` is
         used in place of the policy's own, ``manner`` in place of the episode that the worker was started for
-        (evaluation). More than the engine could do soon wait for their turn. The actor ends when its engine has."""
-        try:
-            return await self.play_here(question, samples, seed, sampling, box, manner)
-        except EngineDied:
-            # A worker without an engine would fail at once and so draw all the work: be replaced instead.
-            ray.actor.exit_actor()
-            raise
-
-    async def play_here(
-        self,
-        question: Question,
-        samples: Sequence[int],
-        seed: int,
-        sampling: SamplingConfig | None = None,
-        box: Box | None = None,
-        manner: Manner | None = None,
-    ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
-        """``play`` for a caller in this process. Raises EngineDied."""
+        (evaluation). More than the engine could do soon wait for their turn. Raises EngineDied."""
         async with self._places.taken(len(samples)):
             return await self._play(question, samples, seed, sampling, box, manner)
 
@@ -235,12 +216,8 @@ class RolloutWorker:
 
 
 async def _timed(work: Awaitable[None]) -> float:
-    """Seconds. A worker whose engine is dead ends: it is replaced, then."""
     started = time.monotonic()
-    try:
-        await work
-    except EngineDied:
-        ray.actor.exit_actor()
+    await work
     return time.monotonic() - started
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cluster.broadcast import Meeting
 from cluster.buckets import Bucket, Layout, SharedFile
+from cluster.pool import WorkerDied
 
 _LAST_WORDS_S = 5.0
 _ATTEMPTS = 4
@@ -99,7 +100,7 @@ class EngineRefused(ValueError):
     """The engine will not take this request (too long, malformed). The message says why."""
 
 
-class EngineDied(RuntimeError):
+class EngineDied(WorkerDied):
     """vLLM's core or a worker process of it is gone; this engine will answer nothing any more."""
 
 

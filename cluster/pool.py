@@ -26,8 +26,14 @@ class PoolExhausted(RuntimeError):
     """Workers kept dying and the budget of restarts is spent."""
 
 
-DEAD = (RayActorError, OutOfMemoryError)
-"""What Ray says of an actor that has ended; the second where its memory monitor ended it."""
+class WorkerDied(RuntimeError):
+    """Raised by a worker's method: this worker can do nothing any more (its engine is gone), so replace it. One that
+    answered all calls with errors, at once, would draw all the work."""
+
+
+DEAD = (RayActorError, OutOfMemoryError, WorkerDied)
+"""A worker's death: Ray's words for an actor that has ended (the second where its memory monitor ended it), and its
+own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,11 +262,14 @@ class Pool:
                 if left <= 0:
                     raise _Hung(f"it finished nothing for {self._faults.stall_s:.0f} s")
                 await asyncio.wait({waiting}, timeout=left)
-            if not isinstance(waiting.exception(), DEAD):
+            failure = waiting.exception()
+            if isinstance(failure, RayTaskError):
+                failure = _original(failure)
+            if not isinstance(failure, DEAD):
                 worker.progress, worker.in_a_row = time.monotonic(), 0
+            if failure is not None:
+                raise failure from failure.__cause__
             return waiting.result()
-        except RayTaskError as error:
-            raise _original(error) from error
         except asyncio.CancelledError:
             ray.cancel(answer)  # nobody waits for it: let the worker do something else
             raise

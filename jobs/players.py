@@ -72,7 +72,7 @@ class LocalPlayer:
 
     async def play(self, question: Question, manner: Manner, box: Box | None = None) -> Play | NotPlayed:
         try:
-            played, found = await self._worker.play_here(question, (0,), 0, self._sampling, box, manner)
+            played, found = await self._worker.play(question, (0,), 0, self._sampling, box, manner)
         except EngineDied as error:
             return NotPlayed(f"the engine has died: {error}", passing=True)
         if isinstance(played, Unplayable):

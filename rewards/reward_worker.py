@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-import ray
 
 from episodes.types import Box, Question, Trajectory, Unscored, Verdict, View
 from rewards.base import chosen_region
@@ -13,7 +12,7 @@ from rewards.config import Backend, RewardConfig, VerifierConfig
 from rewards.endpoint_verifier import EndpointVerifier
 from rewards.engine_verifier import EngineVerifier
 from rewards.tce import TotalReward
-from rewards.verifier import Verifier, VerifierDied, VerifierUnavailable, blind
+from rewards.verifier import Verifier, VerifierUnavailable, blind
 
 
 class RewardWorker:
@@ -36,13 +35,10 @@ class RewardWorker:
     async def score(self, question: Question, trajectories: tuple[Trajectory, ...]) -> tuple[Verdict, ...]:
         """One verdict per trajectory, in their order. Equal crops are verified once.
 
-        A reward model without an answer makes ``Unscored`` of the trajectories that need it; any other error rises."""
+        A reward model without an answer makes ``Unscored`` of the trajectories that need it; any other error rises
+        (VerifierDied where there will be none: this worker is replaced)."""
         regions = {region.box: region for each in trajectories if (region := chosen_region(each)) is not None}
-        try:
-            replies = await asyncio.gather(*(self._read(blind(question), region) for region in regions.values()))
-        except VerifierDied:
-            # A worker without an engine would fail at once and so draw all the work: be replaced instead.
-            ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+        replies = await asyncio.gather(*(self._read(blind(question), region) for region in regions.values()))
         readings: dict[Box, str | Unscored] = dict(zip(regions, replies, strict=True))
         return tuple(self._judge(question, each, readings) for each in trajectories)
 

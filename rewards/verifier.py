@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from cluster.pool import WorkerDied
 from episodes.families import ModelFamily
 from episodes.types import Question, View
 
@@ -16,7 +17,7 @@ class VerifierUnavailable(RuntimeError):
     """The reward model gave no answer to this question; the message says why. Never a reward of 0."""
 
 
-class VerifierDied(RuntimeError):
+class VerifierDied(WorkerDied):
     """The reward model's engine is gone: its worker must be replaced."""
 
 

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import OutOfMemoryError
 
 from cluster.placement import Cluster
-from cluster.pool import Faults, Pool, PoolExhausted
+from cluster.pool import Faults, Pool, PoolExhausted, WorkerDied
 
 
 @ray.remote(num_cpus=0.01)
@@ -53,6 +53,9 @@ class Clerk:
 
     async def die(self) -> None:
         os._exit(1)
+
+    async def give_up(self) -> None:
+        raise WorkerDied("the engine is gone: 7 of 8 GPUs fell off the bus")
 
     async def hang_unless(self, flag: str) -> str:
         """Blocks its whole process for ever, unless a former attempt has left its flag."""
@@ -278,6 +281,24 @@ def test_a_replacement_that_fails_to_start_is_replaced_with_back_off(ray_cluster
         await pool.close()
 
     asyncio.run(play())
+
+
+def test_a_worker_that_gives_up_is_replaced_and_its_reason_kept(
+    ray_cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its process is alive and would answer the next call with the same error, at once."""
+
+    async def story(pool: Pool) -> None:
+        first = (await pool.call("who"))[2]
+        started = time.monotonic()
+        with pytest.raises(PoolExhausted, match=r"no restarts are left: WorkerDied .*7 of 8 GPUs"):
+            await pool.call("give_up")
+        assert pool.restarts == 2 and time.monotonic() - started >= 0.1, "the second replacement after a wait"
+        assert not os.path.exists(f"/proc/{first}"), "nothing of it is left"
+
+    with caplog.at_level("WARNING"):
+        run(story, size=1, restarts=2)
+    assert "worker 0 died (WorkerDied: the engine is gone: 7 of 8 GPUs fell off the bus" in caplog.text
 
 
 def test_a_caller_that_is_cancelled_leaves_the_repair_to_go_on(ray_cluster: Cluster) -> None:
