@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import driver, end_to_end, learner, overlap, rollout, weights
+from benchmarks import driver, end_to_end, episode, learner, overlap, rollout, weights
 from benchmarks.reporting import report
+from jobs.grid import Mode, Record
 from tests.conftest import ROOT
 
 
@@ -72,6 +73,23 @@ def test_overlap() -> None:
     assert overlap.verdict(found)[0]
     found["staleness"][1]["step/larger"] = 1.11
     assert not overlap.verdict(found)[0]
+
+
+def test_episode() -> None:
+    """36 + 36 tokens against 576 are an eighth; a reply without a crop has 36."""
+
+    def record(mode: Mode, tokens: tuple[int, int], seconds: float, correct: bool) -> Record:
+        return Record("q", "", mode, 0, correct, None, "", "", None, None, tokens, 1, seconds, ())
+
+    two = [record(Mode.TWO_STAGE, (36, 36), seconds, correct=True) for seconds in (0.2, 0.3, 9.0)]
+    direct = [record(Mode.DIRECT, (576, 0), 0.6, correct) for correct in (True, False, False)]
+    found = episode.figures({Mode.TWO_STAGE: two, Mode.DIRECT: direct})
+    assert found["two-stage/direct"] == {"visual_tokens": 0.125, "seconds": pytest.approx(0.5)}
+    assert found[Mode.TWO_STAGE]["accuracy"] == 1 and found[Mode.DIRECT]["accuracy"] == pytest.approx(1 / 3)
+    good, line = episode.verdict(found)
+    assert good and "0.12 of the visual tokens (72 against 576), takes 0.50 of the time" in line
+    same = episode.figures({Mode.TWO_STAGE: [record(Mode.TWO_STAGE, (288, 288), 1, True)], Mode.DIRECT: direct})
+    assert not episode.verdict(same)[0]
 
 
 def test_driver() -> None:
