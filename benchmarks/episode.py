@@ -25,8 +25,8 @@ from benchmarks.reporting import parser_of, report, spread
 from episodes.families import family_of
 from jobs.commands import DEFAULT_RECIPE
 from jobs.config import TrainConfig, load_config
-from jobs.evaluate import heldout
-from jobs.grid import Mode, Record, judge, play
+from jobs.measuring.evaluate import heldout
+from jobs.measuring.grid import Mode, Record, judge, play
 from jobs.players import LocalPlayer, NotPlayed
 from jobs.prepare import prepare_embedded
 

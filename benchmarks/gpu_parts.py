@@ -20,9 +20,9 @@ from actors.rollout_worker import Manner
 from benchmarks.gpu_models import Notes, Sizes, models, question
 from episodes.types import Box
 from jobs.config import ProofConfig, TrainConfig, load_config
-from jobs.memory import GIB, learner_parts, total
-from jobs.plan import make_plan
-from jobs.shapes import shape_of
+from jobs.planning.memory import GIB, learner_parts, total
+from jobs.planning.plan import make_plan
+from jobs.planning.shapes import shape_of
 
 STEPS = 2
 

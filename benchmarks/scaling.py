@@ -2,11 +2,12 @@
 
     python -m benchmarks.scaling                     # about five minutes on two quiet cores
 
-Trains the panels recipe, small, and gives it workers by the command, as from another terminal. A *gap* is the time from
-the end of one step to the end of the next, by the run's own records. New engines start on the same cores as the run and
-slow all of its steps while they do; that is no pause. So each phase (from the command until it returned) is compared
-with its own median step: a pause is what its longest gap is above that, and must be below one step. Beside it stands
-the median of the undisturbed steps before, to see what the competition for cores costs.
+Trains the panels recipe, with its own 64 trajectories a step, and gives it workers by the command, as from another
+terminal. A *gap* is the time from the end of one step to the end of the next, by the run's own records. New engines
+start on the same cores as the run and slow all of its steps while they do; that is no pause. So each phase (from the
+command until it returned) is compared with its own median step: a pause is what its longest gap is above that, and must
+be below one step. Beside it stands the median of the undisturbed steps before, to see what the competition for cores
+costs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.chaos import workplace
-from benchmarks.lives import GROUPS, ROOT, Life, LifeFailed, living, small_run
+from benchmarks.lives import ROOT, Life, LifeFailed, living, small_run
 from benchmarks.reporting import parser_of, report
 
 PHASES = (("--rollout-workers", 3), ("--reward-workers", 2), ("--rollout-workers", 1))
@@ -89,14 +90,16 @@ def verdict(phases: Sequence[Phase]) -> tuple[bool, str]:
 
 def main() -> int:
     parser = parser_of(__doc__, "scaling")
-    parser.add_argument("--quiet-steps", type=int, default=20, help="undisturbed ones (default: %(default)s)")
+    parser.add_argument("--quiet-steps", type=int, default=12, help="undisturbed ones (default: %(default)s)")
     parser.add_argument("--patience-s", type=float, default=900, help="for each wait (default: %(default)s)")
     parser.add_argument("--staleness", type=int, default=1, help="max_staleness of the run (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="a new folder for the run, kept (default: one that is removed)")
     options = parser.parse_args()
     phases, quiet_s, failure = list[Phase](), 0.0, ""
     with workplace(options.folder) as folder:
-        overrides = {"max_staleness": options.staleness, "checkpoint.every": 0, "groups_per_step": 2 * GROUPS}
+        overrides = {
+            "max_staleness": options.staleness, "checkpoint.every": 0, "groups_per_step": 8, "rollout.group_size": 8,
+        }  # fmt: skip
         command = small_run(folder, 100_000, **overrides, start_deadline_s=options.patience_s)  # it is ended, not done
         try:
             with living(command, folder / "output.log") as life:

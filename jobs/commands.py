@@ -10,10 +10,10 @@ from cluster.placement import Cluster
 from cluster.pool import PoolExhausted
 from episodes.families import UnknownFamily, family_of
 from episodes.questions import DatasetError
-from jobs.checkpoints import DamagedCheckpoint
 from jobs.config import ConfigError, TrainConfig
 from jobs.outage import RewardsUnavailable
 from jobs.proof import WeightsDiffer
+from jobs.saving.checkpoints import DamagedCheckpoint
 from learners.learner_group import LearnerFailed
 from rewards.config import Backend
 from rewards.reward_pool import RewardPool

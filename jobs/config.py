@@ -26,12 +26,12 @@ from episodes.families import ModelFamily
 from episodes.prompts import around_image
 from episodes.questions import QuestionsConfig
 from episodes.types import Question
-from jobs.checkpoints import CheckpointConfig
-from jobs.evaluation import EvaluationConfig
 from jobs.guards import GuardsConfig
 from jobs.hardware import HardwareConfig
 from jobs.limits import out_of_range
+from jobs.measuring.evaluation import EvaluationConfig
 from jobs.metrics import MetricsConfig
+from jobs.saving.checkpoints import CheckpointConfig
 from learners.config import LearnerConfig
 from rewards.config import Backend, RewardConfig
 from rewards.tce import terms_of, weights_of

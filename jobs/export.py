@@ -16,14 +16,14 @@ from typing import Any
 import jinja2
 import yaml
 
-from jobs.checkpoints import Shelf, check, read_manifest, step_of
 from jobs.commands import EXPECTED
 from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.evaluation import wilson
 from jobs.layout import CONFIG, EVALUATIONS, POLICY, RECIPE
+from jobs.measuring.evaluation import wilson
 from jobs.metrics import Metrics
-from jobs.report_data import NoRun, read_lines
-from jobs.resume import CHECKPOINTS
+from jobs.pages.report_data import NoRun, read_lines
+from jobs.saving.checkpoints import Shelf, check, read_manifest, step_of
+from jobs.saving.resume import CHECKPOINTS
 from learners.checkpoint import export_state
 
 _SCORES = (

@@ -16,17 +16,17 @@ from omegaconf import OmegaConf
 
 from actors.trajectory_store import Group
 from episodes.types import Trajectory
-from jobs.checkpoints import Shelf, name_of, step_of
 from jobs.config import ConfigError, TrainConfig
 from jobs.credit import Advantages
-from jobs.evaluation import Evaluation
 from jobs.exporters import Exporter, open_exporters, require_packages
 from jobs.guards import Guards
 from jobs.layout import CONFIG, ENDED, SAMPLES, folder_of
+from jobs.measuring.evaluation import Evaluation
 from jobs.metrics import Metrics
-from jobs.resume import CHECKPOINTS, Start, copies_of, find_start
 from jobs.samples import write_group
-from jobs.state import RECORDS, RunState, read_state, restore_learners, write_state
+from jobs.saving.checkpoints import Shelf, name_of, step_of
+from jobs.saving.resume import CHECKPOINTS, Start, copies_of, find_start
+from jobs.saving.state import RECORDS, RunState, read_state, restore_learners, write_state
 from jobs.view import View as TerminalView
 from learners.learner_group import LearnerGroup
 
@@ -64,7 +64,7 @@ class Run:
     @contextmanager
     def open(cls, config: TrainConfig) -> Iterator[Run]:
         """The folder ``runs_dir/name``: that of an unfinished run, or a new one, with a number behind the name where
-        that one is taken (``jobs.resume``). ``restore`` comes next."""
+        that one is taken (``jobs.saving.resume``). ``restore`` comes next."""
         require_packages(config)
         start = find_start(config)
         OmegaConf.save(OmegaConf.structured(config), start.folder / CONFIG)

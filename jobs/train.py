@@ -23,16 +23,16 @@ from jobs.autoscale import scaling
 from jobs.commands import EXPECTED, add_recipe, explain, launch_players, recipe_of
 from jobs.config import TrainConfig, load_config
 from jobs.credit import Crediting, shuffled
-from jobs.evaluate import heldout
-from jobs.evaluation import evaluate
 from jobs.flow import Flow, flowing
 from jobs.gamma import with_known_gamma
+from jobs.measuring.evaluate import heldout
+from jobs.measuring.evaluation import evaluate
 from jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
 from jobs.outage import rescored, unscored_share
 from jobs.prepare import prepare_embedded
 from jobs.proof import Proof
-from jobs.recovery import Keeper, Revival
 from jobs.run import Run
+from jobs.saving.recovery import Keeper, Revival
 from jobs.scale import scalable
 from jobs.stopping import Stop, Stopped
 from jobs.view import View

@@ -19,9 +19,10 @@ from actors.rollout_pool import Rollout
 from actors.rollout_worker import Played, RolloutConfig, Unplayable, facts_of
 from cluster.placement import Cluster
 from episodes.types import Question, Score, Trajectory, Unscored, Verdict
-from jobs import recovery, run, state, train
-from jobs.checkpoints import Disk, Shelf
+from jobs import run, train
 from jobs.config import TrainConfig
+from jobs.saving import recovery, state
+from jobs.saving.checkpoints import Disk, Shelf
 from learners.learner_group import LearnerFailed, TrainingGroup
 from tests.factories import trajectory
 

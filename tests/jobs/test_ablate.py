@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.ablate import AblationPlan, load_plan, main, runs_of, slug
-from jobs.ablation_report import Curve, as_markdown, write_report
 from jobs.config import ConfigError
+from jobs.measuring.ablate import AblationPlan, load_plan, main, runs_of, slug
+from jobs.measuring.ablation_report import Curve, as_markdown, write_report
 from tests.conftest import ROOT
 
 

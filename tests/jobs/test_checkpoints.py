@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from jobs.checkpoints import (
+from jobs.saving.checkpoints import (
     LATEST,
     MANIFEST,
     CheckpointConfig,
@@ -22,7 +22,7 @@ from jobs.checkpoints import (
     name_of,
     step_of,
 )
-from jobs.copies import Copies
+from jobs.saving.copies import Copies
 
 
 class Crash(BaseException):

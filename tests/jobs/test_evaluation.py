@@ -11,7 +11,7 @@ from PIL import Image
 from actors.rollout_worker import Played, TrajectoryFacts, Unplayable
 from actors.trajectory_store import Group
 from episodes.types import Box, Outcome, Question, Score
-from jobs.evaluation import BoxSource, Evaluation, EvaluationConfig, choose_box, wilson
+from jobs.measuring.evaluation import BoxSource, Evaluation, EvaluationConfig, choose_box, wilson
 from jobs.metrics import MetricsConfig
 
 TARGET = Box(10, 20, 30, 40)

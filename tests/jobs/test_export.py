@@ -12,9 +12,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from jobs import export
-from jobs.checkpoints import DamagedCheckpoint, Shelf
 from jobs.config import ConfigError, load_config
-from jobs.report_data import NoRun
+from jobs.pages.report_data import NoRun
+from jobs.saving.checkpoints import DamagedCheckpoint, Shelf
 from learners.checkpoint import COUNTERS
 from learners.policy import Policy
 from tests.conftest import ROOT

@@ -20,7 +20,7 @@ from actors.trajectory_store import Group
 from episodes.questions import Cursor, OnBadRow
 from episodes.types import Outcome, Question, Score
 from jobs.flow import Flow, FlowState
-from jobs.state import flow_cells, flow_state
+from jobs.saving.state import flow_cells, flow_state
 
 FACTS = TrajectoryFacts(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (0, 0))
 EPOCH = 10

@@ -9,10 +9,19 @@ import pytest
 
 from cluster.engine import EngineConfig
 from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.memory import GIB, Part, engine_needs, learner_host_parts, learner_parts, total, trained, trajectory_tokens
-from jobs.pace import pace
-from jobs.plan import DOES_NOT_FIT, Process, main, make_plan, phases, place
-from jobs.shapes import Shape, shape_of
+from jobs.planning.memory import (
+    GIB,
+    Part,
+    engine_needs,
+    learner_host_parts,
+    learner_parts,
+    total,
+    trained,
+    trajectory_tokens,
+)
+from jobs.planning.pace import pace
+from jobs.planning.plan import DOES_NOT_FIT, Process, main, make_plan, phases, place
+from jobs.planning.shapes import Shape, shape_of
 from learners.config import Dtype, LoraConfig
 from tests.conftest import ROOT
 

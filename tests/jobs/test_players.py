@@ -16,11 +16,12 @@ from PIL import Image
 
 from actors.rollout_worker import Manner
 from episodes.types import Box, Question
-from jobs import answer, evaluate
 from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.grid import Mode, Record, run_grid
-from jobs.grid_report import as_markdown, figures, pareto, summarise, write_report
+from jobs.measuring import evaluate
+from jobs.measuring.grid import Mode, Record, run_grid
+from jobs.measuring.grid_report import as_markdown, figures, pareto, summarise, write_report
 from jobs.players import EndpointPlayer, NotPlayed, Play, endpoint_at
+from jobs.serving import answer
 from tests.conftest import ROOT
 from tests.factories import FAMILY
 from tests.jobs.conftest import LOOK, READ, Server

@@ -16,10 +16,10 @@ import pytest
 from episodes.panels import PanelsConfig, Split, question
 from episodes.questions import write_questions
 from jobs import outage
-from jobs.checkpoints import CheckpointConfig
 from jobs.config import ConfigError, RecoveryConfig, TrainConfig, load_config
 from jobs.outage import RewardsUnavailable
 from jobs.run import Run
+from jobs.saving.checkpoints import CheckpointConfig
 from jobs.stopping import Stopped
 from jobs.train import train
 from learners.learner_group import LearnerFailed

@@ -18,9 +18,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from actors.rollout_worker import Played, facts_of
 from actors.trajectory_store import Group
 from episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
-from jobs import report
 from jobs.layout import SAMPLES, folder_of
-from jobs.report_data import NoRun, read_group, read_run
+from jobs.pages import report
+from jobs.pages.report_data import NoRun, read_group, read_run
 from jobs.samples import write_group
 from scripts.fetch_chromium import chromium
 from tests.factories import trajectory, view

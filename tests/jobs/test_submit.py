@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from jobs.config import ConfigError, load_config
-from jobs.manifests import Extras, dns_name, kuberay, slurm
-from jobs.submit import EXCLUDES, ROOT, Jobs, SubmitError, main, make_job, needed_secrets
+from jobs.submitting.manifests import Extras, dns_name, kuberay, slurm
+from jobs.submitting.submit import EXCLUDES, ROOT, Jobs, SubmitError, main, make_job, needed_secrets
 
 PAPER = ROOT / "configs" / "ergo-7b.yaml"
 PANELS = ROOT / "configs" / "panels.yaml"
@@ -85,9 +85,8 @@ def test_what_travels_is_small_and_holds_the_code(tmp_path: Path) -> None:
     package = tmp_path / "package.zip"
     create_package(str(ROOT), package, include_gitignore=True, excludes=EXCLUDES)
     names = zipfile.ZipFile(package).namelist()
-    assert {"jobs/train.py", "configs/ergo-7b.yaml", "jobs/shapes.json", "models/panels-policy/config.json"} <= set(
-        names
-    )
+    wanted = {"jobs/train.py", "configs/ergo-7b.yaml", "jobs/planning/shapes.json", "models/panels-policy/config.json"}
+    assert wanted <= set(names)
     unwanted = ("tests/", "docs/", "runs/", "data/", ".git/", ".venv/")
     assert not [name for name in names if name.startswith(unwanted) or "__pycache__" in name]
     assert package.stat().st_size < 30 * 2**20

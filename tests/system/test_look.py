@@ -49,7 +49,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(out: Path, paths: list[str], *arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "jobs.evaluate", "configs/panels.yaml", "embedded.panels=null", *paths]
+    command = [sys.executable, "-m", "jobs.measuring.evaluate", "configs/panels.yaml", "embedded.panels=null", *paths]
     options = ["--modes", "direct", "two-stage", "oracle", "--out", str(out), *arguments]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -12,7 +12,7 @@ from cluster.placement import Cluster
 from jobs.config import RecoveryConfig, TrainConfig
 from jobs.flow import Flow
 from jobs.run import Run
-from jobs.state import RunState
+from jobs.saving.state import RunState
 from learners.learner_group import ROLE, LearnerFailed, LearnerGroup
 
 logger = logging.getLogger(__name__)

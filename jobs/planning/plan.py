@@ -16,7 +16,7 @@ from rich.table import Table
 from episodes.families import UnknownFamily
 from jobs.commands import add_recipe, recipe_of
 from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.memory import (
+from jobs.planning.memory import (
     GIB,
     EngineNeeds,
     Part,
@@ -28,8 +28,8 @@ from jobs.memory import (
     total,
     trajectory_tokens,
 )  # fmt: skip
-from jobs.pace import DECODE_SHARE, MFU, REPLY_SHARE, Pace, pace
-from jobs.shapes import Shape, shape_of
+from jobs.planning.pace import DECODE_SHARE, MFU, REPLY_SHARE, Pace, pace
+from jobs.planning.shapes import Shape, shape_of
 from rewards.config import Backend
 
 DOES_NOT_FIT = 3

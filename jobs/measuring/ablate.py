@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from yaml import YAMLError
 
-from jobs.ablation_report import Curve, write_report
 from jobs.commands import EXPECTED
 from jobs.config import ConfigError, load_config
+from jobs.measuring.ablation_report import Curve, write_report
 from jobs.prepare import prepare_embedded
 
 DEFAULT_PLAN = "configs/ablations/panels.yaml"

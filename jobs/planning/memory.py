@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cluster.engine import EngineConfig
 from episodes.coarse_to_fine import EpisodeConfig
 from jobs.config import TrainConfig
-from jobs.shapes import Shape
+from jobs.planning.shapes import Shape
 from learners.config import Dtype, LearnerConfig
 from learners.head import CHUNK_LOGITS
 

@@ -11,10 +11,10 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from jobs.checkpoints import MANIFEST, DamagedCheckpoint, Shelf, check, step_of
 from jobs.config import ConfigError, TrainConfig
-from jobs.copies import Copies
 from jobs.layout import CONFIG, ENDED
+from jobs.saving.checkpoints import MANIFEST, DamagedCheckpoint, Shelf, check, step_of
+from jobs.saving.copies import Copies
 
 AUTO, NEVER = "auto", "never"
 CHECKPOINTS = "checkpoints"

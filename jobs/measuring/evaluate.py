@@ -1,5 +1,5 @@
 """``ergo-rl evaluate``: a policy on held-out questions, beside the baselines whole image, random box, oracle box; or in
-several modes at several visual-token budgets (``jobs.grid``)."""
+several modes at several visual-token budgets (``jobs.measuring.grid``)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from episodes.questions import DatasetError, QuestionStream
 from episodes.types import Question
 from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
 from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.evaluation import BoxSource, evaluate
-from jobs.grid import Mode, run_grid
-from jobs.grid_report import write_report
+from jobs.measuring.evaluation import BoxSource, evaluate
+from jobs.measuring.grid import Mode, run_grid
+from jobs.measuring.grid_report import write_report
 from jobs.metrics import Metrics
 from jobs.players import EndpointPlayer, Player, PoolPlayer, add_endpoint, endpoint_at, family_named
 from jobs.prepare import prepare_embedded

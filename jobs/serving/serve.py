@@ -26,12 +26,12 @@ from cluster.pool import PoolExhausted
 from episodes import images
 from episodes.families import family_of
 from episodes.types import Question
-from jobs.answer import settings
-from jobs.chat import Asked, Json, Refused, completion, read_chat, read_data_url
 from jobs.commands import EXPECTED
 from jobs.config import ConfigError, TrainConfig
 from jobs.layout import RECIPE
 from jobs.players import EndpointPlayer, LocalPlayer, NotPlayed, add_endpoint, endpoint_at, start_player
+from jobs.serving.answer import settings
+from jobs.serving.chat import Asked, Json, Refused, completion, read_chat, read_data_url
 from rewards.config import EndpointConfig
 
 _HEALTH_EVERY_S = 2.0

@@ -25,9 +25,9 @@ import jinja2
 from markupsafe import Markup
 
 from jobs.layout import ENDED
-from jobs.report_data import NoRun, RunShown, read_run
+from jobs.pages.report_data import NoRun, RunShown, read_run
 
-_PAGE = files("jobs") / "page"
+_PAGE = files("jobs.pages") / "page"
 
 
 def build(folder: Path, out: Path, most_groups: int, renew_s: float = 0.0) -> RunShown:

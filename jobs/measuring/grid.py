@@ -16,9 +16,9 @@ from episodes.images import UnreadableImage
 from episodes.parsing import BoxOutcome, parse_answer
 from episodes.types import Box, Outcome, Question
 from jobs.config import ConfigError, TrainConfig
-from jobs.evaluation import BoxSource, choose_box
+from jobs.measuring.evaluation import BoxSource, choose_box
+from jobs.pages.report_data import read_lines
 from jobs.players import NotPlayed, Play, Player
-from jobs.report_data import read_lines
 from rewards.matching import matches
 
 RECORDS, SETTINGS = "records.jsonl", "settings.json"

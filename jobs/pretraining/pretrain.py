@@ -25,7 +25,7 @@ from cluster.compat import repair_torchvision
 from episodes.families import Qwen25VL
 from episodes.lessons import Pointing
 from episodes.panels import COLOURS, MARKS
-from jobs.pretrain_scores import policy_scores, reward_scores
+from jobs.pretraining.pretrain_scores import policy_scores, reward_scores
 from learners.curriculum import EDGE_BINS, TEXTS, AlbumPages, ReplyLessons, Seen, TowerLessons, fill_album, stream
 from learners.supervised import DenseTower, Grounded, Schedule, fit, is_finished
 from learners.tiny import TinyConfig, make_model, make_processor, make_tokenizer, save_folder

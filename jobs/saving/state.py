@@ -29,10 +29,10 @@ from omegaconf import OmegaConf
 from actors.snapshot import SCHEMAS, read_groups, write_groups
 from actors.trajectory_store import Group
 from episodes.questions import Cursor
-from jobs.checkpoints import DamagedCheckpoint, Draft, read_manifest
 from jobs.config import TrainConfig
 from jobs.flow import FlowState
 from jobs.layout import CONFIG, EVALUATIONS, METRICS
+from jobs.saving.checkpoints import DamagedCheckpoint, Draft, read_manifest
 from learners.learner_group import LearnerGroup
 
 STATE = "state.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobs.config import TrainConfig
-from jobs.memory import TEXT_TOKENS, trained
-from jobs.shapes import Shape
+from jobs.planning.memory import TEXT_TOKENS, trained
+from jobs.planning.shapes import Shape
 from learners.config import Dtype
 from rewards.config import Backend
 

@@ -2,7 +2,7 @@
 
 A job's run goes on where the last one of its name stopped, because ``ergo-rl train`` does (``resume: auto``): so the
 run's folder must outlive the job. Ray keeps what a job is sent, environment variables too, in a table that everybody
-who reaches the cluster can read; so no secret is ever sent (``jobs.manifests`` says how clusters get them).
+who reaches the cluster can read; so no secret is ever sent (``jobs.submitting.manifests`` says how clusters get them).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 from jobs.commands import add_recipe, recipe_of
 from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.manifests import SAVE_S, Extras, kuberay, slurm
+from jobs.submitting.manifests import SAVE_S, Extras, kuberay, slurm
 from rewards.config import Backend
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXCLUDES = [
     "/.git", "/.venv", "/.gpu", "/runs", "/data", "/build", "/dist", "/docs", "/tests", "/benchmarks", "/models/.*",
     "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "*.parquet", ".env", ".env.*",

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluation import wilson
-from jobs.grid import Mode, Record, usable
+from jobs.measuring.evaluation import wilson
+from jobs.measuring.grid import Mode, Record, usable
 
 EVERY = "all"
 """The category of all questions."""

@@ -1,0 +1,1 @@
+"""Policies on held-out questions, and runs beside each other."""

@@ -1,0 +1,1 @@
+"""Before a run: does it fit, and where does what go?"""

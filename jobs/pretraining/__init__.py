@@ -1,0 +1,1 @@
+"""The tiny models that the default run starts from."""

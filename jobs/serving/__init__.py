@@ -1,0 +1,1 @@
+"""Both turns for somebody who asks."""
