@@ -90,6 +90,9 @@ class Rollouts:
     def __len__(self) -> int:
         return 1
 
+    async def sleep(self) -> None:
+        pass
+
     async def load_weights(self, version: int, buckets: Sequence[Reference]) -> list[float]:
         self.version, self.holds = version, buckets[0].value
         return [0.0]
