@@ -143,7 +143,8 @@ def watch_loop(worker: Any) -> None:
             worker.stall = max(worker.stall, time.perf_counter() - before - pause_s)
 
     worker.stall = 0.0
-    worker.watching = asyncio.get_running_loop().create_task(watch())
+    loop = worker._engine._llm.output_handler.get_loop()  # this function runs in a thread beside it
+    worker.watching = asyncio.run_coroutine_threadsafe(watch(), loop)
 
 
 def enlarged(one: Question, megapixels: float) -> Question:

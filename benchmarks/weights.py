@@ -15,10 +15,11 @@ or, with ``--transport broadcast``,
     broadcast learner's parameters -> one array a bucket -> the group -> as many fresh arrays in one receiving process;
               the learner stands still for so long. In a publish, vLLM loads each bucket before it receives the next
 
-Compared with a copy of the same bytes from one warm array into another (``memcpy``) and into fresh memory
-(``memcpy_fresh``: every page has to be given by the kernel, which is what every receiver pays), all taking turns.
-Target: gather + deliver, or broadcast, which is what the transport does, at most 3 x memcpy into fresh memory, for each
-size of at least 100 MB. What vLLM takes after that is shown beside it.
+Compared with a copy of the same bytes from one warm array into another (``memcpy``), into fresh memory
+(``memcpy_fresh``: in large pages, where the kernel gives them) and into a fresh file in shared memory
+(``memcpy_shared``: the kernel gives it page by page of 4 KB, as most are set up), all taking turns. Target: gather +
+deliver, or broadcast, which is what the transport does, at most 3 x memcpy into fresh memory, for each size of at least
+100 MB. What vLLM takes after that is shown beside it.
 """
 
 from __future__ import annotations
@@ -92,10 +93,11 @@ def model_of(megabytes: int, folder: Path) -> Path:
     return folder / f"{megabytes}mb"
 
 
-def memcpy(size: int, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds to copy so many bytes: into warm memory, and into fresh memory."""
+def memcpy(size: int, repeats: int) -> dict[str, float]:
+    """Seconds to copy so many bytes: into warm memory, into fresh memory, into a fresh file in shared memory; the
+    quickest of ``repeats``."""
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-    warm, fresh = [], []
+    warm, fresh, shared = list[float](), list[float](), list[float]()
     for _ in range(repeats):
         started = time.perf_counter()
         np.copyto(target, source)
@@ -103,7 +105,10 @@ def memcpy(size: int, repeats: int) -> tuple[list[float], list[float]]:
         started = time.perf_counter()
         source.copy()
         fresh.append(time.perf_counter() - started)
-    return warm, fresh
+        started = time.perf_counter()
+        SharedFile([source]).close()
+        shared.append(time.perf_counter() - started)
+    return {"memcpy": min(warm), "memcpy_fresh": min(fresh), "memcpy_shared": min(shared)}
 
 
 class Times:
@@ -151,8 +156,7 @@ async def measure(cluster: Cluster, model: Path, arguments: argparse.Namespace) 
     config = WeightsConfig(arguments.transport)
     transport = await broadcasting(learners, landing, config) if config.transport is Transport.BROADCAST else None
     for _ in range(arguments.repeats):
-        warm, fresh = await asyncio.to_thread(memcpy, size, 3)
-        times.note(memcpy=min(warm), memcpy_fresh=min(fresh))
+        times.note(**await asyncio.to_thread(memcpy, size, 3))
         if transport is not None:
             await times.of("broadcast", transport())
         else:
@@ -184,6 +188,8 @@ def figures(size: int, times: dict[str, list[float]]) -> dict[str, Any]:
         "transport_gb_per_s": size / transport / 1e9,
         "transport/memcpy": transport / middle["memcpy"],
         "transport/memcpy_fresh": transport / middle["memcpy_fresh"],
+        "stall/memcpy_fresh": stall / middle["memcpy_fresh"],
+        "transport/memcpy_shared": transport / middle["memcpy_shared"],
     }
     if "publish" in middle:
         found |= {
@@ -198,7 +204,8 @@ def verdict(by_size: dict[str, dict[str, Any]], transport: str = "object store")
     good = bool(large) and all(one["transport/memcpy_fresh"] <= TARGET for one in large.values())
     parts = [
         f"{name}: {one['transport_gb_per_s']:.2f} GB/s, {one['transport/memcpy_fresh']:.1f} x memcpy into fresh memory "
-        f"({one['transport/memcpy']:.1f} x warm)"
+        f"({one['transport/memcpy']:.1f} x warm, {one['transport/memcpy_shared']:.1f} x into shared memory; the "
+        f"learner stands still for {one['stall/memcpy_fresh']:.1f} x)"
         + (f", {one['publish/memcpy_fresh']:.1f} x with vLLM's loading" if "publish/memcpy_fresh" in one else "")
         for name, one in by_size.items()
     ]
