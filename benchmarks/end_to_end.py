@@ -6,7 +6,8 @@
 The same randomly initialised policy, questions (panels), group size, reply limit, learning rate, and the same rule for
 the reward (how often a reply has an "e"). One turn on both sides: a random policy names no box, so our episodes end
 after turn 1. TRL generates with transformers (its way without a GPU for vLLM) and has all cores; ours is the real crew,
-an engine, a learner and a judge in Ray actors that share them. Replies end by chance, at the same rate on both sides.
+an engine and a learner with as many threads as there are cores (they take turns), and a judge, in Ray actors. Replies
+end by chance, at the same rate on both sides.
 
 Both stay up and take turns, block by block; the first step of each block is left out. Targets: at least TRL's speed
 with the tiny policy, at least twice with the larger one. ``--python`` names the interpreter of another environment for
@@ -179,11 +180,11 @@ class Ours:
         from rewards.config import RewardConfig
         from rewards.reward_pool import RewardPool
 
-        how = self._settings
+        how, threads = self._settings, self._settings["threads"]
         rollout = RolloutConfig(
             engine=EngineConfig(
                 model=how["model"], dtype="float32", max_model_len=1024, extra={"block_size": 32},
-                max_num_seqs=how["groups"] * how["group_size"],
+                max_num_seqs=how["groups"] * how["group_size"], threads=threads,
             ),
             sampling=SamplingConfig(coarse_max_tokens=how["reply"], fine_max_tokens=4),
             group_size=how["group_size"],
@@ -193,7 +194,7 @@ class Ours:
         self._rollouts = RolloutPool.launch(cluster, rollout, episode)
         judge = ray.remote(Judge).options(num_cpus=0)
         self._rewards = RewardPool(Pool(lambda _: judge.remote(), 1, Faults(), "judges"), RewardConfig())
-        learner = LearnerConfig(model=how["model"], threads=1, optimizer=OptimizerConfig(lr=1e-4))
+        learner = LearnerConfig(model=how["model"], threads=threads, optimizer=OptimizerConfig(lr=1e-4))
         self._learners = await LearnerGroup.launch(cluster, learner)
         await asyncio.gather(self._rollouts.ready(900), self._rewards.ready(900))
         self._weights = WeightChannel(self._learners, self._rollouts)
@@ -301,6 +302,9 @@ def main() -> int:
     parser.add_argument("--reply", type=int, help="longest reply, tokens; default 128 (tiny), 512 (larger)")
     parser.add_argument("--visual-tokens", type=int, default=36, help="of the coarse view; default 36")
     parser.add_argument("--staleness", type=int, default=0, help="of ours; TRL's is 0; default 0")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="of our engine and learner; default %(default)s"
+    )
     parser.add_argument("--steps", type=int, default=4, help="of a block, the first of which is left out; default 4")
     parser.add_argument("--blocks", type=int, default=3, help="of each way, after one that warms up; default 3")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has TRL; default this one")
@@ -312,7 +316,7 @@ def main() -> int:
         settings = {
             "model": str(make_policy(arguments.size, folder)), "groups": arguments.groups, "questions": 256,
             "group_size": arguments.group_size, "visual_tokens": arguments.visual_tokens, "steps": arguments.steps,
-            "reply": arguments.reply or {"tiny": 128, "larger": 512}[arguments.size],
+            "threads": arguments.threads, "reply": arguments.reply or {"tiny": 128, "larger": 512}[arguments.size],
         }  # fmt: skip
         found = asyncio.run(measure(cluster, settings, arguments, folder))
     good, line = verdict(found, arguments.size)
