@@ -207,19 +207,24 @@ class Ours:
         await self._weights.publish(self._version)
         questions: Any = Panels(self._settings["questions"])
         flow = Flow(questions, self._rollouts, self._rewards, self._version, OnBadRow.SKIP)
-        groups, seconds, lengths = self._settings["groups"], [], []
+        groups, lengths = self._settings["groups"], list[float]()
+        seconds: dict[str, list[float]] = {"seconds": [], "rollout": [], "learn": [], "publish": []}
         async with flowing(flow):
             for _ in range(self._settings["steps"]):
-                started = time.perf_counter()
+                times = [time.perf_counter()]
                 flow.keep_ahead(groups * (1 + self._staleness))
                 taken = await flow.take(groups, self._version - self._staleness, lambda _: True, 0)
+                times.append(time.perf_counter())
                 await self._learners.update(self._credit.batch(taken))
+                times.append(time.perf_counter())
                 self._version += 1
                 await self._weights.publish(self._version, wait=self._staleness == 0)
-                seconds.append(time.perf_counter() - started)
+                times.append(time.perf_counter())
+                for name, begin, end in zip(seconds, (0, 0, 1, 2), (3, 1, 2, 3), strict=True):
+                    seconds[name].append(times[end] - times[begin])
                 lengths += [sum(facts.reply_tokens) for group in taken for facts in group.played.facts]
         await self._weights.settled()
-        return {"seconds": seconds, "lengths": lengths}
+        return seconds | {"lengths": lengths}
 
 
 class Panels:
@@ -250,10 +255,15 @@ def figures(blocks: dict[str, list[dict[str, list[float]]]], trajectories: int) 
     for way, measured in blocks.items():
         steps = [second for block in measured for second in block["seconds"][1:]]
         lengths = [length for block in measured for length in block["lengths"]]
+        phases = {name for name in measured[0] if name not in ("seconds", "lengths")}
         found[way] = {
             "step_s": spread(steps),
             "trajectories_per_s": trajectories / spread(steps)["median"],
             "reply_tokens": spread(lengths) | {"mean": sum(lengths) / len(lengths)},
+            "phases_s": {
+                name: spread([one for block in measured for one in block[name][1:]])["median"]
+                for name in sorted(phases)
+            },
         }
     return found | {"speedup": found["trl"]["step_s"]["median"] / found["ours"]["step_s"]["median"]}
 
