@@ -37,6 +37,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {},
     "larger": {"hidden": 768, "layers": 8, "heads": 12, "intermediate": 3072},
 }
+STEP = {"tiny": (8, 8, 128), "larger": (2, 4, 512)}
+"""Questions, trajectories of each and the longest reply, by default: what two cores do in seconds."""
 TOKENIZER = "models/panels-policy"
 
 
@@ -307,8 +309,8 @@ def main() -> int:
         return 0
     parser = parser_of(__doc__, "end_to_end")
     parser.add_argument("--size", choices=list(SHAPES), default="tiny", help="of the policy; default tiny")
-    parser.add_argument("--groups", type=int, default=8, help="questions of a step; default 8")
-    parser.add_argument("--group-size", type=int, default=8, help="trajectories of a question; default 8")
+    parser.add_argument("--groups", type=int, help="questions of a step; default 8 (tiny), 2 (larger)")
+    parser.add_argument("--group-size", type=int, help="trajectories of a question; default 8 (tiny), 4 (larger)")
     parser.add_argument("--reply", type=int, help="longest reply, tokens; default 128 (tiny), 512 (larger)")
     parser.add_argument("--visual-tokens", type=int, default=36, help="of the coarse view; default 36")
     parser.add_argument("--staleness", type=int, default=0, help="of ours; TRL's is 0; default 0")
@@ -319,6 +321,9 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=3, help="of each way, after one that warms up; default 3")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has TRL; default this one")
     arguments = parser.parse_args()
+    groups, group_size, reply = STEP[arguments.size]
+    arguments.groups, arguments.group_size = arguments.groups or groups, arguments.group_size or group_size
+    arguments.reply = arguments.reply or reply
     from cluster.placement import Cluster, ClusterConfig
 
     with tempfile.TemporaryDirectory() as place, Cluster.connect(ClusterConfig(object_store_gib=1.0)) as cluster:
@@ -326,7 +331,7 @@ def main() -> int:
         settings = {
             "model": str(make_policy(arguments.size, folder)), "groups": arguments.groups, "questions": 256,
             "group_size": arguments.group_size, "visual_tokens": arguments.visual_tokens, "steps": arguments.steps,
-            "threads": arguments.threads, "reply": arguments.reply or {"tiny": 128, "larger": 512}[arguments.size],
+            "threads": arguments.threads, "reply": arguments.reply,
         }  # fmt: skip
         found = asyncio.run(measure(cluster, settings, arguments, folder))
     good, line = verdict(found, arguments.size)
