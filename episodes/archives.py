@@ -96,15 +96,21 @@ def _tar(archive: tarfile.TarFile) -> Fetch:
 
 
 def _unpacked(path: Path, aside: Path, stack: ExitStack) -> Fetch:
+    """Into numbered files, so that no member's name becomes a path (tarfile's own filters are of Python 3.11.4)."""
     folder = Path(tempfile.mkdtemp(prefix=".unpacked-", dir=aside))
     stack.callback(shutil.rmtree, folder)
+    files: dict[str, Path] = {}
     with tarfile.open(path) as archive:
-        archive.extractall(folder, filter="data")
-    find = _finder([str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file()])
+        for number, member in enumerate(archive):
+            if member.isfile() and (content := archive.extractfile(member)) is not None:
+                place = files[member.name.removeprefix("./")] = folder / str(number)
+                with place.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+    find = _finder(list(files))
 
     def fetch(name: str) -> bytes | None:
         member = find(name)
-        return None if member is None else _from_folder(folder, member)
+        return None if member is None else files[member].read_bytes()
 
     return fetch
 

@@ -34,7 +34,7 @@ _SCORES = (
     ("bad box", "bad_box_rate", True),
 )
 """Title, name in an evaluation, whether it is a share of all questions (coverage is of those with boxes)."""
-_TEMPLATE = files("jobs") / "page" / "model_card.md"
+_TEMPLATE = files("jobs") / "model_card.md"
 
 
 def export(run: Path, out: Path, which: str = "") -> int:

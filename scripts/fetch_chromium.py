@@ -103,7 +103,9 @@ def _unpack(package: bytes, made: Path, home: Path) -> None:
                 if name.endswith(".tar.br"):
                     part = made if name == "fonts.tar.br" else made / name.removesuffix(".tar.br")
                     with tarfile.open(fileobj=io.BytesIO(content)) as inner:
-                        inner.extractall(part, filter="data")
+                        if hasattr(tarfile, "data_filter"):  # Python 3.11.4
+                            inner.extraction_filter = tarfile.data_filter
+                        inner.extractall(part)  # the package's checksum is known
                 else:
                     (made / "chromium").write_bytes(content)
     (made / "fonts.conf").write_text(_FONTS.format(folder=home), encoding="utf-8")

@@ -57,6 +57,24 @@ def test_by_name(tmp_path: Path, kind: str) -> None:
     assert sorted(one.name for one in tmp_path.iterdir()) == [path.name], "what was unpacked is gone"
 
 
+def test_a_member_of_a_tar_is_written_nowhere_but_aside(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "pictures.tar.gz", "w:gz") as archive:
+        for name in ("../evil.png", "good.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"data"))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    with open_pictures([tmp_path / "pictures.tar.gz"], aside) as pictures:
+        assert pictures("good.png") == b"data"
+        with pytest.raises(NoPicture):
+            pictures("link.png")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["aside", "pictures.tar.gz"]
+
+
 def test_a_link_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "pictures").mkdir()
