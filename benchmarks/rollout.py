@@ -28,7 +28,7 @@ import ray
 
 from actors.rollout_pool import Rollout, RolloutPool
 from actors.rollout_worker import RolloutConfig, stable_seed
-from benchmarks.reporting import parser_of, report, spread
+from benchmarks.reporting import cpu_seconds, parser_of, report, spread
 from cluster.placement import Cluster
 from episodes import images
 from episodes.coarse_to_fine import EpisodeConfig, read_box
@@ -174,12 +174,12 @@ async def measure(cluster: Cluster, config: Any, arguments: argparse.Namespace) 
         if seed == 1:
             await worker.__ray_call__.remote(watch_loop)
         for way in ("ours", "chat") if seed % 2 else ("chat", "ours"):
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), cpu_seconds()
             playing = ours(rollouts, questions, seed) if way == "ours" else chat.play.remote(questions, seed)
             done = await playing
             if seed:  # in the first round engines warm up
                 seconds[way].append(time.perf_counter() - started)
-                counts[way].append(done)
+                counts[way].append({**done, "cpu_s": cpu_seconds() - cpu})
     stall = await worker.__ray_call__.remote(lambda worker: worker.stall)
     await rollouts.close()
     ray.kill(chat)
