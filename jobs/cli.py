@@ -21,10 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("jobs.reference", "Print a recipe with all its keys, or the reference of the keys (--docs)"),
     "plan": ("jobs.planning.plan", "Say before a run whether it fits: memory per GPU, placement, time"),
     "prepare": ("jobs.prepare", "Make or convert a data set to the Parquet layout that training reads"),
-    "pretrain": (
-        "jobs.pretraining.pretrain",
-        "Make the small models that the default run starts from",
-    ),
+    "pretrain": ("jobs.pretraining.pretrain", "Make the small models that the default run starts from"),
 }
 USAGE_ERROR = 2
 
