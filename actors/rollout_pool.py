@@ -11,8 +11,9 @@ from typing import Any
 import ray
 
 from actors.rollout_worker import Manner, Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
-from cluster.broadcast import Meeting, NotDelivered, Published
+from cluster.broadcast import NotDelivered, Published
 from cluster.buckets import Layout
+from cluster.meeting import Meeting
 from cluster.placement import Cluster
 from cluster.pool import Faults, Pool
 from episodes.coarse_to_fine import EpisodeConfig
@@ -138,7 +139,7 @@ class RolloutPool:
         self._published = published
 
     async def enter(self, meeting: Meeting, members: Sequence[Any]) -> None:
-        calls = [(member, (meeting, 1 + place * self.processes)) for place, member in enumerate(members)]
+        calls = [(member, (meeting, meeting.senders + place * self.processes)) for place, member in enumerate(members)]
         _of_all(await self._pool.call_each("enter_group", calls))
 
     async def receive(

@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from cluster.broadcast import Meeting
 from cluster.buckets import Bucket, Layout
 from cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Sampling
+from cluster.meeting import Meeting
 from cluster.resources import Resources, Size
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
 from episodes.families import family_of, load_tokenizer
@@ -218,11 +218,11 @@ class RolloutWorker:
         return await _timed(self._engine.sleep())
 
     async def enter_group(self, meeting: Meeting, first_rank: int) -> float:
-        """Meet the other engines and the learner, for broadcasts; seconds it took."""
+        """Meet the other engines and the learner; seconds it took."""
         return await _timed(self._engine.enter_group(meeting, first_rank))
 
     async def receive_weights(self, version: int, generation: int, layouts: Sequence[Layout]) -> float:
-        """Take over the weights of ``version`` as they are broadcast; seconds it took."""
+        """Take over the weights of ``version`` as the group is sent them; seconds it took."""
         return await _timed(self._engine.receive_weights(version, generation, layouts))
 
 

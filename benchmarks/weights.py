@@ -1,7 +1,7 @@
-"""Seconds and bytes per second of a publish, by either transport, beside a memcpy of the same bytes.
+"""Seconds and bytes per second of a publish, by each transport, beside a memcpy of the same bytes.
 
     python -m benchmarks.weights                  # a few minutes on two cores; --transport-only: a minute, no engines
-    python -m benchmarks.weights --transport broadcast         # gloo on CPUs
+    python -m benchmarks.weights --transport broadcast         # gloo on CPUs; or ipc: shared memory
 
 For each size a random Qwen2.5-VL of about so many MB (float32), a learner of one rank that holds it, and a vLLM engine
 that plays it. A publish is
@@ -10,16 +10,18 @@ that plays it. A publish is
     deliver   object store -> a file in shared memory that vLLM's worker maps; generation goes on
     load      vLLM's own life cycle: layer by layer out of the file, packed as its CPU kernels want them; caches cleared
 
-or, with ``--transport broadcast``,
+or, with ``--transport broadcast`` or ``ipc``,
 
-    broadcast learner's parameters -> one array a bucket -> the group -> as many fresh arrays in one receiving process;
-              the learner stands still for so long. In a publish, vLLM loads each bucket before it receives the next
+    send      learner's parameters -> one array a bucket -> the group -> as many fresh arrays in one receiving process;
+              with ipc -> a file in shared memory that the other process maps. The learner stands still for so long. In
+              a publish, vLLM loads each bucket before it receives the next
 
 Compared with a copy of the same bytes from one warm array into another (``memcpy``), into fresh memory
-(``memcpy_fresh``: in large pages, where the kernel gives them) and into a fresh file in shared memory
-(``memcpy_shared``: the kernel gives it page by page of 4 KB, as most are set up), all taking turns. Target: gather +
-deliver, or broadcast, which is what the transport does, at most 3 x memcpy into fresh memory, for each size of at least
-100 MB. What vLLM takes after that is shown beside it.
+(``memcpy_fresh``: in large pages, where the kernel gives them), into a new file in shared memory (``memcpy_shared``:
+the kernel gives it page by page of 4 KB, as most are set up) and into one that was written before (``memcpy_again``),
+all taking turns. Files are kept from publish to publish, so the first one costs more: it is shown apart (``first``).
+Target: gather + deliver, or send, which is what the transport does, at most 3 x memcpy into fresh memory from the
+second publish on, for each size of at least 100 MB. What vLLM takes after that is shown beside it.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ import ray
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import RolloutConfig
 from benchmarks.reporting import parser_of, report, spread
-from cluster.broadcast import Meeting
-from cluster.buckets import Bucket, Layout, SharedFile
+from cluster.buckets import Bucket, Layout
 from cluster.engine import EngineConfig
+from cluster.meeting import Meeting
 from cluster.placement import Cluster, ClusterConfig
+from cluster.shared_memory import SharedFile, SharedFiles
 from cluster.weights import Transport, WeightChannel, WeightsConfig
 from episodes.coarse_to_fine import EpisodeConfig
 from learners.config import LearnerConfig
@@ -52,15 +55,18 @@ TOKENIZER = "models/panels-policy"
 
 
 class Landing:
-    """Where weights arrive: as a rollout worker, up to the file that vLLM maps."""
+    """Where weights arrive: as a rollout worker, up to the file that vLLM maps, or as vLLM's worker, which it is."""
+
+    def __init__(self) -> None:
+        self._files = SharedFiles()
 
     async def land(self, *buckets: Bucket) -> float:
         """Seconds."""
         started = time.perf_counter()
-        files = [SharedFile(bucket) for bucket in buckets]
+        files = [self._files.lend(bucket.parts) for bucket in buckets]
         seconds = time.perf_counter() - started
         for file in files:
-            file.close()
+            self._files.give_back(file)
         return seconds
 
     async def enter(self, meeting: Meeting) -> None:
@@ -68,15 +74,11 @@ class Landing:
 
         from cluster.collective import Group
 
-        self._group = Group(
-            meeting.address, meeting.port, 1, meeting.world, torch.device("cpu"), meeting.timeout_s, door=None
-        )
+        self._group = Group(meeting, 1, torch.device("cpu"))
 
     async def receive(self, layouts: Sequence[Layout]) -> None:
-        import torch
-
         for layout in layouts:
-            self._group.broadcast(torch.empty(layout.bytes, dtype=torch.uint8))
+            self._group.receive(layout.bytes)
 
 
 def model_of(megabytes: int, folder: Path) -> Path:
@@ -94,10 +96,10 @@ def model_of(megabytes: int, folder: Path) -> Path:
 
 
 def memcpy(size: int, repeats: int) -> dict[str, float]:
-    """Seconds to copy so many bytes: into warm memory, into fresh memory, into a fresh file in shared memory; the
-    quickest of ``repeats``."""
+    """Seconds to copy so many bytes: into warm memory, into fresh memory, into a new file in shared memory, and into it
+    once more; the quickest of ``repeats``."""
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-    warm, fresh, shared = list[float](), list[float](), list[float]()
+    warm, fresh, shared, again = list[float](), list[float](), list[float](), list[float]()
     for _ in range(repeats):
         started = time.perf_counter()
         np.copyto(target, source)
@@ -105,10 +107,14 @@ def memcpy(size: int, repeats: int) -> dict[str, float]:
         started = time.perf_counter()
         source.copy()
         fresh.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        SharedFile([source]).close()
-        shared.append(time.perf_counter() - started)
-    return {"memcpy": min(warm), "memcpy_fresh": min(fresh), "memcpy_shared": min(shared)}
+        file = SharedFile()
+        for times in (shared, again):
+            started = time.perf_counter()
+            file.write([source])
+            times.append(time.perf_counter() - started)
+        file.close()
+    found = {"memcpy": warm, "memcpy_fresh": fresh, "memcpy_shared": shared, "memcpy_again": again}
+    return {name: min(times) for name, times in found.items()}
 
 
 class Times:
@@ -128,9 +134,10 @@ class Times:
         return result
 
 
-async def broadcasting(learners: LearnerGroup, landing: Any, config: WeightsConfig) -> Callable[[], Awaitable[None]]:
+async def sending(learners: LearnerGroup, landing: Any, config: WeightsConfig) -> Callable[[], Awaitable[None]]:
     """What sends all weights once, when learner and landing have met."""
-    meeting = Meeting(0, *await learners.open(config.timeout_s), 2, config.timeout_s)
+    ipc = config.transport is Transport.IPC
+    meeting = Meeting(0, *await learners.open(config.timeout_s), 2, config.timeout_s, ipc=ipc)
     why, _ = await asyncio.gather(learners.enter(meeting), landing.enter.remote(meeting))
     assert not why, why
     layouts = await learners.layouts()
@@ -152,16 +159,17 @@ async def measure(cluster: Cluster, model: Path, arguments: argparse.Namespace) 
         rollouts = RolloutPool.launch(cluster, RolloutConfig(engine=engine), EpisodeConfig())
         await rollouts.ready(arguments.deadline)
     times = Times()
-    size = await _bytes(await learners.weights())
+    size = sum(layout.bytes for layout in await learners.layouts())
     config = WeightsConfig(arguments.transport)
-    transport = await broadcasting(learners, landing, config) if config.transport is Transport.BROADCAST else None
-    for _ in range(arguments.repeats):
+    send = None if config.transport is Transport.OBJECT_STORE else await sending(learners, landing, config)
+    for repeat in range(1 + arguments.repeats):
         times.note(**await asyncio.to_thread(memcpy, size, 3))
-        if transport is not None:
-            await times.of("broadcast", transport())
+        first = "" if repeat else "first_"
+        if send is not None:
+            await times.of(f"{first}send", send())
         else:
-            buckets = await times.of("gather", learners.weights())
-            await times.of("deliver", landing.land.remote(*buckets))
+            buckets = await times.of(f"{first}gather", learners.weights())
+            await times.of(f"{first}deliver", landing.land.remote(*buckets))
             del buckets
     if rollouts is not None:  # a learner is in one group at a time: behind the others, not between them
         channel = WeightChannel(learners, rollouts, config)
@@ -179,8 +187,9 @@ async def measure(cluster: Cluster, model: Path, arguments: argparse.Namespace) 
 def figures(size: int, times: dict[str, list[float]]) -> dict[str, Any]:
     """times: seconds of each repetition, by name; ratios are of medians."""
     middle = {name: spread(values)["median"] for name, values in times.items()}
-    stall = middle["broadcast"] if "broadcast" in middle else middle["gather"]
-    transport = stall + middle.get("deliver", 0.0)
+    steps = ("send",) if "send" in middle else ("gather", "deliver")
+    stall, transport = middle[steps[0]], sum(middle[step] for step in steps)
+    first = sum(middle[f"first_{step}"] for step in steps)
     found: dict[str, Any] = {
         "bytes": size,
         "seconds": {name: spread(values) for name, values in times.items()},
@@ -190,6 +199,8 @@ def figures(size: int, times: dict[str, list[float]]) -> dict[str, Any]:
         "transport/memcpy_fresh": transport / middle["memcpy_fresh"],
         "stall/memcpy_fresh": stall / middle["memcpy_fresh"],
         "transport/memcpy_shared": transport / middle["memcpy_shared"],
+        "transport/memcpy_again": transport / middle["memcpy_again"],
+        "first/memcpy_fresh": first / middle["memcpy_fresh"],
     }
     if "publish" in middle:
         found |= {
@@ -204,16 +215,12 @@ def verdict(by_size: dict[str, dict[str, Any]], transport: str = "object store")
     good = bool(large) and all(one["transport/memcpy_fresh"] <= TARGET for one in large.values())
     parts = [
         f"{name}: {one['transport_gb_per_s']:.2f} GB/s, {one['transport/memcpy_fresh']:.1f} x memcpy into fresh memory "
-        f"({one['transport/memcpy']:.1f} x warm, {one['transport/memcpy_shared']:.1f} x into shared memory; the "
-        f"learner stands still for {one['stall/memcpy_fresh']:.1f} x)"
+        f"({one['transport/memcpy']:.1f} x warm; the first one {one['first/memcpy_fresh']:.1f} x; the learner stands "
+        f"still for {one['stall/memcpy_fresh']:.1f} x)"
         + (f", {one['publish/memcpy_fresh']:.1f} x with vLLM's loading" if "publish/memcpy_fresh" in one else "")
         for name, one in by_size.items()
     ]
     return good, f"{transport}: {'; '.join(parts)}; target {TARGET:.0f} x"
-
-
-async def _bytes(buckets: Sequence[ray.ObjectRef]) -> int:
-    return sum([part.nbytes for bucket in buckets for part in await bucket])
 
 
 def main() -> int:
@@ -221,15 +228,14 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[5, 100, 200, 400], help="default 5 100 200 400")
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
     parser.add_argument("--transport-only", action="store_true", help="no engines: up to the file that vLLM maps")
-    parser.add_argument(
-        "--transport", choices=[Transport.OBJECT_STORE.value, Transport.BROADCAST.value], default="object_store"
-    )
+    transports = [one.value for one in Transport if one is not Transport.AUTO]
+    parser.add_argument("--transport", choices=transports, default=Transport.OBJECT_STORE.value)
     parser.add_argument("--deadline", type=float, default=600.0, help="for the start of an engine, s; default 600")
     arguments = parser.parse_args()
     arguments.transport = Transport(arguments.transport)
     name = arguments.transport.replace("_", " ")
-    if arguments.transport is Transport.BROADCAST and arguments.out == parser.get_default("out"):
-        arguments.out = arguments.out.with_stem("weights-broadcast")
+    if arguments.transport is not Transport.OBJECT_STORE and arguments.out == parser.get_default("out"):
+        arguments.out = arguments.out.with_stem(f"weights-{arguments.transport}")
     found = {}
     with (
         tempfile.TemporaryDirectory() as folder,

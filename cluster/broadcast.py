@@ -1,6 +1,7 @@
-"""Weights to all engines in one broadcast: the driver's side. Light: the group itself is ``cluster.collective``.
+"""Weights to all engines at once, by a broadcast or from memory to memory: the driver's side. Light: the group itself
+is ``cluster.collective``.
 
-The learner's rank 0 sends; every worker process of every engine receives. A group lives as long as its members do:
+The learner sends; every worker process of every engine receives. A group lives as long as its members do:
 when rollout workers come, go or are replaced, when the learner is another one, and after anything went wrong, a new one
 meets under a number of its own, and nobody takes part in a broadcast of another number than that of his group.
 
@@ -19,12 +20,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import ray
 
 from cluster.buckets import Layout
+from cluster.meeting import Meeting
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -33,19 +34,6 @@ _generations = itertools.count(1)
 
 class NotDelivered(RuntimeError):
     """A broadcast did not reach everybody. The message says who failed and how."""
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """A group, and where it meets. generation: no other group of this driver has it; address, port: of the sender's
-    store; world: processes, the sender included; timeout_s: how long one waits for another, to come and in each
-    bucket."""
-
-    generation: int
-    address: str
-    port: int
-    world: int
-    timeout_s: float
 
 
 class Published:
@@ -70,6 +58,10 @@ class Sender(Protocol):
     changes: int
     """So often was it asked for something that changes its weights."""
 
+    @property
+    def ranks(self) -> int:
+        """Processes that have weights."""
+
     async def weights(self) -> Sequence[ray.ObjectRef]:
         """The current weights, each object a ``cluster.buckets.Bucket``. They may change again when it returns."""
 
@@ -80,7 +72,7 @@ class Sender(Protocol):
         """Make a place where a group can meet: its address and port."""
 
     async def enter(self, meeting: Meeting) -> str:
-        """Meet the others there as rank 0. What went wrong, or nothing."""
+        """Meet the others there, as the ranks below ``meeting.senders``. What went wrong, or nothing."""
 
     async def broadcast(self, generation: int) -> str:
         """Send the current weights; they may change again when it returns. What went wrong, or nothing."""
@@ -102,7 +94,7 @@ class Receivers(Protocol):
         """From here on this is what has to be held to become a member."""
 
     async def enter(self, meeting: Meeting, members: Sequence[Any]) -> None:
-        """Have them all meet there, with ranks from 1 in their order. Raises NotDelivered."""
+        """Have them all meet there, with ranks from ``meeting.senders`` in their order. Raises NotDelivered."""
 
     async def receive(
         self, version: int, meeting: Meeting, layouts: Sequence[Layout], members: Sequence[Any]
@@ -114,10 +106,10 @@ class Receivers(Protocol):
 
 
 class Broadcast:
-    """From one sender to whoever receives at the time."""
+    """From one sender to whoever receives at the time. ``ipc``: from memory to memory (``cluster.lending``)."""
 
-    def __init__(self, sender: Sender, receivers: Receivers, timeout_s: float) -> None:
-        self._sender, self._receivers, self._timeout_s = sender, receivers, timeout_s
+    def __init__(self, sender: Sender, receivers: Receivers, timeout_s: float, ipc: bool = False) -> None:
+        self._sender, self._receivers, self._timeout_s, self._ipc = sender, receivers, timeout_s, ipc
         self._group: tuple[Meeting, tuple[Any, ...]] | None = None
         self._layouts: list[Layout] = []
 
@@ -145,8 +137,9 @@ class Broadcast:
     async def _meet(self) -> tuple[Meeting, tuple[Any, ...]]:
         members = self._receivers.members()
         address, port = await self._sender.open(self._timeout_s)
-        world = 1 + self._receivers.processes * len(members)
-        meeting = Meeting(next(_generations), address, port, world, self._timeout_s)
+        senders = self._sender.ranks if self._ipc else 1
+        world = senders + self._receivers.processes * len(members)
+        meeting = Meeting(next(_generations), address, port, world, self._timeout_s, senders, self._ipc)
         why, _ = await _both(self._sender.enter(meeting), self._receivers.enter(meeting, members))
         if why:
             raise NotDelivered(f"the learner: {why}")

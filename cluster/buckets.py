@@ -1,37 +1,21 @@
-"""Weights on their way: the pieces of a safetensors file that are never put together in memory.
+"""Weights on their way: what lies where in a bucket, and the memory that it is made of.
 
-A bucket is a header and one array per tensor, which one after the other are a safetensors file. The arrays of a tensor
-on the CPU are the tensor's own memory: Ray copies them into its object store, readers see them there, and the file is
-written from there. So a weight is copied once into the object store and once into the file, and nowhere else.
+The parts of a bucket are the tensors' own memory: Ray copies them into its object store, readers see them there. So a
+weight is copied once into the object store, once into a file that an engine's workers map, and nowhere else.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import struct
-import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
-
-Bucket = Sequence[NDArray[np.uint8]]
-"""uint8[header], then uint8[bytes] of each tensor."""
-
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,45 +44,34 @@ class Layout:
         return sum(self.sizes)
 
 
-def pack(tensors: Iterable[tuple[str, Tensor]]) -> list[NDArray[np.uint8]]:
-    """Tensors on the CPU as a bucket that shares their memory: use it before they change.
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """parts: uint8[bytes] of each tensor, in the order of ``layout``."""
 
-    Raises ValueError for a type that safetensors has no name for here."""
+    layout: Layout
+    parts: Sequence[NDArray[np.uint8]]
+
+
+def pack(tensors: Iterable[tuple[str, Tensor]]) -> Bucket:
+    """Tensors on the CPU as a bucket that shares their memory: use it before they change."""
+    by_name = dict(tensors)
+    layout = Layout.of((name, one.dtype, one.shape) for name, one in by_name.items())
+    return Bucket(layout, [part.numpy() for part in parts_of(by_name, layout)])
+
+
+def parts_of(tensors: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
+    """uint8[bytes] of each, in the order of ``layout``, on its own device; its own memory where it is contiguous."""
     import torch
 
-    header: dict[str, dict[str, object]] = {}
-    parts, start = [], 0
-    # The widest first, as safetensors does, so that every tensor lies at a multiple of its own width.
-    for name, tensor in sorted(tensors, key=lambda pair: -pair[1].element_size()):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if kind not in _DTYPES:
-            raise ValueError(f"weight {name!r} is {kind}; known: {', '.join(_DTYPES)}")
-        stop = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        parts.append(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-        start = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return [np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8), *parts]
+    return [tensors[name].detach().contiguous().reshape(-1).view(torch.uint8) for name in layout.names]
 
 
-class SharedFile:
-    """A bucket as a safetensors file in memory: processes of this machine and user map ``path`` instead of receiving
-    it. It lives until ``close``, or the end of the process that made it, and in the mappings of others: nobody's sudden
-    death leaves it behind."""
+def tensors_of(flat: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Out of a bucket in one piece, uint8[bytes]. The tensors share its memory."""
+    import torch
 
-    def __init__(self, bucket: Bucket) -> None:
-        self._file: IO[bytes]
-        if sys.platform == "linux":
-            self._file = os.fdopen(os.memfd_create("ergo-rl-weights"), "wb", buffering=0)
-            self.path = Path(f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
-        else:
-            self._file = tempfile.NamedTemporaryFile(prefix="ergo-rl-", buffering=0)  # noqa: SIM115
-            self.path = Path(self._file.name)
-        for part in bucket:
-            rest = part.data
-            while rest:  # a raw file may take less than it is given
-                rest = rest[self._file.write(rest) :]
-
-    def close(self) -> None:
-        self._file.close()
+    start = 0
+    for name, dtype, shape, size in zip(layout.names, layout.dtypes, layout.shapes, layout.sizes, strict=True):
+        piece = flat[start : start + size] if size else flat.new_empty(0)  # of nothing there is no view of another type
+        yield name, piece.view(getattr(torch, dtype)).view(tuple(shape))
+        start += size

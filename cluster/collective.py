@@ -1,30 +1,30 @@
-"""One broadcast to many processes: a process group of its own, beside whatever groups its members are in.
+"""Buckets from a learner to the worker processes of engines: a group of its own, beside whatever groups its members are
+in, and one of two lines between them.
 
-torch's NCCL group on GPUs and its gloo group on CPUs, made as vLLM makes its stateless groups
+``Collective``: torch's NCCL group on GPUs and its gloo group on CPUs, made as vLLM makes its stateless groups
 (``vllm.distributed.utils``), without the global one that a process can have only once, and with one code for both: so
 what runs on GPUs is tested on CPUs. The sender needs no vLLM for it (7 s of imports in every learner). NCCL has not
-been run by this project.
+been run by this project. ``Lending``: from memory to memory on one machine.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from cluster.buckets import Layout
-
-SENDER = 0
-"""The rank whose bytes the others get."""
+from cluster.buckets import Layout, parts_of
+from cluster.lending import Lending
+from cluster.meeting import Meeting
 
 
 class GroupLost(RuntimeError):
@@ -47,67 +47,101 @@ class Door:
         )
 
 
+class Line(Protocol):
+    """How bytes get from the senders to everybody else. Whatever goes wrong is a RuntimeError or an OSError."""
+
+    def send(self, parts: Sequence[Tensor]) -> None: ...
+
+    def receive(self, size: int) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
 class Group:
-    """One generation of the group; ``rank`` of ``world`` processes. The constructor returns when a first byte has come
-    from the sender to everybody.
+    """One generation of the group, and this process as ``rank`` of it. The constructor returns when a first byte has
+    come from the senders to everybody.
 
-    Raises GroupLost where somebody has not come within ``timeout_s``."""
+    Raises GroupLost where somebody has not come in time."""
 
-    def __init__(
-        self, address: str, port: int, rank: int, world: int, device: torch.device, timeout_s: float, door: Door | None
-    ) -> None:
-        self._timeout, self._device = timedelta(seconds=timeout_s), device
-        self._group: Any = None
-        keep_local(address)
+    def __init__(self, meeting: Meeting, rank: int, device: torch.device, door: Door | None = None) -> None:
+        """device: where weights are; door: of rank 0."""
+        timeout = timedelta(seconds=meeting.timeout_s)
+        self._line: Line | None = None
+        keep_local(meeting.address)
         with self._lost("while it met"):
-            store = door.store if door else TCPStore(address, port, timeout=self._timeout, wait_for_workers=False)
+            store = (
+                door.store if door else TCPStore(meeting.address, meeting.port, timeout=timeout, wait_for_workers=False)
+            )
             # All must be here before NCCL begins, which would wait for ever for who does not come.
             store.set(f"here/{rank}", "1")
-            store.wait([f"here/{one}" for one in range(world)], self._timeout)
-            self._store, self._group = store, _backend(PrefixStore("group", store), rank, world, device, self._timeout)
-        self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device))
+            store.wait([f"here/{one}" for one in range(meeting.world)], timeout)
+            ours = PrefixStore("group", store)
+            self._line = (Lending if meeting.ipc else Collective)(ours, meeting, rank, device)
+        if rank < meeting.senders:
+            self._send([torch.zeros(1, dtype=torch.uint8, device=device)])
+        else:
+            self.receive(1)
 
-    def broadcast(self, flat: Tensor) -> None:
-        """The sender's uint8[bytes] arrive in everybody's, which has the same length and lies on the group's device.
+    def send(self, weights: Iterable[tuple[str, Tensor]], layout: Layout) -> None:
+        """A bucket, to everybody who is no sender; all senders have the same. It may change when this returns.
 
-        Raises GroupLost, after ``timeout_s`` at the latest; the group is closed, so that the others learn of it."""
-        options = torch.distributed.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.timeout = SENDER, 0, self._timeout
-        with self._lost("in a broadcast"):
-            if self._group is None:
-                raise RuntimeError("it is closed")
-            self._group.broadcast([flat], options).wait(self._timeout)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
+        Raises GroupLost, after the time limit at the latest; the group is closed, so that the others learn of it."""
+        self._send(parts_of(dict(weights), layout))
+
+    def receive(self, size: int) -> Tensor:
+        """uint8[size]: the next bucket, on the group's device. Raises GroupLost, as ``send`` does."""
+        with self._lost("while weights were sent"):
+            return self._open.receive(size)
 
     def close(self) -> None:
-        """The others' part in a broadcast that goes on ends with GroupLost."""
-        if self._group is not None:
-            self._group.abort()
-        self._group = None
+        """The others' part in what goes on ends with GroupLost."""
+        if self._line is not None:
+            self._line.close()
+        self._line = None
+
+    def _send(self, parts: Sequence[Tensor]) -> None:
+        with self._lost("while weights were sent"):
+            self._open.send(parts)
+
+    @property
+    def _open(self) -> Line:
+        if self._line is None:
+            raise RuntimeError("it is closed")
+        return self._line
 
     @contextmanager
     def _lost(self, where: str) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # all of torch's own: a peer's end, a time limit, a store that is gone
+        except (RuntimeError, OSError) as error:  # torch's own: a peer's end, a time limit; a file that is gone
             self.close()
             raise GroupLost(f"the group broke {where}: {str(error)[:300]}") from error
 
 
-def flat_of(tensors: Iterable[tuple[str, Tensor]], layout: Layout) -> Tensor:
-    """uint8[bytes]: the tensors one after the other as ``layout`` says, on their own device."""
-    by_name = dict(tensors)
-    parts = [by_name[name].detach().contiguous().reshape(-1).view(torch.uint8) for name in layout.names]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+class Collective:
+    """Rank 0 broadcasts: gloo on CPUs, NCCL on GPUs."""
 
+    def __init__(self, store: Store, meeting: Meeting, rank: int, device: torch.device) -> None:
+        self._device, self._timeout = device, timedelta(seconds=meeting.timeout_s)
+        self._group = _backend(store, rank, meeting.world, device, self._timeout)
 
-def tensors_of(flat: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """The reverse. The tensors share the memory of ``flat``."""
-    start = 0
-    for name, dtype, shape, size in zip(layout.names, layout.dtypes, layout.shapes, layout.sizes, strict=True):
-        yield name, flat[start : start + size].view(getattr(torch, dtype)).view(tuple(shape))
-        start += size
+    def send(self, parts: Sequence[Tensor]) -> None:
+        self._broadcast(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+
+    def receive(self, size: int) -> Tensor:
+        flat = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._broadcast(flat)
+        return flat
+
+    def close(self) -> None:
+        self._group.abort()
+
+    def _broadcast(self, flat: Tensor) -> None:
+        options = torch.distributed.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout = 0, 0, self._timeout
+        self._group.broadcast([flat], options).wait(self._timeout)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def keep_local(address: str) -> None:
@@ -116,7 +150,7 @@ def keep_local(address: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _backend(store: PrefixStore, rank: int, world: int, device: torch.device, timeout: timedelta) -> Any:
+def _backend(store: Store, rank: int, world: int, device: torch.device, timeout: timedelta) -> Any:
     from torch.distributed import distributed_c10d as c10d
 
     if device.type == "cpu":

@@ -14,15 +14,15 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.broadcast import Meeting
-from cluster.buckets import Bucket, Layout, SharedFile
+from cluster.buckets import Bucket, Layout
+from cluster.meeting import Meeting
 from cluster.pool import WorkerDied
+from cluster.shared_memory import SharedFile, SharedFiles
 
 _LAST_WORDS_S = 5.0
 _ATTEMPTS = 4
@@ -115,6 +115,7 @@ class Engine:
         self.weight_version = 0
         self._loading = asyncio.Lock()
         self._asleep = False
+        self._files = SharedFiles()
         self._ids = itertools.count()
 
     @classmethod
@@ -219,16 +220,16 @@ class Engine:
     async def load_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
         """Replace the weights by ``buckets`` (names as in a checkpoint). The first one is laid out before generation
         stops, each other one while the one before it is loaded. Raises EngineDied."""
-        async with self._loading, _files(buckets) as paths:
-            await self._replace_weights(version, ({"path": str(path)} async for path in paths))
+        async with self._loading, self._written(buckets) as arrivals:
+            await self._replace_weights(version, arrivals)
 
     async def enter_group(self, meeting: Meeting, first_rank: int) -> None:
-        """Have every worker process meet others for broadcasts, as ranks from ``first_rank``. Raises EngineDied."""
+        """Have every worker process meet the learner and others, as ranks from ``first_rank``. Raises EngineDied."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         async with self._loading, self._watched():
             await self._llm.init_weight_transfer_engine(
-                WeightTransferInitRequest(init_info={**asdict(meeting), "first_rank": first_rank})
+                WeightTransferInitRequest(init_info={"meeting": asdict(meeting), "first_rank": first_rank})
             )
 
     async def receive_weights(self, version: int, generation: int, layouts: Sequence[Layout]) -> None:
@@ -248,6 +249,32 @@ class Engine:
         async with self._loading, self._watched():
             await self._llm.sleep(level=1, mode="keep")
             self._asleep = True
+
+    @asynccontextmanager
+    async def _written(self, buckets: Sequence[Bucket]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """The buckets as files in shared memory, the first one written when the block begins, each other one while the
+        one before it is loaded."""
+        tasks: list[asyncio.Task[SharedFile]] = []
+
+        def begin() -> None:
+            if len(tasks) < len(buckets):
+                tasks.append(asyncio.create_task(asyncio.to_thread(self._files.lend, buckets[len(tasks)].parts)))
+
+        async def arrivals() -> AsyncIterator[dict[str, Any]]:
+            for place, bucket in enumerate(buckets):
+                file = await tasks[place]
+                begin()
+                yield {"path": str(file.path), "layout": asdict(bucket.layout)}
+                self._files.give_back(file)
+
+        begin()
+        await asyncio.gather(*tasks)
+        try:
+            yield arrivals()
+        finally:
+            for written in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(written, SharedFile):
+                    self._files.give_back(written)
 
     async def _replace_weights(self, version: int, arrivals: AsyncIterator[dict[str, Any]]) -> None:
         """Through vLLM's weight transfer life cycle; then clear every cache that depends on weights.
@@ -312,6 +339,7 @@ class Engine:
 
     def close(self) -> None:
         self._llm.shutdown()
+        self._files.close()
 
 
 @contextmanager
@@ -356,30 +384,3 @@ def _prepare_environment(config: EngineConfig) -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }
     os.environ.update(defaults)
-
-
-@asynccontextmanager
-async def _files(buckets: Sequence[Bucket]) -> AsyncIterator[AsyncIterator[Path]]:
-    """The buckets as files in shared memory, the first one written when the block begins, each other one while the one
-    before it is in use; whatever happens, none is left behind the block."""
-    tasks: list[asyncio.Task[SharedFile]] = []
-
-    def begin() -> None:
-        if len(tasks) < len(buckets):
-            tasks.append(asyncio.create_task(asyncio.to_thread(SharedFile, buckets[len(tasks)])))
-
-    async def paths() -> AsyncIterator[Path]:
-        for place in range(len(buckets)):
-            file = await tasks[place]
-            begin()
-            yield file.path
-            file.close()
-
-    begin()
-    await asyncio.gather(*tasks)
-    try:
-        yield paths()
-    finally:
-        for written in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(written, SharedFile):
-                written.close()

@@ -7,12 +7,10 @@ as its working directory and then has no entry points: vLLM's plugin entry point
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -21,9 +19,11 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from cluster.buckets import Layout
-from cluster.collective import Group, GroupLost, tensors_of
+from cluster.buckets import Layout, tensors_of
+from cluster.collective import Group, GroupLost
 from cluster.compat import end_with_parent, keep_discarded_draws, keep_pictures
+from cluster.meeting import Meeting
+from cluster.shared_memory import mapped
 
 BACKEND = "ergo_rl_buckets"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
@@ -31,25 +31,21 @@ WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 
 @dataclass
 class Membership(WeightTransferInitInfo):
-    """A place in a group for broadcasts (``cluster.broadcast.Meeting``). first_rank: of this engine's first worker
-    process. Files need none of it."""
+    """A place in a group (``cluster.meeting.Meeting``, its fields). first_rank: of this engine's first worker process.
+    Files need none of it."""
 
-    generation: int
-    address: str
-    port: int
-    world: int
-    timeout_s: float
+    meeting: dict[str, Any]
     first_rank: int
 
 
 @dataclass
 class Arrival(WeightTransferUpdateInfo):
-    """One bucket: a safetensors file on a file system that this worker sees (shared memory), or the next broadcast of
-    the group ``generation``, which sends what the fields of ``cluster.buckets.Layout`` say."""
+    """One bucket, in which lies what the fields of ``cluster.buckets.Layout`` say: a file in shared memory of this
+    machine, or, without a path, what the group ``generation`` is sent next."""
 
+    layout: dict[str, list[Any]]
     path: str = ""
     generation: int = 0
-    layout: dict[str, list[Any]] = field(default_factory=dict)
 
 
 class BucketTransferEngine(WeightTransferEngine[Membership, Arrival]):
@@ -65,11 +61,9 @@ class BucketTransferEngine(WeightTransferEngine[Membership, Arrival]):
     def init_transfer_engine(self, init_info: Membership) -> None:
         """Leave the group of before, meet the new one. Raises GroupLost."""
         self.shutdown()
-        rank = init_info.first_rank + self.parallel_config.rank
-        self._group = Group(
-            init_info.address, init_info.port, rank, init_info.world, self.device, init_info.timeout_s, door=None
-        )
-        self._generation = init_info.generation
+        meeting = Meeting(**init_info.meeting)
+        self._group = Group(meeting, init_info.first_rank + self.parallel_config.rank, self.device)
+        self._generation = meeting.generation
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -87,21 +81,17 @@ class BucketTransferEngine(WeightTransferEngine[Membership, Arrival]):
 
     def receive_weights(self, update_info: Arrival) -> None:
         model: Any = self.model
-        if not update_info.path:
-            model.load_weights(self._received(update_info))
-            return
-        with safe_open(update_info.path, framework="pt", device="cpu") as bucket:
-            # Each tensor keeps the mapping, while its layer waits for its remaining weights; the file may be removed.
-            model.load_weights((name, bucket.get_tensor(name)) for name in bucket.keys())  # noqa: SIM118
+        layout = Layout(**update_info.layout)
+        # Each tensor keeps the memory of its whole bucket while its layer waits for its remaining weights: most of the
+        # time that ends before the next bucket.
+        model.load_weights(tensors_of(self._flat(update_info, layout.bytes), layout))
 
-    def _received(self, arrival: Arrival) -> Iterator[tuple[str, Tensor]]:
-        """Its memory goes when the last layer has what it needs of it: most of the time before the next bucket."""
+    def _flat(self, arrival: Arrival, size: int) -> Tensor:
+        if arrival.path:
+            return mapped(arrival.path, size)
         if self._group is None or arrival.generation != self._generation:
             raise GroupLost(f"a bucket of group {arrival.generation} for a member of group {self._generation}")
-        layout = Layout(**arrival.layout)
-        flat = torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
-        self._group.broadcast(flat)
-        return tensors_of(flat, layout)
+        return self._group.receive(size)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

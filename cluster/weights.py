@@ -1,9 +1,10 @@
-"""The weight channel: one protocol between whoever has weights and whoever plays with them, and two transports.
+"""The weight channel: one protocol between whoever has weights and whoever plays with them, and three transports.
 
 *Object store*: the source returns buckets (``cluster.buckets``) as Ray objects that the driver owns; every sink pulls
-them by itself, on whatever node it is, late joiners too. Works everywhere. *Broadcast* (``cluster.broadcast``): one
-collective reaches every worker process of every engine at once, and nothing goes through main memory on GPUs. What it
-cannot deliver the object store does. The receiving end inside vLLM is ``cluster.weight_receiver``.
+them by itself, on whatever node it is, late joiners too. Works everywhere. The other two reach every worker process of
+every engine at once (``cluster.broadcast``), and what they cannot deliver the object store does. *Broadcast*: one
+collective, so nothing goes through main memory on GPUs. *IPC*: from memory to memory where learner and engines are on
+one machine and share their GPUs, or have none. The receiving end inside vLLM is ``cluster.weight_receiver``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Transport(StrEnum):
     AUTO = "auto"
     OBJECT_STORE = "object_store"
     BROADCAST = "broadcast"
+    IPC = "ipc"
 
 
 @dataclass
@@ -36,27 +38,39 @@ class WeightsConfig:
 
     transport: Transport = Transport.AUTO
     """object_store: every engine pulls them by itself | broadcast: one collective to all of them, NCCL on GPUs (not yet
-    run by this project), gloo on CPUs; what it cannot deliver goes through the object store | auto: broadcast where the
-    learner's ranks and the rollout workers have GPUs of their own, else object_store."""
+    run by this project), gloo on CPUs | ipc: from memory to memory on one machine, CUDA IPC where roles share GPUs (not
+    yet run by this project), shared memory where they have none; what these two cannot deliver goes through the object
+    store | auto: broadcast where the learner's ranks and the rollout workers have GPUs of their own, ipc where they
+    share GPUs, else object_store."""
     timeout_s: float = 120.0
-    """In a broadcast: who waits longer than this for another process gives it up, seconds. vLLM before 0.32 finishes
-    running replies first, which counts."""
+    """In a broadcast or ipc: who waits longer than this for another process gives it up, seconds. vLLM before 0.32
+    finishes running replies first, which counts."""
 
     def for_roles(self, *roles: Resources) -> WeightsConfig:
         """The same with ``auto`` decided, for actors with these resources. A share of a GPU is not one's own: NCCL
-        takes no two ranks on one.
+        takes no two ranks on one, and CUDA IPC does not leave it.
 
-        Raises ValueError for a broadcast between those who cannot be in one group."""
-        own, without = all(one.gpus >= 1 for one in roles), all(one.gpus == 0 for one in roles)
+        Raises ValueError for a transport that cannot be between such roles."""
+        own = all(one.gpus >= 1 for one in roles)
+        shared = all(0 < one.gpus < 1 for one in roles)
+        without = all(one.gpus == 0 for one in roles)
+        shares = ", ".join(f"{one.gpus:g}" for one in roles)
         if self.transport is Transport.BROADCAST and not (own or without):
-            shares = ", ".join(f"{one.gpus:g}" for one in roles)
             raise ValueError(
                 "weights.transport=broadcast needs learner.resources.gpus and rollout.resources.gpus both 0 (gloo) or "
                 f"both at least 1 (NCCL, a GPU for every process), got {shares}; set weights.transport=object_store"
             )
-        if self.transport is Transport.AUTO:
-            return replace(self, transport=Transport.BROADCAST if own else Transport.OBJECT_STORE)
-        return self
+        if self.transport is Transport.IPC and not (shared or without):
+            raise ValueError(
+                "weights.transport=ipc needs learner.resources.gpus and rollout.resources.gpus both 0 (shared memory) "
+                f"or both between 0 and 1 (CUDA IPC on the GPU that they share), got {shares}; set "
+                "weights.transport=object_store"
+            )
+        if self.transport is not Transport.AUTO:
+            return self
+        return replace(
+            self, transport=Transport.BROADCAST if own else Transport.IPC if shared else Transport.OBJECT_STORE
+        )
 
 
 class WeightSource(Sender, Protocol):
@@ -72,7 +86,7 @@ class WeightSink(Receivers, Protocol):
 @dataclass(frozen=True, slots=True)
 class Publication:
     """gather_s: the source's part, the learner stands still for so long; load_s: the slowest sink's part, generation
-    paused for most of it, None where nobody waited for it. In a broadcast the two go on at once."""
+    paused for most of it, None where nobody waited for it. But for the object store the two go on at once."""
 
     version: int
     gather_s: float
@@ -86,15 +100,16 @@ class WeightChannel:
     def __init__(self, source: WeightSource, sink: WeightSink, config: WeightsConfig | None = None) -> None:
         """``config``: of ``WeightsConfig.for_roles``; the object store without one."""
         self._source, self._sink = source, sink
-        self._broadcast = None
-        if config is not None and config.transport is Transport.BROADCAST:
-            self._broadcast = Broadcast(source, sink, config.timeout_s)
+        self._broadcast, self._transport = None, Transport.OBJECT_STORE
+        if config is not None and config.transport in (Transport.BROADCAST, Transport.IPC):
+            self._transport = config.transport
+            self._broadcast = Broadcast(source, sink, config.timeout_s, config.transport is Transport.IPC)
         self._loading: asyncio.Future[list[float]] | None = None
 
     async def publish(self, version: int, wait: bool = True) -> Publication:
         """Give every sink the source's current weights, stamped with ``version``. Without ``wait`` it returns as soon
-        as the source may change its weights again (a broadcast: when they have arrived); what goes wrong afterwards
-        rises from the next call."""
+        as the source may change its weights again (by broadcast or IPC: when they have arrived); what goes wrong
+        afterwards rises from the next call."""
         await self.settled()
         started = time.monotonic()
         if self._broadcast is not None and self._sink.members() and not self._sink.joining:
@@ -102,13 +117,13 @@ class WeightChannel:
                 seconds = await self._broadcast.publish(version)
             except NotDelivered as error:
                 logger.warning(
-                    "version %d was not broadcast, it goes through the object store: %s (the next one tries a new "
-                    "group)", version, error,
+                    "version %d did not arrive by %s, it goes through the object store: %s (the next one tries a new "
+                    "group)", version, self._transport, error,
                 )  # fmt: skip
             else:
                 self._loading = asyncio.get_running_loop().create_future()
                 self._loading.set_result(seconds)
-                return Publication(version, time.monotonic() - started, max(seconds), Transport.BROADCAST)
+                return Publication(version, time.monotonic() - started, max(seconds), self._transport)
         buckets = await self._source.weights()
         gather_s = time.monotonic() - started
         self._loading = asyncio.create_task(self._sink.load_weights(version, buckets))

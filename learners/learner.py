@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor
 
 from cluster.buckets import Bucket, Layout, pack
-from cluster.collective import Group, GroupLost, flat_of
+from cluster.collective import Group, GroupLost
 from cluster.compat import repair_torchvision
 from episodes.families import family_of, load_tokenizer
 from episodes.types import FloatArray, Trajectory
@@ -160,8 +160,8 @@ class Learner:
         return [Layout.of(map(_described, members)) for members in self._buckets_of_weights()]
 
     def broadcast(self, group: Group | None) -> str:
-        """Send the weights to the others of ``group``, one bucket at a time; ranks without a group help to make them
-        whole. Every rank must call it, and goes to the end in any case, because the others do.
+        """Send the weights to those of ``group`` who have none, one bucket at a time; ranks without a group help to
+        make them whole. Every rank must call it, and goes to the end in any case, because the others do.
 
         Returns what broke the group, or nothing."""
         broken = ""
@@ -169,7 +169,7 @@ class Learner:
             if group is not None and not broken:
                 weights = ((weight.name, weight.value(copy=False, device=self.device)) for weight in members)
                 try:
-                    group.broadcast(flat_of(weights, Layout.of(map(_described, members))))
+                    group.send(weights, Layout.of(map(_described, members)))
                 except GroupLost as error:
                     broken = str(error)
         return broken

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.broadcast import Meeting
 from cluster.buckets import Bucket, Layout
+from cluster.meeting import Meeting
 from cluster.placement import Cluster
 from cluster.pool import on_one_line
 from episodes.types import FloatArray, Trajectory
@@ -116,27 +116,23 @@ class LearnerRank:
         self._door = Door(ray.util.get_node_ip_address(), timeout_s)
         return self._door.address, self._door.port
 
-    def enter(self, meeting: Meeting) -> str:
-        """Meet whoever receives weights, as their sender. Returns what went wrong, or nothing."""
-        from cluster.collective import SENDER, Group, GroupLost
+    def enter(self, meeting: Meeting, rank: int) -> str:
+        """Meet whoever receives weights, as one of their senders. Returns what went wrong, or nothing."""
+        from cluster.collective import Group, GroupLost
 
         if self._group is not None:
             self._group.close()
-        self._group, device = None, self._learner.device
+        self._group = None
         try:
-            self._group = Group(
-                meeting.address, meeting.port, SENDER, meeting.world, device, meeting.timeout_s, self._door
-            )
+            self._group = Group(meeting, rank, self._learner.device, self._door if rank == 0 else None)
         except GroupLost as error:
             return str(error)
         self._generation = meeting.generation
         return ""
 
     def broadcast(self, generation: int) -> str:
-        """Send the weights, or, on other ranks, take part in gathering them. Returns what went wrong, or nothing."""
-        from cluster.collective import SENDER
-
-        if self._learner.place.rank == SENDER and (self._group is None or generation != self._generation):
+        """Send the weights, or, without a group, take part in gathering them. Returns what went wrong, or nothing."""
+        if self._learner.place.rank == 0 and (self._group is None or generation != self._generation):
             raise ValueError(f"group {generation} is to be sent weights; the last one met was {self._generation}")
         return self._learner.broadcast(self._group)
 
@@ -196,6 +192,10 @@ class LearnerGroup:
 
     # What a broadcast needs (``cluster.broadcast.Sender``).
 
+    @property
+    def ranks(self) -> int:
+        return len(self._actors)
+
     async def layouts(self) -> list[Layout]:
         (layouts,) = await self._all("layouts", [self._actors[0].layouts.remote()])
         return list(layouts)
@@ -205,12 +205,13 @@ class LearnerGroup:
         return address, port
 
     async def enter(self, meeting: Meeting) -> str:
-        (why,) = await self._all("enter", [self._actors[0].enter.remote(meeting)])
-        return str(why)
+        senders = self._actors[: meeting.senders]
+        answers = await self._all("enter", [actor.enter.remote(meeting, rank) for rank, actor in enumerate(senders)])
+        return next(filter(None, answers), "")
 
     async def broadcast(self, generation: int) -> str:
         answers = await self._all("broadcast", [actor.broadcast.remote(generation) for actor in self._actors])
-        return str(answers[0])
+        return next(filter(None, answers), "")
 
     async def export(self, path: str | Path) -> None:
         """Write a Hugging Face folder."""

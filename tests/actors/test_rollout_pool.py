@@ -14,9 +14,9 @@ import ray
 from actors import rollout_pool
 from actors.rollout_pool import RolloutPool
 from actors.rollout_worker import RolloutConfig
-from cluster.broadcast import Meeting
 from cluster.buckets import Layout
 from cluster.engine import EngineConfig
+from cluster.meeting import Meeting
 from cluster.placement import Cluster
 from cluster.resources import Resources
 from cluster.weights import Transport, WeightChannel, WeightsConfig
@@ -64,6 +64,7 @@ class Learner:
     def __init__(self) -> None:
         self.changes, self.asked, self.opened = 0, 0, 0
         self.why = ""
+        self.ranks = 3  # of which only the first takes part in a broadcast
 
     def update(self) -> None:
         self.changes += 1

@@ -46,18 +46,20 @@ print(cpu_seconds() - before)
 
 def test_weights() -> None:
     """200 MB: gathered in 0.1 s and delivered in 0.1 s, a memcpy takes 0.05 s warm and 0.1 s fresh."""
-    copies = {"memcpy": [0.05], "memcpy_fresh": [0.1], "memcpy_shared": [0.4]}
+    copies = {"memcpy": [0.05], "memcpy_fresh": [0.1], "memcpy_shared": [0.4], "memcpy_again": [0.08]}
     times = copies | {"gather": [0.1, 0.3, 0.1], "deliver": [0.1], "publish": [0.5]}
+    times |= {"first_gather": [0.2], "first_deliver": [0.3]}
     found = weights.figures(200_000_000, times)
     assert found["transport/memcpy"] == pytest.approx(4.0) and found["transport/memcpy_fresh"] == pytest.approx(2.0)
     assert found["transport_gb_per_s"] == pytest.approx(1.0) and found["publish/memcpy_fresh"] == pytest.approx(5.0)
     assert found["learner_stall_s"] == 0.1 and found["stall/memcpy_fresh"] == pytest.approx(1.0)
     assert found["transport/memcpy_shared"] == pytest.approx(0.5)
+    assert found["transport/memcpy_again"] == pytest.approx(2.5) and found["first/memcpy_fresh"] == pytest.approx(5.0)
     small = found | {"bytes": 99_000_000, "transport/memcpy_fresh": 9.0}
     assert weights.verdict({"5 MB": small, "200 MB": found})[0]
     assert not weights.verdict({"200 MB": found | {"transport/memcpy_fresh": 3.1}})[0]
     assert not weights.verdict({"5 MB": small})[0], "nothing was large enough to count"
-    found = weights.figures(200_000_000, copies | {"broadcast": [0.25]})
+    found = weights.figures(200_000_000, copies | {"send": [0.25], "first_send": [0.5]})
     assert found["learner_stall_s"] == 0.25 and found["transport/memcpy_fresh"] == pytest.approx(2.5)
 
 

@@ -87,12 +87,14 @@ def test_what_goes_wrong_behind_ones_back_rises_from_the_next_call() -> None:
         ("auto", (0, 0), "object_store"),
         ("auto", (1, 1), "broadcast"),
         ("auto", (1, 8), "broadcast"),
-        ("auto", (0.5, 0.5), "object_store"),  # colocated
+        ("auto", (0.6, 0.4), "ipc"),
         ("auto", (1, 0.5), "object_store"),
         ("auto", (1, 0), "object_store"),
         ("object_store", (1, 1), "object_store"),
         ("broadcast", (0, 0), "broadcast"),
         ("broadcast", (1, 1), "broadcast"),
+        ("ipc", (0, 0), "ipc"),
+        ("ipc", (0.5, 0.5), "ipc"),
     ],
 )
 def test_the_transport_is_what_the_placement_allows(asked: str, gpus: tuple[float, float], chosen: str) -> None:
@@ -100,7 +102,18 @@ def test_the_transport_is_what_the_placement_allows(asked: str, gpus: tuple[floa
     assert WeightsConfig(Transport(asked)).for_roles(*roles).transport == chosen
 
 
-@pytest.mark.parametrize("gpus", [(1, 0), (0.5, 0.5), (1, 0.5)])
-def test_a_broadcast_between_those_who_cannot_be_in_one_group_is_refused(gpus: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=r"broadcast needs .* got .*; set weights.transport=object_store"):
-        WeightsConfig(Transport.BROADCAST).for_roles(*[Resources(gpus=share) for share in gpus])
+@pytest.mark.parametrize(
+    ("asked", "gpus"),
+    [
+        ("broadcast", (1, 0)),
+        ("broadcast", (0.5, 0.5)),
+        ("broadcast", (1, 0.5)),
+        ("ipc", (1, 0)),
+        ("ipc", (0.5, 0)),
+        ("ipc", (1, 0.5)),
+        ("ipc", (1, 1)),
+    ],
+)
+def test_a_transport_that_cannot_be_between_such_roles_is_refused(asked: str, gpus: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=rf"{asked} needs .* got .*; set weights.transport=object_store"):
+        WeightsConfig(Transport(asked)).for_roles(*[Resources(gpus=share) for share in gpus])

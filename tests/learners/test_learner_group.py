@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.buckets import Bucket, tensors_of
 from cluster.placement import Cluster
 from cluster.resources import Resources
 from episodes.types import Trajectory
@@ -186,7 +187,10 @@ async def files_of(references: Sequence[ray.ObjectRef]) -> dict[str, torch.Tenso
     tensors: dict[str, torch.Tensor] = {}
     for reference in references:
         file = await reference
-        tensors |= safetensors.torch.load(file if isinstance(file, bytes) else b"".join(map(bytes, file)))
+        if isinstance(file, Bucket):
+            tensors |= tensors_of(torch.from_numpy(np.concatenate(file.parts)), file.layout)
+        else:
+            tensors |= safetensors.torch.load(file)
     return tensors
 
 

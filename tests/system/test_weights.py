@@ -110,13 +110,14 @@ def test_an_engine_that_sleeps_plays_nothing_until_it_has_new_weights(
     runner.run(story())
 
 
-def test_a_broadcast_reaches_every_engine_and_one_that_breaks_is_repaired(
-    untied: Stack, runner: asyncio.Runner, questions: list[Question]
+@pytest.mark.parametrize("transport", [Transport.BROADCAST, Transport.IPC])
+def test_weights_reach_every_engine_and_a_group_that_breaks_is_repaired(
+    transport: Transport, untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
-    """gloo, in pieces of half a megabyte: to one engine; a second one comes and holds what it missed; to both; the
-    group breaks when each has two pieces of ten or so (layers with some of their weights, running replies on hold) and
-    the object store delivers the same version; a new group for the next. Each time the learner's log-probs are those of
-    every engine, within 1e-5 nats on average."""
+    """gloo, and shared memory, in pieces of half a megabyte: to one engine; a second one comes and holds what it
+    missed; to both; the group breaks when each has two pieces of ten or so (layers with some of their weights, running
+    replies on hold) and the object store delivers the same version; a new group for the next. Each time the learner's
+    log-probs are those of every engine, within 1e-5 nats on average."""
 
     def in_pieces(rank: Any, size: int = 500_000) -> int:
         before, rank._learner.config.bucket_bytes = rank._learner.config.bucket_bytes, size
@@ -124,20 +125,20 @@ def test_a_broadcast_reaches_every_engine_and_one_that_breaks_is_repaired(
 
     def break_at_the_third(rank: Any) -> None:
         group, sent = rank._group, []
-        send = group.broadcast
+        send = group.send
 
-        def broadcast(flat: Any) -> None:
-            sent.append(flat)
+        def break_then_send(weights: Any, layout: Any) -> None:
+            sent.append(layout)
             if len(sent) == 3:
                 group.close()
-            send(flat)
+            send(weights, layout)
 
-        group.broadcast = broadcast
+        group.send = break_then_send
 
     async def story() -> None:
         learner = untied.learners._actors[0]
         whole = await learner.__ray_call__.remote(in_pieces)
-        channel = WeightChannel(untied.learners, untied.rollouts, WeightsConfig(Transport.BROADCAST, 60.0))
+        channel = WeightChannel(untied.learners, untied.rollouts, WeightsConfig(transport, 60.0))
         proof = Proof(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-5))
 
         async def publish(seed: int) -> Transport:
@@ -148,13 +149,13 @@ def test_a_broadcast_reaches_every_engine_and_one_that_breaks_is_repaired(
             return publication.transport
 
         try:
-            assert await publish(31) is Transport.BROADCAST
+            assert await publish(31) is transport
             await untied.rollouts.resize(2)
             await proof.measure(untied.version)
-            assert await publish(32) is Transport.BROADCAST
+            assert await publish(32) is transport
             await learner.__ray_call__.remote(break_at_the_third)
             assert await publish(33) is Transport.OBJECT_STORE
-            assert await publish(34) is Transport.BROADCAST
+            assert await publish(34) is transport
             assert len(untied.rollouts) == len(untied.rollouts.members()) == 2 and untied.rollouts.restarts == restarts
         finally:
             await untied.rollouts.resize(1)
