@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import io
 import time
@@ -138,6 +139,10 @@ class RolloutWorker:
         self._banned_ids = self._family.banned_ids(tokenizer)
         self._engine = await Engine.start(self._config.engine)
         await self._warm_up()
+        # What is there now stays: a collection that went through it (Ray asks for some) would hold up every episode for
+        # half a second.
+        gc.collect()
+        gc.freeze()
 
     async def _warm_up(self) -> None:
         """Play a grey picture once, both turns. An engine's first episode takes ten times as long as the next (2.4 s

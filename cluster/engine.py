@@ -180,6 +180,10 @@ class Engine:
             # vLLM clamps a bias to -100: e^-100 of the probability, nothing in float32.
             logit_bias=dict.fromkeys(sampling.banned_ids, -100.0) or None,
             logprobs=0,
+            # Per token this process makes no text, dictionary or object: with short replies it would keep the core
+            # waiting. The text is made at the end.
+            flat_logprobs=True,
+            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt: Any = {"prompt_token_ids": list(token_ids)}
@@ -206,16 +210,23 @@ class Engine:
         reply = final.outputs[0]
         if spans := getattr(reply, "weight_versions", None):
             version = int(spans[0].version)
+        stopped = reply.finish_reason == "stop"
         return Completion(
             token_ids=tuple(reply.token_ids),
-            logprobs=tuple(step[token].logprob for token, step in zip(reply.token_ids, reply.logprobs, strict=True)),
-            text=reply.text,
-            stopped=reply.finish_reason == "stop",
+            logprobs=_sampled(reply.token_ids, reply.logprobs),
+            text=self._text(reply.token_ids[: -1 if stopped else None]),
+            stopped=stopped,
             prompt_length=len(final.prompt_token_ids),
             weight_version=version,
             cached_tokens=final.num_cached_tokens or 0,
             updates=tuple((span.start, int(span.version)) for span in (spans or ())[1:]),
         )
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        """As vLLM makes it: without special tokens, and without a character at the end that is not complete."""
+        tokenizer = self._llm.get_tokenizer()
+        text: str = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.rstrip("\ufffd")
 
     async def load_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
         """Replace the weights by ``buckets`` (names as in a checkpoint). The first one is laid out before generation
@@ -350,6 +361,13 @@ def _engine_died() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise EngineDied(str(error)) from error
+
+
+def _sampled(token_ids: Sequence[int], logprobs: Any) -> tuple[float, ...]:
+    """Nats of each token, out of vLLM's flat log-probs, which may have others at a position, too."""
+    if len(logprobs) != len(token_ids) or [logprobs.token_ids[at] for at in logprobs.start_indices] != token_ids:
+        raise RuntimeError("vLLM's log-probs are not those of the tokens that it sampled")
+    return tuple(logprobs.logprobs[at] for at in logprobs.start_indices)
 
 
 def _stamps_tokens() -> bool:
