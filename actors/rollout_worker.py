@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from cluster.buckets import Bucket, Layout
-from cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Sampling
+from cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Picture, Sampling
 from cluster.meeting import Meeting
 from cluster.resources import Resources, Size
 from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
@@ -188,6 +188,10 @@ class RolloutWorker:
         episodes = self._episodes if manner is None else manner.episodes(self._episodes)
         try:
             scene = await asyncio.to_thread(episodes.open_scene, question)
+            coarse = await asyncio.to_thread(Picture.of, scene.coarse.pixels)
+
+            async def picture_of(view: View) -> Picture:
+                return coarse if view is scene.coarse else await asyncio.to_thread(Picture.of, view.pixels)
 
             async def one(sample: int) -> Trajectory:
                 async def generate(token_ids: Sequence[int], views: Sequence[View], turn: int) -> Completion:
@@ -198,7 +202,7 @@ class RolloutWorker:
                         stop_ids=self._stop_ids,
                         banned_ids=self._banned_ids,
                     )
-                    return await self._engine.generate(token_ids, [view.pixels for view in views], how)
+                    return await self._engine.generate(token_ids, [await picture_of(view) for view in views], how)
 
                 if direct:
                     return await episodes.answer_at_once(scene, sample, generate)

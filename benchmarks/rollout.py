@@ -8,6 +8,9 @@ Both play the same questions with the same model, engine settings, sampling limi
 decode, crop and resize the images themselves. The ways take turns; trajectories per second are compared by the median
 of the rounds' ratios. Target: 1.15.
 
+``core_busy`` is the share of our way's time for which the engine's core, one process with one thread, was computing:
+where it is near 1, nothing outside of vLLM could be quicker.
+
 The images may be made larger (``--megapixels``: of the JPEG that both get), to see what pictures of real size cost; the
 longest time for which the rollout worker's event loop stood still is measured, too.
 """
@@ -20,6 +23,7 @@ import io
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +151,18 @@ def watch_loop(worker: Any) -> None:
     worker.watching = asyncio.run_coroutine_threadsafe(watch(), loop)
 
 
+def core_seconds(worker: Any) -> float:
+    """Run in the rollout worker: CPU time so far of the thread in which its engine's core schedules and computes."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            main_thread = (process / "task" / process.name / "stat").read_text()
+            name, _, rest = main_thread.partition(" (")[2].rpartition(")")
+            cells = rest.split()
+            if int(cells[1]) == os.getpid() and name.startswith("VLLM::Engine"):
+                return (int(cells[11]) + int(cells[12])) / os.sysconf("SC_CLK_TCK")
+    raise RuntimeError("the rollout worker has no engine core below it")
+
+
 def enlarged(one: Question, megapixels: float) -> Question:
     """The same picture as a JPEG of so many megapixels."""
     from PIL import Image
@@ -174,12 +190,14 @@ async def measure(cluster: Cluster, config: Any, arguments: argparse.Namespace) 
         if seed == 1:
             await worker.__ray_call__.remote(watch_loop)
         for way in ("ours", "chat") if seed % 2 else ("chat", "ours"):
+            core = await worker.__ray_call__.remote(core_seconds)
             started, cpu = time.perf_counter(), cpu_seconds()
             playing = ours(rollouts, questions, seed) if way == "ours" else chat.play.remote(questions, seed)
             done = await playing
             if seed:  # in the first round engines warm up
                 seconds[way].append(time.perf_counter() - started)
-                counts[way].append({**done, "cpu_s": cpu_seconds() - cpu})
+                core = await worker.__ray_call__.remote(core_seconds) - core
+                counts[way].append({**done, "cpu_s": cpu_seconds() - cpu, "core_s": core})
     stall = await worker.__ray_call__.remote(lambda worker: worker.stall)
     await rollouts.close()
     ray.kill(chat)
@@ -197,6 +215,7 @@ def figures(seconds: dict[str, list[float]], counts: dict[str, list[dict[str, fl
     ratios = [(a["trajectories"] / mine) / (b["trajectories"] / theirs) for mine, theirs, a, b in pairs]
     return found | {
         "speedup": spread(ratios),
+        "core_busy": found["ours"]["core_s"] / sum(seconds["ours"]),
         "reply_tokens_ratio": found["ours"]["reply_tokens"] / found["chat"]["reply_tokens"],
         "prompt_tokens_ratio": found["ours"]["prompt_tokens"] / found["chat"]["prompt_tokens"],
     }
@@ -207,7 +226,8 @@ def verdict(found: dict[str, Any]) -> tuple[bool, str]:
     line = (
         f"{speedup['median']:.2f} times LLM.chat turn after turn ({speedup['min']:.2f} to {speedup['max']:.2f}; target "
         f"{TARGET}), {found['ours']['trajectories_per_s']['median']:.1f} trajectories/s; reply tokens "
-        f"{found['reply_tokens_ratio']:.3f} : 1; event loop stood still for "
+        f"{found['reply_tokens_ratio']:.3f} : 1; the engine's core was busy for {100 * found['core_busy']:.0f} % of "
+        f"our time; event loop stood still for "
         f"{found['longest_loop_stall_ms']:.0f} ms at most"
     )
     return speedup["median"] >= TARGET, line
@@ -218,7 +238,7 @@ def main() -> int:
     parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="YAML recipe (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="values that override the recipe's")
     parser.add_argument("--questions", type=int, default=16, help="of a round, group_size samples each; default 16")
-    parser.add_argument("--rounds", type=int, default=6, help="default 6")
+    parser.add_argument("--rounds", type=int, default=24, help="default 24")
     parser.add_argument("--megapixels", type=float, default=0, help="enlarge the pictures; default 0: as they are")
     parser.add_argument(
         "--chat-in-process", action="store_true",

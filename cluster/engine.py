@@ -7,6 +7,7 @@ episodes. Runs on vLLM 0.26 (GPU) and 0.32 (CPU).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import os
 import time
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,9 @@ from cluster.buckets import Bucket, Layout
 from cluster.meeting import Meeting
 from cluster.pool import WorkerDied
 from cluster.shared_memory import SharedFile, SharedFiles
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _LAST_WORDS_S = 5.0
 _ATTEMPTS = 4
@@ -96,6 +100,24 @@ class Completion:
     updates: tuple[tuple[int, int], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Made once for all requests that show it. name: of its content, by which vLLM's caches know it, so that they need
+    not read all of it for each request."""
+
+    image: Image
+    name: str
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.uint8]) -> Picture:
+        """pixels: uint8[h, w, 3]."""
+        from PIL.Image import fromarray
+
+        digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16)
+        digest.update(str(pixels.shape).encode())
+        return cls(fromarray(pixels), digest.hexdigest())
+
+
 class EngineRefused(ValueError):
     """The engine will not take this request (too long, malformed). The message says why."""
 
@@ -160,19 +182,17 @@ class Engine:
             await llm.update_weight_version("0")  # of the model's folder, until something is published
         return cls(llm, config)
 
-    async def generate(
-        self, token_ids: Sequence[int], images: Sequence[NDArray[np.uint8]], sampling: Sampling
-    ) -> Completion:
-        """Sample one reply. ``token_ids``: ONE placeholder per image (vLLM expands it; already expanded ids
-        would be expanded again, without any error). ``images``: uint8[h, w, 3] each.
+    async def generate(self, token_ids: Sequence[int], pictures: Sequence[Picture], sampling: Sampling) -> Completion:
+        """Sample one reply. ``token_ids``: ONE placeholder per picture (vLLM expands it; already expanded ids
+        would be expanded again, without any error).
 
         Raises EngineRefused when vLLM rejects the request, EngineDied when the engine is gone."""
-        from PIL import Image
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         params = SamplingParams(
+            skip_clone=True,  # nobody else has it
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             seed=sampling.seed,
@@ -187,8 +207,9 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt: Any = {"prompt_token_ids": list(token_ids)}
-        if images:
-            prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in images]}
+        if pictures:
+            prompt["multi_modal_data"] = {"image": [picture.image for picture in pictures]}
+            prompt["multi_modal_uuids"] = {"image": [picture.name for picture in pictures]}
         version, final = self.weight_version, None
         for left in reversed(range(_ATTEMPTS)):
             try:

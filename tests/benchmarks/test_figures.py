@@ -106,10 +106,10 @@ def test_driver() -> None:
 
 def test_rollout() -> None:
     """Two rounds of 10 trajectories: 1 s against 1.2 s, 2 s against 3 s. Ratios 1.2 and 1.5."""
-    counts = [{"trajectories": 10, "turns": 18, "reply_tokens": 100, "prompt_tokens": 1000}] * 2
+    counts = [{"trajectories": 10, "turns": 18, "reply_tokens": 100, "prompt_tokens": 1000, "core_s": 1.2}] * 2
     found = rollout.figures({"ours": [1.0, 2.0], "chat": [1.2, 3.0]}, {"ours": counts, "chat": counts})
     assert found["speedup"]["median"] == pytest.approx(1.35) and found["ours"]["trajectories"] == 20
-    assert found["reply_tokens_ratio"] == 1.0
+    assert found["reply_tokens_ratio"] == 1.0 and found["core_busy"] == pytest.approx(0.8)
     assert rollout.verdict(found | {"longest_loop_stall_ms": 3.0})[0]
 
 
