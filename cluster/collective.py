@@ -116,6 +116,9 @@ class Group:
         except (RuntimeError, OSError) as error:  # torch's own: a peer's end, a time limit; a file that is gone
             self.close()
             raise GroupLost(f"the group broke {where}: {str(error)[:300]}") from error
+        except Exception:
+            self.close()  # nobody is to wait for a member that is wrong
+            raise
 
 
 class Collective:

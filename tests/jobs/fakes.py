@@ -49,6 +49,8 @@ class Learners:
 
     async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
         self.world.updates += 1
+        crew = self.world.rollouts
+        assert crew.asleep == crew.config.engine.sleep, "engines give their memory away for each update"
         if self.world.updates in self.world.dies_at:
             self.dead = True
             raise LearnerFailed("learner rank 0 died in update") from RuntimeError("killed")
@@ -85,21 +87,24 @@ class Rollouts:
     version: int = -1
     holds: str = ""
     restarts: int = 0
+    asleep: bool = False
     config: RolloutConfig = field(default_factory=RolloutConfig)
 
     def __len__(self) -> int:
         return 1
 
     async def sleep(self) -> None:
-        pass
+        assert not self.asleep
+        self.asleep = self.config.engine.sleep
 
     async def load_weights(self, version: int, buckets: Sequence[Reference]) -> list[float]:
-        self.version, self.holds = version, buckets[0].value
+        self.version, self.holds, self.asleep = version, buckets[0].value, False
         return [0.0]
 
     async def play(self, question: Question, seed: int, **_: Any) -> Rollout | Unplayable:
         await asyncio.sleep(0.001 * (seed % 5))
         assert self.version >= 0, "nobody plays before the first weights"
+        assert not self.asleep, "nobody plays without them"
         if question.id in self.world.unplayable:
             return Unplayable(question.id, "no picture")
         salt = int(_digest(self.holds, question.id, seed)[:6], 16)
@@ -135,13 +140,15 @@ class World:
     launches: int = 0
     engines: int = 0
     disk: Disk = field(default_factory=Disk)
+    rollouts: Rollouts = field(init=False)
 
     def enter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put everything in place of what needs machines."""
 
         async def launch(cluster: Any, config: TrainConfig, view: Any) -> Any:
             self.engines += 1
-            return train.Crew(Rollouts(self), Rewards(self), self.learners())  # type: ignore[arg-type]
+            self.rollouts = Rollouts(self, config=config.rollout)
+            return train.Crew(self.rollouts, Rewards(self), self.learners())  # type: ignore[arg-type]
 
         class Proof:
             @classmethod

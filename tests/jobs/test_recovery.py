@@ -175,6 +175,18 @@ def test_a_dead_learner_is_started_again_from_the_last_checkpoint_and_engines_st
     assert world.engines == 1 and world.launches == 1 + len(dies_at)
 
 
+@pytest.mark.parametrize("dies_at", [set(), {4}])
+def test_engines_that_sleep_do_so_for_each_update_and_new_weights_wake_them(
+    config: TrainConfig, world: World, whole: Path, dies_at: set[int]
+) -> None:
+    """Also where the learner dies while they sleep. The crew says when somebody updates beside an engine that is awake,
+    or plays on one that sleeps."""
+    world.updates, world.dies_at = 0, dies_at
+    engine = replace(config.rollout.engine, sleep=True)
+    folder = go(replace(config, rollout=replace(config.rollout, engine=engine)))
+    assert digest(folder) == digest(whole) and losses(folder) == losses(whole) and not world.rollouts.asleep
+
+
 def test_a_spent_budget_ends_the_run_and_it_can_go_on(config: TrainConfig, world: World, whole: Path) -> None:
     world.updates, world.dies_at = 0, {4, 5}
     config = replace(config, recovery=RecoveryConfig(learner_restarts=1, backoff_s=0.01))
