@@ -6,8 +6,8 @@
 The same randomly initialised policy, questions (panels), group size, reply limit, learning rate, and the same rule for
 the reward (how often a reply has an "e"). One turn on both sides: a random policy names no box, so our episodes end
 after turn 1. TRL generates with transformers (its way without a GPU for vLLM) and has all cores; ours is the real crew,
-an engine and a learner with as many threads as there are cores (they take turns), and a judge, in Ray actors. Replies
-end by chance, at the same rate on both sides.
+an engine, a learner with as many threads as there are cores (they take turns), and a judge, in Ray actors. Replies end
+by chance, at the same rate on both sides.
 
 Both stay up and take turns, block by block; the first step of each block is left out. Targets: at least TRL's speed
 with the tiny policy, at least twice with the larger one. ``--python`` names the interpreter of another environment for
@@ -182,11 +182,12 @@ class Ours:
         from rewards.config import RewardConfig
         from rewards.reward_pool import RewardPool
 
-        how, threads = self._settings, self._settings["threads"]
+        how = self._settings
         rollout = RolloutConfig(
             engine=EngineConfig(
                 model=how["model"], dtype="float32", max_model_len=1024, extra={"block_size": 32},
-                max_num_seqs=how["groups"] * how["group_size"], threads=threads,
+                max_num_seqs=how["groups"] * how["group_size"],
+                threads=how["engine_threads"],
             ),
             sampling=SamplingConfig(coarse_max_tokens=how["reply"], fine_max_tokens=4),
             group_size=how["group_size"],
@@ -196,7 +197,7 @@ class Ours:
         self._rollouts = RolloutPool.launch(cluster, rollout, episode)
         judge = ray.remote(Judge).options(num_cpus=0)
         self._rewards = RewardPool(Pool(lambda _: judge.remote(), 1, Faults(), "judges"), RewardConfig())
-        learner = LearnerConfig(model=how["model"], threads=threads, optimizer=OptimizerConfig(lr=1e-4))
+        learner = LearnerConfig(model=how["model"], threads=how["threads"], optimizer=OptimizerConfig(lr=1e-4))
         self._learners = await LearnerGroup.launch(cluster, learner)
         await asyncio.gather(self._rollouts.ready(900), self._rewards.ready(900))
         self._weights = WeightChannel(self._learners, self._rollouts)
@@ -314,8 +315,11 @@ def main() -> int:
     parser.add_argument("--reply", type=int, help="longest reply, tokens; default 128 (tiny), 512 (larger)")
     parser.add_argument("--visual-tokens", type=int, default=36, help="of the coarse view; default 36")
     parser.add_argument("--staleness", type=int, default=0, help="of ours; TRL's is 0; default 0")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of our learner; default %(default)s")
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="of our engine and learner; default %(default)s"
+        "--engine-threads",
+        type=int,
+        help="of our engine; default 1 (tiny: more wait for each other), all cores (larger)",
     )
     parser.add_argument("--steps", type=int, default=4, help="of a block, the first of which is left out; default 4")
     parser.add_argument("--blocks", type=int, default=3, help="of each way, after one that warms up; default 3")
@@ -324,6 +328,7 @@ def main() -> int:
     groups, group_size, reply = STEP[arguments.size]
     arguments.groups, arguments.group_size = arguments.groups or groups, arguments.group_size or group_size
     arguments.reply = arguments.reply or reply
+    arguments.engine_threads = arguments.engine_threads or {"tiny": 1}.get(arguments.size, os.cpu_count())
     from cluster.placement import Cluster, ClusterConfig
 
     with tempfile.TemporaryDirectory() as place, Cluster.connect(ClusterConfig(object_store_gib=1.0)) as cluster:
@@ -331,7 +336,7 @@ def main() -> int:
         settings = {
             "model": str(make_policy(arguments.size, folder)), "groups": arguments.groups, "questions": 256,
             "group_size": arguments.group_size, "visual_tokens": arguments.visual_tokens, "steps": arguments.steps,
-            "threads": arguments.threads, "reply": arguments.reply,
+            "threads": arguments.threads, "engine_threads": arguments.engine_threads, "reply": arguments.reply,
         }  # fmt: skip
         found = asyncio.run(measure(cluster, settings, arguments, folder))
     good, line = verdict(found, arguments.size)
