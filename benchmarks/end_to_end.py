@@ -319,7 +319,7 @@ def main() -> int:
     parser.add_argument(
         "--engine-threads",
         type=int,
-        help="of our engine; default 1 (tiny: more wait for each other), all cores (larger)",
+        help="of our engine; default 1 (tiny: two wait for each other), all (larger)",
     )
     parser.add_argument("--steps", type=int, default=4, help="of a block, the first of which is left out; default 4")
     parser.add_argument("--blocks", type=int, default=3, help="of each way, after one that warms up; default 3")

@@ -98,8 +98,10 @@ class LearnerRank:
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         return self._learner.logprobs(trajectories)
 
-    def weights(self) -> Iterator[Bucket]:
+    def weights(self) -> Iterator[Bucket | None]:
+        """The last one says that all have left."""
         yield from self._learner.weights()
+        yield None
 
     def attend_weights(self) -> None:
         """Take part in gathering weights that another rank sends."""
@@ -158,6 +160,7 @@ class LearnerGroup:
         self._actors = list(actors)
         self.changes = 0
         """So often was it asked for something that changes its weights. Ranks do what they are asked in that order."""
+        self._buckets = 0
 
     @classmethod
     async def launch(cls, cluster: Cluster, config: LearnerConfig) -> LearnerGroup:
@@ -186,9 +189,11 @@ class LearnerGroup:
     async def weights(self) -> list[ray.ObjectRef]:
         """The current weights as buckets (``cluster.buckets``), owned by the caller."""
         sender, *others = self._actors
-        sent = _collected(sender.weights.options(num_returns="streaming").remote())
-        buckets, *_ = await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])
-        return list(buckets)
+        # Their number is known and stays: a streaming task would take several milliseconds longer.
+        self._buckets = self._buckets or len(await self.layouts())
+        *buckets, sent = sender.weights.options(num_returns=self._buckets + 1).remote()
+        await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])
+        return buckets
 
     # What a broadcast needs (``cluster.broadcast.Sender``).
 
@@ -299,17 +304,6 @@ def _shares(places: Sequence[tuple[TrainingGroup, int]]) -> list[Share]:
 
 async def _awaited(answer: Awaitable[Any]) -> Any:
     return await answer
-
-
-async def _collected(stream: Any) -> list[ray.ObjectRef]:
-    """All objects of a streaming task; raises what the task raised."""
-    objects: list[ray.ObjectRef] = []
-
-    async def keep(reference: ray.ObjectRef) -> None:
-        objects.append(reference)
-
-    await _drained(stream, keep)
-    return objects
 
 
 async def _drained(stream: Any, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> None:
