@@ -1,11 +1,12 @@
 """Weights on their way: what lies where in a bucket, and the memory that it is made of.
 
-The parts of a bucket are the tensors' own memory: Ray copies them into its object store, readers see them there. So a
-weight is copied once into the object store, once into a file that an engine's workers map, and nowhere else.
+The parts of a bucket are the large tensors' own memory: Ray copies them into its object store, readers see them there.
+So a weight is copied once into the object store, once into a file that an engine's workers map, and nowhere else.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 
+LARGE = 1 << 18
+"""Bytes from which on a tensor is not copied."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What lies one after the other in a bucket that is sent as one array, the widest types first, so that every tensor
-    lies at a multiple of its own width. dtypes: by torch's names; sizes: bytes."""
+    """What lies one after the other in a bucket, the widest types first, so that every tensor lies at a multiple of its
+    own width, and small tensors together. dtypes: by torch's names; sizes: bytes."""
 
     names: Sequence[str]
     dtypes: Sequence[str]
@@ -31,13 +36,12 @@ class Layout:
     @classmethod
     def of(cls, weights: Iterable[tuple[str, dtype, Sequence[int]]]) -> Layout:
         """From name, torch's type and shape of each. Raises ValueError where there is none."""
-        ordered = sorted(weights, key=lambda one: -one[1].itemsize)
-        if not ordered:
+        sized = [(name, kind, tuple(shape), kind.itemsize * math.prod(shape)) for name, kind, shape in weights]
+        if not sized:
             raise ValueError("a bucket without weights")
-        names, dtypes, shapes = zip(*ordered, strict=True)
-        sizes = tuple(kind.itemsize * math.prod(shape) for kind, shape in zip(dtypes, shapes, strict=True))
-        kinds = tuple(str(kind).removeprefix("torch.") for kind in dtypes)
-        return cls(names, kinds, tuple(tuple(shape) for shape in shapes), sizes)
+        ordered = sorted(sized, key=lambda one: (-one[1].itemsize, one[3] >= LARGE))
+        names, dtypes, shapes, sizes = zip(*ordered, strict=True)
+        return cls(names, tuple(str(kind).removeprefix("torch.") for kind in dtypes), shapes, sizes)
 
     @property
     def bytes(self) -> int:
@@ -46,17 +50,24 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """parts: uint8[bytes] of each tensor, in the order of ``layout``."""
+    """parts: uint8[bytes] each, one after the other what ``layout`` says."""
 
     layout: Layout
     parts: Sequence[NDArray[np.uint8]]
 
 
 def pack(tensors: Iterable[tuple[str, Tensor]]) -> Bucket:
-    """Tensors on the CPU as a bucket that shares their memory: use it before they change."""
+    """Tensors on the CPU as a bucket that shares their memory, but for the small ones, which are put together (Ray
+    takes longer over an object the more arrays it has): use it before they change."""
+    import torch
+
     by_name = dict(tensors)
     layout = Layout.of((name, one.dtype, one.shape) for name, one in by_name.items())
-    return Bucket(layout, [part.numpy() for part in parts_of(by_name, layout)])
+    parts: list[NDArray[np.uint8]] = []
+    for large, run in itertools.groupby(parts_of(by_name, layout), lambda part: part.numel() >= LARGE):
+        members = list(run)
+        parts += [part.numpy() for part in members] if large else [torch.cat(members).numpy()]
+    return Bucket(layout, parts)
 
 
 def parts_of(tensors: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:

@@ -371,6 +371,8 @@ class Engine:
 
     def close(self) -> None:
         self._llm.shutdown()
+        # Its __del__ shuts it down again, and complains where the interpreter has no modules any more.
+        self._llm.shutdown = lambda: None
         self._files.close()
 
 

@@ -26,11 +26,15 @@ def test_what_is_packed_is_what_is_found(shapes: list[tuple[torch.dtype, list[in
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
 
 
-def test_a_bucket_is_no_copy() -> None:
-    weight = torch.zeros(3, 5)
-    (part,) = pack([("w", weight)]).parts
-    weight[0, 0] = 1.0
-    assert part.view(np.float32)[0] == 1.0 and part.size == 60
+def test_large_tensors_are_no_copy_and_small_ones_are_one_part() -> None:
+    large, *small = torch.zeros(256, 256), torch.ones(3), torch.full((2, 2), 2.0)
+    tensors = {"small.1": small[0], "large": large, "small.2": small[1], "flag": torch.tensor([True])}
+    bucket = pack(tensors.items())
+    large[0, 0] = 5.0
+    together, own, flag = bucket.parts
+    assert bucket.layout.names == ("small.1", "small.2", "large", "flag"), "the widest first, of these the small ones"
+    assert together.view(np.float32).tolist() == [1, 1, 1, 2, 2, 2, 2] and flag.tolist() == [1]
+    assert own.size == 256 * 256 * 4 and own.view(np.float32)[0] == 5.0
 
 
 def test_a_transposed_weight_is_written_in_its_own_order() -> None:
