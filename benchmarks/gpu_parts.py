@@ -39,13 +39,13 @@ def panels(sizes: Sizes, folder: Path, note: Notes) -> None:
     overrides = [
         "name=panels", f"runs_dir={folder}/runs", f"total_steps={STEPS + 1}", "groups_per_step=4", "proof.every=1",
         "evaluation.every=0", "checkpoint.every=0", "samples_every=0", "embedded.train=64", "embedded.heldout=8",
-        f"embedded.panels={data}", f"questions.paths=[{data}/train.parquet]",
+        f"embedded.panels={data}", f"questions.paths=[{data}/train.parquet]", "weights.transport=ipc",
     ]  # fmt: skip
     overrides += ["learner.attention=FLASH"] if flash else []
     config = load_config(Path(sizes.panels), overrides)
     note(
         "panels", wanted=config.total_steps, tolerance=config.proof.tolerance, dtype=config.learner.dtype.value,
-        attention="flash-attn, varlen" if flash else "torch's sdpa, row by row", weights="object store",
+        attention="flash-attn, varlen" if flash else "torch's sdpa, row by row", weights="ipc",
     )  # fmt: skip
     if status := train([sizes.panels, *overrides]):
         raise RuntimeError(f"ergo-rl train ended with exit status {status}")
@@ -53,6 +53,7 @@ def panels(sizes: Sizes, folder: Path, note: Notes) -> None:
     note(
         "panels",
         steps=len(lines),
+        undelivered=(folder / "runs/panels/run.log").read_text().count("did not arrive by ipc"),
         mismatch_mean=max(line["proof/mismatch_mean"] for line in lines),
         grad_norm=[line["learner/grad_norm"] for line in lines],
         **{f"{phase}_s": [line[f"time/{phase}_s"] for line in lines] for phase in ("rollout", "learn", "publish")},

@@ -24,10 +24,11 @@ def judge_panels(found: Found, gpu: bool) -> Judged:
     one = found["panels"]
     line = (
         f"{one['steps']} of {one['wanted']} steps of ergo-rl train in {one['dtype']}; attention: {one['attention']}; "
-        f"weights through the {one['weights']}; vLLM and learner differ by "
-        f"{one['mismatch_mean']:.1e} nats at most (limit {one['tolerance']:.0e})"
+        f"weights by {one['weights']}, {one['undelivered']} times through the object store instead; vLLM and learner "
+        f"differ by {one['mismatch_mean']:.1e} nats at most (limit {one['tolerance']:.0e})"
     )
-    return one["steps"] == one["wanted"] and one["mismatch_mean"] <= one["tolerance"], line
+    good = one["steps"] == one["wanted"] and one["mismatch_mean"] <= one["tolerance"] and not one["undelivered"]
+    return good, line
 
 
 def judge_learner(found: Found, gpu: bool) -> Judged:

@@ -1,7 +1,7 @@
 """Trajectories per second of our rollout worker, against the obvious way: vLLM's ``LLM.chat`` on all turn 1, then on
 all turn 2.
 
-    python -m benchmarks.rollout                  # two to four minutes on two cores
+    python -m benchmarks.rollout                  # three to four minutes on two cores
 
 Both play the same questions with the same model, engine settings, sampling limits and a seed of its own for each
 (question, sample, turn), so that replies have the same lengths but for draws that a sum in another order tips; both
@@ -44,6 +44,8 @@ from jobs.commands import DEFAULT_RECIPE
 from jobs.config import load_config
 
 TARGET = 1.15
+PAUSE_S = 1.5
+"""vLLM's worker processes spin for a second behind their last message, on the cores that the other way needs next."""
 
 
 class Chat:
@@ -190,6 +192,7 @@ async def measure(cluster: Cluster, config: Any, arguments: argparse.Namespace) 
         if seed == 1:
             await worker.__ray_call__.remote(watch_loop)
         for way in ("ours", "chat") if seed % 2 else ("chat", "ours"):
+            await asyncio.sleep(PAUSE_S)
             core = await worker.__ray_call__.remote(core_seconds)
             started, cpu = time.perf_counter(), cpu_seconds()
             playing = ours(rollouts, questions, seed) if way == "ours" else chat.play.remote(questions, seed)

@@ -89,10 +89,11 @@ def test_latency() -> None:
 
 def test_panels() -> None:
     one: dict[str, Any] = {
-        "wanted": 3, "steps": 3, "tolerance": 0.05, "dtype": "bfloat16", "attention": "sdpa", "weights": "object store",
-        "mismatch_mean": 0.02,
+        "wanted": 3, "steps": 3, "tolerance": 0.05, "dtype": "bfloat16", "attention": "sdpa", "weights": "ipc",
+        "undelivered": 0, "mismatch_mean": 0.02,
     }  # fmt: skip
     assert judged("panels", **one)[0]
+    assert not judged("panels", **one | {"undelivered": 1})[0]
     assert not judged("panels", **one | {"steps": 2})[0] and not judged("panels", **one | {"mismatch_mean": 0.06})[0]
 
 
