@@ -99,7 +99,7 @@ class LearnerRank:
         return self._learner.logprobs(trajectories)
 
     def weights(self) -> Iterator[Bucket | None]:
-        """The last one says that all have left."""
+        """Behind the last one None: so whoever counts them sees that there are no more."""
         yield from self._learner.weights()
         yield None
 
@@ -192,7 +192,9 @@ class LearnerGroup:
         # Their number is known and stays: a streaming task would take several milliseconds longer.
         self._buckets = self._buckets or len(await self.layouts())
         *buckets, sent = sender.weights.options(num_returns=self._buckets + 1).remote()
-        await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])
+        end, *_ = await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])
+        if end is not None:
+            raise RuntimeError(f"the learner's weights come in more than the {self._buckets} buckets of before")
         return buckets
 
     # What a broadcast needs (``cluster.broadcast.Sender``).

@@ -119,8 +119,13 @@ def test_weights_reach_every_engine_and_a_group_that_breaks_is_repaired(
     replies on hold) and the object store delivers the same version; a new group for the next. Each time the learner's
     log-probs are those of every engine, within 1e-5 nats on average."""
 
-    def in_pieces(rank: Any, size: int = 500_000) -> int:
-        before, rank._learner.config.bucket_bytes = rank._learner.config.bucket_bytes, size
+    async def in_pieces(size: int) -> int:
+        def on_learner(rank: Any) -> int:
+            before, rank._learner.config.bucket_bytes = rank._learner.config.bucket_bytes, size
+            return before
+
+        untied.learners._buckets = 0  # they are counted once
+        before: int = await untied.learners._actors[0].__ray_call__.remote(on_learner)
         return before
 
     def break_at_the_third(rank: Any) -> None:
@@ -137,7 +142,7 @@ def test_weights_reach_every_engine_and_a_group_that_breaks_is_repaired(
 
     async def story() -> None:
         learner = untied.learners._actors[0]
-        whole = await learner.__ray_call__.remote(in_pieces)
+        whole = await in_pieces(500_000)
         channel = WeightChannel(untied.learners, untied.rollouts, WeightsConfig(transport, 60.0))
         proof = Proof(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-5))
 
@@ -159,7 +164,7 @@ def test_weights_reach_every_engine_and_a_group_that_breaks_is_repaired(
             assert len(untied.rollouts) == len(untied.rollouts.members()) == 2 and untied.rollouts.restarts == restarts
         finally:
             await untied.rollouts.resize(1)
-            await learner.__ray_call__.remote(lambda rank: in_pieces(rank, whole))
+            await in_pieces(whole)
 
     restarts = untied.rollouts.restarts
     runner.run(story())
