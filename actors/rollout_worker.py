@@ -217,6 +217,7 @@ class RolloutWorker:
 
     def close(self) -> None:
         self._engine.close()
+        gc.unfreeze()  # libraries complain of what is never collected
 
     async def load_weights(self, version: int, *buckets: Bucket) -> float:
         """Take over the weights of ``version``; seconds it took (generation is paused for most of it)."""
