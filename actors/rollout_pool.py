@@ -10,14 +10,14 @@ from typing import Any
 
 import ray
 
-from actors.rollout_worker import Manner, Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
-from cluster.broadcast import NotDelivered, Published
-from cluster.buckets import Layout
-from cluster.meeting import Meeting
-from cluster.placement import Cluster
-from cluster.pool import Faults, Pool
-from episodes.coarse_to_fine import EpisodeConfig
-from episodes.types import Box, Question, Trajectory
+from ergo_rl.actors.rollout_worker import Manner, Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
+from ergo_rl.cluster.broadcast import NotDelivered, Published
+from ergo_rl.cluster.buckets import Layout
+from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import Faults, Pool
+from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.episodes.types import Box, Question, Trajectory
 
 ROLE = "rollout"
 

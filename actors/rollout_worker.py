@@ -14,15 +14,15 @@ from typing import Any
 
 from PIL import Image
 
-from cluster.buckets import Bucket, Layout
-from cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Picture, Sampling
-from cluster.meeting import Meeting
-from cluster.resources import Resources, Size
-from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
-from episodes.families import family_of, load_tokenizer
-from episodes.images import UnreadableImage
-from episodes.prompts import ReservedText
-from episodes.types import Box, Outcome, Question, Trajectory, View
+from ergo_rl.cluster.buckets import Bucket, Layout
+from ergo_rl.cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Picture, Sampling
+from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.resources import Resources, Size
+from ergo_rl.episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.families import family_of, load_tokenizer
+from ergo_rl.episodes.images import UnreadableImage
+from ergo_rl.episodes.prompts import ReservedText
+from ergo_rl.episodes.types import Box, Outcome, Question, Trajectory, View
 
 
 @dataclass

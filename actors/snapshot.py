@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.rollout_worker import Played, facts_of
-from actors.trajectory_store import Group
-from episodes.types import (
+from ergo_rl.actors.rollout_worker import Played, facts_of
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import (
     Box,
     Finish,
     Outcome,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import ray
 
-from actors.rollout_worker import Played
-from episodes.types import Question, Verdict
+from ergo_rl.actors.rollout_worker import Played
+from ergo_rl.episodes.types import Question, Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.rollout_pool import RolloutPool
-from actors.rollout_worker import Played, RolloutConfig, facts_of
 from benchmarks.reporting import parser_of, report
-from cluster.placement import Cluster, ClusterConfig
-from cluster.pool import Faults, Pool
-from episodes.questions import Cursor, OnBadRow
-from episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, View
-from jobs.credit import Crediting
-from jobs.flow import Flow
-from jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics
-from learners.config import LearnerConfig
-from rewards.config import RewardConfig
-from rewards.reward_pool import RewardPool
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import Played, RolloutConfig, facts_of
+from ergo_rl.cluster.placement import Cluster, ClusterConfig
+from ergo_rl.cluster.pool import Faults, Pool
+from ergo_rl.episodes.questions import Cursor, OnBadRow
+from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, View
+from ergo_rl.jobs.credit import Crediting
+from ergo_rl.jobs.flow import Flow
+from ergo_rl.jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics
+from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.rewards.config import RewardConfig
+from ergo_rl.rewards.reward_pool import RewardPool
 
 MOST_MS, LEAST_LINEAR = 1.0, 0.95
 LEARNER = Crediting(LearnerConfig(), {"region": 1.0, "box": 0.5})

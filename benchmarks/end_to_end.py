@@ -55,7 +55,7 @@ def be_trl(settings: dict[str, Any]) -> None:
     """Trains for ever; at each line on stdin goes on for a block, and says the seconds of its steps."""
     import torch
 
-    from cluster.compat import repair_torchvision
+    from ergo_rl.cluster.compat import repair_torchvision
 
     repair_torchvision()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -64,9 +64,9 @@ def be_trl(settings: dict[str, Any]) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from episodes import images
-    from episodes.families import family_of
-    from episodes.panels import PanelsConfig, Split, question
+    from ergo_rl.episodes import images
+    from ergo_rl.episodes.families import family_of
+    from ergo_rl.episodes.panels import PanelsConfig, Split, question
 
     talk, sys.stdout = sys.stdout, sys.stderr
     family = family_of(settings["model"])
@@ -157,7 +157,7 @@ class Judge:
         return None
 
     async def score(self, _: Any, trajectories: Sequence[Any]) -> Any:
-        from episodes.types import Score
+        from ergo_rl.episodes.types import Score
 
         return tuple(Score(reward_of(one.turns[0].text), {"rule": 0.0}) for one in trajectories)
 
@@ -169,18 +169,18 @@ class Ours:
         self._settings, self._staleness = settings, staleness
 
     async def start(self, cluster: Any) -> None:
-        from actors.rollout_pool import RolloutPool
-        from actors.rollout_worker import RolloutConfig, SamplingConfig
-        from cluster.engine import EngineConfig
-        from cluster.pool import Faults, Pool
-        from cluster.weights import WeightChannel
-        from episodes.coarse_to_fine import EpisodeConfig
-        from episodes.panels import PROMPTS
-        from jobs.credit import Crediting
-        from learners.config import LearnerConfig, OptimizerConfig
-        from learners.learner_group import LearnerGroup
-        from rewards.config import RewardConfig
-        from rewards.reward_pool import RewardPool
+        from ergo_rl.actors.rollout_pool import RolloutPool
+        from ergo_rl.actors.rollout_worker import RolloutConfig, SamplingConfig
+        from ergo_rl.cluster.engine import EngineConfig
+        from ergo_rl.cluster.pool import Faults, Pool
+        from ergo_rl.cluster.weights import WeightChannel
+        from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+        from ergo_rl.episodes.panels import PROMPTS
+        from ergo_rl.jobs.credit import Crediting
+        from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
+        from ergo_rl.learners.learner_group import LearnerGroup
+        from ergo_rl.rewards.config import RewardConfig
+        from ergo_rl.rewards.reward_pool import RewardPool
 
         how = self._settings
         rollout = RolloutConfig(
@@ -204,8 +204,8 @@ class Ours:
         self._credit, self._version = Crediting(learner, {}), 0
 
     async def block(self) -> dict[str, list[float]]:
-        from episodes.questions import OnBadRow
-        from jobs.flow import Flow, flowing
+        from ergo_rl.episodes.questions import OnBadRow
+        from ergo_rl.jobs.flow import Flow, flowing
 
         await self._weights.publish(self._version)
         questions: Any = Panels(self._settings["questions"])
@@ -234,8 +234,8 @@ class Panels:
     """The first so many questions of the panels, again and again."""
 
     def __init__(self, count: int) -> None:
-        from episodes.panels import PanelsConfig, Split, question
-        from episodes.questions import Cursor
+        from ergo_rl.episodes.panels import PanelsConfig, Split, question
+        from ergo_rl.episodes.questions import Cursor
 
         self._all = [question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(count)]
         self._given, self.cursor = 0, Cursor()
@@ -283,7 +283,7 @@ def verdict(found: dict[str, Any], size: str) -> tuple[bool, str]:
 def make_policy(size: str, folder: Path) -> Path:
     from transformers import AutoTokenizer
 
-    from learners.tiny import TinyConfig, make_model, make_processor, save_folder
+    from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
 
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
     save_folder(make_model(tokenizer, TinyConfig(**SHAPES[size]), seed=0), make_processor(tokenizer), folder / size)  # type: ignore[arg-type]
@@ -329,7 +329,7 @@ def main() -> int:
     arguments.groups, arguments.group_size = arguments.groups or groups, arguments.group_size or group_size
     arguments.reply = arguments.reply or reply
     arguments.engine_threads = arguments.engine_threads or {"tiny": 1}.get(arguments.size, os.cpu_count())
-    from cluster.placement import Cluster, ClusterConfig
+    from ergo_rl.cluster.placement import Cluster, ClusterConfig
 
     with tempfile.TemporaryDirectory() as place, Cluster.connect(ClusterConfig(object_store_gib=1.0)) as cluster:
         folder = Path(place)

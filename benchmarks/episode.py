@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting import parser_of, report, spread
-from episodes.families import family_of
-from jobs.commands import DEFAULT_RECIPE
-from jobs.config import TrainConfig, load_config
-from jobs.measuring.evaluate import heldout
-from jobs.measuring.grid import Mode, Record, judge, play
-from jobs.players import LocalPlayer, NotPlayed
-from jobs.prepare import prepare_embedded
+from ergo_rl.episodes.families import family_of
+from ergo_rl.jobs.commands import DEFAULT_RECIPE
+from ergo_rl.jobs.config import TrainConfig, load_config
+from ergo_rl.jobs.measuring.evaluate import heldout
+from ergo_rl.jobs.measuring.grid import Mode, Record, judge, play
+from ergo_rl.jobs.players import LocalPlayer, NotPlayed
+from ergo_rl.jobs.prepare import prepare_embedded
 
 
 async def measure(config: TrainConfig, budgets: Mapping[Mode, int], count: int) -> dict[Mode, list[Record]]:

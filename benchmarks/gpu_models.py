@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cluster.compat import repair_torchvision
-from episodes.types import Question
-from jobs.planning.shapes import KNOWN
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.planning.shapes import KNOWN
 
 TOKENIZER = "models/panels-policy"
 SMALL: dict[str, Any] = {
@@ -83,7 +83,7 @@ def models(sizes: Sizes, folder: Path, note: Notes) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-    from learners.tiny import make_processor, save_folder
+    from ergo_rl.learners.tiny import make_processor, save_folder
 
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
     ids = {f"{name}_token_id": f"<|{name}|>" for name in ("vision_start", "vision_end")}

@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.rollout_worker import Manner
 from benchmarks.gpu_models import Notes, Sizes, models, question
-from episodes.types import Box
-from jobs.config import ProofConfig, TrainConfig, load_config
-from jobs.planning.memory import GIB, learner_parts, total
-from jobs.planning.plan import make_plan
-from jobs.planning.shapes import shape_of
+from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.episodes.types import Box
+from ergo_rl.jobs.config import ProofConfig, TrainConfig, load_config
+from ergo_rl.jobs.planning.memory import GIB, learner_parts, total
+from ergo_rl.jobs.planning.plan import make_plan
+from ergo_rl.jobs.planning.shapes import shape_of
 
 STEPS = 2
 
@@ -32,7 +32,7 @@ STEPS = 2
 
 def panels(sizes: Sizes, folder: Path, note: Notes) -> None:
     """A few steps of ``ergo-rl train`` on the recipe of the panels, each publish proved."""
-    from jobs.train import main as train
+    from ergo_rl.jobs.train import main as train
 
     flash = sizes.gpu and importlib.util.find_spec("flash_attn") is not None
     data = folder / "panels"
@@ -110,9 +110,9 @@ def memory() -> dict[str, float]:
 def learner(sizes: Sizes, folder: Path, note: Notes) -> None:
     """Two updates of the learner alone on made-up trajectories of the method's lengths; needs no engine."""
     from benchmarks.learner import Mixture
-    from episodes.families import family_of, load_tokenizer
-    from learners.batch import Sample
-    from learners.learner import Learner, Rank
+    from ergo_rl.episodes.families import family_of, load_tokenizer
+    from ergo_rl.learners.batch import Sample
+    from ergo_rl.learners.learner import Learner, Rank
 
     # engines did not sample these trajectories: their log-probs are made up, and no token may leave the loss for it
     config = recipe(sizes, folder, "learner.loss.mismatch_low=0", "learner.loss.mismatch_high=.inf")
@@ -136,7 +136,7 @@ def learner(sizes: Sizes, folder: Path, note: Notes) -> None:
 
 
 def colocated(sizes: Sizes, folder: Path, note: Notes) -> None:
-    from cluster.placement import Cluster
+    from ergo_rl.cluster.placement import Cluster
 
     config = recipe(sizes, folder)
     plan = make_plan(config)
@@ -150,10 +150,10 @@ async def _colocated(cluster: Any, config: TrainConfig, sizes: Sizes, folder: Pa
     """An engine and a learner take turns on one device for two steps, all but the reward real. A random policy writes
     on until its reply is cut off, so trajectories have one turn. The engine starts first: vLLM sizes its working memory
     by what is free, and takes it that nobody else allocates meanwhile."""
-    from actors.rollout_pool import Rollout, RolloutPool
-    from cluster.weights import WeightChannel
-    from jobs.proof import Proof
-    from learners.learner_group import LearnerGroup, TrainingGroup
+    from ergo_rl.actors.rollout_pool import Rollout, RolloutPool
+    from ergo_rl.cluster.weights import WeightChannel
+    from ergo_rl.jobs.proof import Proof
+    from ergo_rl.learners.learner_group import LearnerGroup, TrainingGroup
 
     rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
     await rollouts.ready(config.start_deadline_s)
@@ -217,8 +217,8 @@ def latency(sizes: Sizes, folder: Path, note: Notes) -> None:
 
 
 async def _latency(config: TrainConfig, sizes: Sizes, note: Notes) -> None:
-    from episodes.families import family_of
-    from jobs.players import LocalPlayer, NotPlayed
+    from ergo_rl.episodes.families import family_of
+    from ergo_rl.jobs.players import LocalPlayer, NotPlayed
 
     family = family_of(config.rollout.engine.model)
     player = await LocalPlayer.start(config, family)

@@ -31,11 +31,11 @@ import numpy as np
 import torch
 
 from benchmarks.reporting import parser_of, report
-from episodes.families import ModelFamily, family_of, load_tokenizer
-from episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
-from learners.batch import Batcher, Row, Sample
-from learners.config import LearnerConfig, Packing
-from learners.policy import Policy
+from ergo_rl.episodes.families import ModelFamily, family_of, load_tokenizer
+from ergo_rl.episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
+from ergo_rl.learners.batch import Batcher, Row, Sample
+from ergo_rl.learners.config import LearnerConfig, Packing
+from ergo_rl.learners.policy import Policy
 
 PADDING_LIMIT, LEAST_SPEED = 0.1, 0.95
 WAYS = {
@@ -162,8 +162,8 @@ def prepared(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], None
 
 def updates(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], None]], int]:
     """For our learner and for the plain loop a function that makes one whole update; real tokens of it."""
-    from learners.batch import expand
-    from learners.learner import Learner, Rank
+    from ergo_rl.learners.batch import expand
+    from ergo_rl.learners.learner import Learner, Rank
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

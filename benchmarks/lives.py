@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = [sys.executable, "-m", "jobs", "train", "configs/panels.yaml"]
+TRAIN = [sys.executable, "-m", "ergo_rl.jobs", "train", "configs/panels.yaml"]
 GROUPS, G = 2, 4
 """Questions of a step, trajectories of a question."""
 ENGINE = "VLLM::EngineCore"
@@ -28,8 +28,8 @@ class LifeFailed(AssertionError):
 def small_run(folder: Path, steps: int, rows: int = 24, **overrides: object) -> list[str]:
     """The panels recipe, small: two questions of four trajectories a step, from ``rows`` questions; nothing evaluated,
     proved at both ends only."""
-    from episodes.panels import PanelsConfig, Split, question
-    from episodes.questions import write_questions
+    from ergo_rl.episodes.panels import PanelsConfig, Split, question
+    from ergo_rl.episodes.questions import write_questions
 
     data = folder / "questions.parquet"
     if not data.exists():

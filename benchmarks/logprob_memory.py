@@ -70,8 +70,8 @@ def measure(way: str, shape: Shape) -> float:
     """How far one forward and backward pass raises the resident set, MiB. In a fresh process."""
     import torch
 
-    from cluster.compat import repair_torchvision
-    from learners.head import LogProbHead
+    from ergo_rl.cluster.compat import repair_torchvision
+    from ergo_rl.learners.head import LogProbHead
 
     repair_torchvision()
     from transformers import Qwen2_5_VLTextConfig

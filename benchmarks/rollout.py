@@ -30,18 +30,18 @@ from typing import Any
 
 import ray
 
-from actors.rollout_pool import Rollout, RolloutPool
-from actors.rollout_worker import RolloutConfig, stable_seed
 from benchmarks.reporting import cpu_seconds, parser_of, report, spread
-from cluster.placement import Cluster
-from episodes import images
-from episodes.coarse_to_fine import EpisodeConfig, read_box
-from episodes.families import family_of, load_tokenizer
-from episodes.panels import PanelsConfig, Split, question
-from episodes.prompts import around_image
-from episodes.types import Question
-from jobs.commands import DEFAULT_RECIPE
-from jobs.config import load_config
+from ergo_rl.actors.rollout_pool import Rollout, RolloutPool
+from ergo_rl.actors.rollout_worker import RolloutConfig, stable_seed
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.episodes import images
+from ergo_rl.episodes.coarse_to_fine import EpisodeConfig, read_box
+from ergo_rl.episodes.families import family_of, load_tokenizer
+from ergo_rl.episodes.panels import PanelsConfig, Split, question
+from ergo_rl.episodes.prompts import around_image
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.commands import DEFAULT_RECIPE
+from ergo_rl.jobs.config import load_config
 
 TARGET = 1.15
 PAUSE_S = 1.5
@@ -55,11 +55,11 @@ class Chat:
         self._config, self._episode, self._in_process = config, episode, in_process
 
     def start(self) -> None:
-        from cluster.engine import _prepare_environment
+        from ergo_rl.cluster.engine import _prepare_environment
 
         _prepare_environment(self._config.engine)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if self._in_process else "1"
-        from cluster.compat import repair_torchvision
+        from ergo_rl.cluster.compat import repair_torchvision
 
         repair_torchvision()
         from vllm import LLM
@@ -70,7 +70,8 @@ class Chat:
             max_num_seqs=engine.max_num_seqs, enforce_eager=engine.enforce_eager,
             enable_prefix_caching=engine.prefix_caching,
             limit_mm_per_prompt={"image": 2, "video": 0}, logprobs_mode="processed_logprobs", generation_config="vllm",
-            worker_extension_cls="cluster.weight_receiver.WorkerExtension", disable_log_stats=True, **engine.extra,
+            worker_extension_cls="ergo_rl.cluster.weight_receiver.WorkerExtension", disable_log_stats=True,
+            **engine.extra,
         )  # fmt: skip
         self._family, self._tokenizer = family_of(engine.model), load_tokenizer(engine.model)
 

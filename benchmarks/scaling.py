@@ -54,7 +54,7 @@ def gaps(ends: Sequence[float], begin: float, end: float) -> list[float]:
 
 
 def scaled(life: Life, option: str, workers: int, patience_s: float) -> Phase:
-    command = [sys.executable, "-m", "jobs", "scale", str(life.run), option, str(workers)]
+    command = [sys.executable, "-m", "ergo_rl.jobs", "scale", str(life.run), option, str(workers)]
     begun = time.time()
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience_s)
     done = time.time()

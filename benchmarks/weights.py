@@ -37,18 +37,18 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.rollout_pool import RolloutPool
-from actors.rollout_worker import RolloutConfig
 from benchmarks.reporting import parser_of, report, spread
-from cluster.buckets import Bucket, Layout
-from cluster.engine import EngineConfig
-from cluster.meeting import Meeting
-from cluster.placement import Cluster, ClusterConfig
-from cluster.shared_memory import SharedFile, SharedFiles
-from cluster.weights import Transport, WeightChannel, WeightsConfig
-from episodes.coarse_to_fine import EpisodeConfig
-from learners.config import LearnerConfig
-from learners.learner_group import LearnerGroup
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import RolloutConfig
+from ergo_rl.cluster.buckets import Bucket, Layout
+from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.placement import Cluster, ClusterConfig
+from ergo_rl.cluster.shared_memory import SharedFile, SharedFiles
+from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
+from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.learners.learner_group import LearnerGroup
 
 TARGET, LEAST_MB = 3.0, 100
 TOKENIZER = "models/panels-policy"
@@ -72,7 +72,7 @@ class Landing:
     async def enter(self, meeting: Meeting) -> None:
         import torch
 
-        from cluster.collective import Group
+        from ergo_rl.cluster.collective import Group
 
         self._group = Group(meeting, 1, torch.device("cpu"))
 
@@ -85,7 +85,7 @@ def model_of(megabytes: int, folder: Path) -> Path:
     """A random model of about so many MB in float32, with the tokenizer of the panels policy."""
     from transformers import AutoTokenizer
 
-    from learners.tiny import TinyConfig, make_model, make_processor, save_folder
+    from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
 
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
     layers = 8

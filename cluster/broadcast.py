@@ -24,8 +24,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 import ray
 
-from cluster.buckets import Layout
-from cluster.meeting import Meeting
+from ergo_rl.cluster.buckets import Layout
+from ergo_rl.cluster.meeting import Meeting
 
 A = TypeVar("A")
 B = TypeVar("B")

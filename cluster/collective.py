@@ -22,9 +22,9 @@ import torch.distributed
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from cluster.buckets import Layout, parts_of
-from cluster.lending import Lending
-from cluster.meeting import Meeting
+from ergo_rl.cluster.buckets import Layout, parts_of
+from ergo_rl.cluster.lending import Lending
+from ergo_rl.cluster.meeting import Meeting
 
 
 class GroupLost(RuntimeError):

@@ -6,87 +6,16 @@ Nothing runs at import; a process calls what it needs before it imports the pack
 from __future__ import annotations
 
 import ctypes
-import importlib.abc
-import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ergo_rl.cluster.torchvision_repair import repair_torchvision
 
 if TYPE_CHECKING:
     import torch
-
-# --- torchvision without its compiled operators -----------------------------------------------------------------------
-# A CUDA build of torchvision beside a CPU build of torch cannot load its operator library. It goes on without it, then
-# registers fake implementations for two operators that do not exist, and the import fails (pytorch/vision #9085).
-# Declaring the two operators is enough: image transforms, all that Qwen's processors use, are pure Python.
-# Remove when package indexes can serve matching CPU builds of torch and torchvision by default.
-
-_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-_declared: list[torch.library.Library] = []  # torch drops the operators when the library object goes
-
-
-def hook_torchvision() -> None:
-    """Before this interpreter first imports torchvision, declare the operators if its library cannot be loaded.
-
-    It imports nothing by itself, and where the library loads the hook does nothing."""
-    # By name: the other one may come from another copy of this module (see ``hook_interpreter``).
-    if not any(type(finder).__name__ == _BeforeTorchvision.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _BeforeTorchvision())
-
-
-def hook_interpreter() -> None:
-    """``hook_torchvision`` at the start of every interpreter of an environment, from a ``.pth`` file that the set-up
-    script writes where it is needed: vLLM starts processes that import torchvision before they load plugins.
-
-    Afterwards this module goes by another name, because `cluster` must come from where the process looks first: a
-    Ray job ships its own copy as the working directory, and would get the installed one."""
-    hook_torchvision()
-    # An interpreter may read its .pth files twice. The first copy holds the finder, and what it declares: it stays.
-    sys.modules.setdefault("_ergo_rl_hook", sys.modules.pop(__name__))
-    del sys.modules["cluster"]
-
-
-class _BeforeTorchvision(importlib.abc.MetaPathFinder):
-    """Sees the import of torchvision before anybody else, acts once, and finds nothing itself."""
-
-    def find_spec(self, name: str, path: object, target: object = None) -> None:
-        if name != "torchvision" or self not in sys.meta_path:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("torchvision")
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            import torch
-
-            try:
-                for library in Path(folder).glob("_C*.so"):
-                    torch.ops.load_library(library)
-            except OSError:
-                _declare_torchvision_operators()
-        return None
-
-
-def repair_torchvision() -> None:
-    """Make ``import torchvision`` work in this process from here on (see ``hook_torchvision``)."""
-    if "torchvision" not in sys.modules:
-        hook_torchvision()
-
-
-def _declare_torchvision_operators() -> None:
-    import torch
-
-    if hasattr(torch.ops.torchvision, "nms"):  # by another copy of this module
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in _SCHEMAS:
-        library.define(schema)
-    _declared.append(library)
-
 
 # --- seeded sampling on vLLM's CPU backend ----------------------------------------------------------------------------
 # Where a prompt is prefilled in parts, vLLM samples a token after each part, throws it away, and winds the request's
@@ -235,6 +164,6 @@ def vllm_plugin() -> None:
     """Prepare a vLLM process (front end, engine core, worker); the ``vllm.general_plugins`` entry point calls it."""
     repair_torchvision()
     end_with_parent()
-    from cluster import weight_receiver  # imports vLLM: only where vLLM already runs, and prepares the rest
+    from ergo_rl.cluster import weight_receiver  # imports vLLM: only where vLLM already runs, and prepares the rest
 
     weight_receiver.register()

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.buckets import Bucket, Layout
-from cluster.meeting import Meeting
-from cluster.pool import WorkerDied
-from cluster.shared_memory import SharedFile, SharedFiles
+from ergo_rl.cluster.buckets import Bucket, Layout
+from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.pool import WorkerDied
+from ergo_rl.cluster.shared_memory import SharedFile, SharedFiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -145,7 +145,7 @@ class Engine:
         """Start vLLM (20 to 40 s on a CPU). Environment variables are set here because vLLM's child
         processes read them; an engine owns its process (a Ray actor), so nobody else is affected."""
         _prepare_environment(config)
-        from cluster.compat import repair_torchvision
+        from ergo_rl.cluster.compat import repair_torchvision
 
         repair_torchvision()
         from vllm import AsyncEngineArgs
@@ -153,7 +153,7 @@ class Engine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from cluster.weight_receiver import BACKEND, WORKER_EXTENSION
+        from ergo_rl.cluster.weight_receiver import BACKEND, WORKER_EXTENSION
 
         args = AsyncEngineArgs(
             **{

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from cluster.meeting import Meeting
-from cluster.shared_memory import SharedFiles, mapped
+from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.shared_memory import SharedFiles, mapped
 
 LOOK_S = 0.5
 """Who waits for others looks so often whether they live."""

@@ -16,8 +16,8 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.compat import has_autoscaler, keep_ray_local
-from cluster.resources import Resources
+from ergo_rl.cluster.compat import has_autoscaler, keep_ray_local
+from ergo_rl.cluster.resources import Resources
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class Cluster:
                 keep_ray_local()
             try:
                 ray.init(
-                    address=config.address,
+                    # Not None: it would join whatever cluster a file in Ray's temp folder names, also one that is gone.
+                    address="local" if local else config.address,
                     namespace=config.namespace,
                     log_to_driver=config.log_to_driver,
                     logging_level=logging.ERROR,

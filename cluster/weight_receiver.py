@@ -19,11 +19,11 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from cluster.buckets import Layout, tensors_of
-from cluster.collective import Group, GroupLost
-from cluster.compat import end_with_parent, keep_discarded_draws, keep_pictures
-from cluster.meeting import Meeting
-from cluster.shared_memory import mapped
+from ergo_rl.cluster.buckets import Layout, tensors_of
+from ergo_rl.cluster.collective import Group, GroupLost
+from ergo_rl.cluster.compat import end_with_parent, keep_discarded_draws, keep_pictures
+from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.shared_memory import mapped
 
 BACKEND = "ergo_rl_buckets"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"

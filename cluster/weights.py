@@ -19,8 +19,8 @@ from typing import Protocol
 
 import ray
 
-from cluster.broadcast import Broadcast, NotDelivered, Receivers, Sender
-from cluster.resources import Resources
+from ergo_rl.cluster.broadcast import Broadcast, NotDelivered, Receivers, Sender
+from ergo_rl.cluster.resources import Resources
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from episodes.questions import DatasetError
+from ergo_rl.episodes.questions import DatasetError
 
 Fetch = Callable[[str], bytes | None]
 """A picture by the name it has in a place, None where it is not there."""

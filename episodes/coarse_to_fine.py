@@ -10,11 +10,11 @@ from enum import StrEnum
 
 import numpy as np
 
-from episodes import images
-from episodes.families import ModelFamily, Tokenizer
-from episodes.parsing import BoxOutcome, parse_zoom
-from episodes.prompts import PromptTemplates, fill
-from episodes.types import Box, Completion, Finish, Outcome, Pixels, Question, Trajectory, Turn, View
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import ModelFamily, Tokenizer
+from ergo_rl.episodes.parsing import BoxOutcome, parse_zoom
+from ergo_rl.episodes.prompts import PromptTemplates, fill
+from ergo_rl.episodes.types import Box, Completion, Finish, Outcome, Pixels, Question, Trajectory, Turn, View
 
 
 class OnBadBox(StrEnum):

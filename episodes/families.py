@@ -13,8 +13,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
-from episodes.extensions import imported
-from episodes.types import Box, View
+from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.types import Box, View
 
 Corners = tuple[float, float, float, float]
 

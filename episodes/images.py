@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from episodes.families import Corners, ModelFamily
-from episodes.parsing import BoxOutcome
-from episodes.types import Box, Pixels, View
+from ergo_rl.episodes.families import Corners, ModelFamily
+from ergo_rl.episodes.parsing import BoxOutcome
+from ergo_rl.episodes.types import Box, Pixels, View
 
 MAX_PIXELS = 200_000_000
 """Default limit on decoded images: 200 megapixels, 600 MB of RGB."""

@@ -18,11 +18,11 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Any
 
-from episodes import images
-from episodes.archives import NoPicture, Pictures
-from episodes.families import FAMILIES
-from episodes.records import Cells
-from episodes.types import Box, Question
+from ergo_rl.episodes import images
+from ergo_rl.episodes.archives import NoPicture, Pictures
+from ergo_rl.episodes.families import FAMILIES
+from ergo_rl.episodes.records import Cells
+from ergo_rl.episodes.types import Box, Question
 
 FIELDS = ("id", "image", "text", "options", "answer", "boxes", "source")
 

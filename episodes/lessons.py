@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from episodes import images
-from episodes.families import ModelFamily
-from episodes.panels import COLOURS, MARKS, VIEW_TOKENS, Panel, PanelScene
-from episodes.types import Box, View
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.panels import COLOURS, MARKS, VIEW_TOKENS, Panel, PanelScene
+from ergo_rl.episodes.types import Box, View
 
 LEGIBLE_AREA = 0.165
 """A crop of this share of the default scene still shows a mark at 16 of its 26 pixels."""

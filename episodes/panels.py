@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from episodes.prompts import PromptTemplates
-from episodes.types import Box, Pixels, Question
+from ergo_rl.episodes.prompts import PromptTemplates
+from ergo_rl.episodes.types import Box, Pixels, Question
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 45, 45),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 
-from episodes.families import Corners
+from ergo_rl.episodes.families import Corners
 
 
 class BoxOutcome(StrEnum):

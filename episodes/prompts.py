@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from episodes.families import ModelFamily
-from episodes.types import Question
+from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.types import Question
 
 
 @dataclass

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from episodes import images
-from episodes.families import FAMILIES, ModelFamily
-from episodes.images import MAX_PIXELS
-from episodes.types import Box, Question
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import FAMILIES, ModelFamily
+from ergo_rl.episodes.images import MAX_PIXELS
+from ergo_rl.episodes.types import Box, Question
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from episodes.questions import DatasetError
+from ergo_rl.episodes.questions import DatasetError
 
 Cells = dict[str, Any]
 CHUNK = 1 << 20

@@ -1,7 +1,7 @@
-"""`python -m jobs COMMAND ...` is the same as `ergo-rl COMMAND ...`."""
+"""`python -m ergo_rl.jobs COMMAND ...` is the same as `ergo-rl COMMAND ...`."""
 
 import sys
 
-from jobs.cli import main
+from ergo_rl.jobs.cli import main
 
 sys.exit(main())

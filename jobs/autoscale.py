@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from actors.rollout_pool import RolloutPool
-from cluster.resources import Size
-from jobs.metrics import Metrics
-from jobs.view import View
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.cluster.resources import Size
+from ergo_rl.jobs.metrics import Metrics
+from ergo_rl.jobs.view import View
 
 logger = logging.getLogger(__name__)
 

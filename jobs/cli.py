@@ -9,19 +9,22 @@ from collections.abc import Callable
 
 # command -> (module with `main(argv: list[str]) -> int`, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("jobs.train", "Train a policy; overrides as key=value"),
-    "evaluate": ("jobs.measuring.evaluate", "Measure a policy on held-out questions, beside baselines"),
-    "answer": ("jobs.serving.answer", "Ask about a picture: both turns, the box and the crop"),
-    "serve": ("jobs.serving.serve", "An OpenAI-compatible chat endpoint that looks twice"),
-    "report": ("jobs.pages.report", "One HTML page of a run: curves, and its groups with every box"),
-    "export": ("jobs.export", "A Hugging Face folder of a run's policy, with a model card"),
-    "submit": ("jobs.submitting.submit", "Run a recipe as a job of a Ray cluster; KubeRay and Slurm as dry runs"),
-    "scale": ("jobs.scale", "Change the number of workers of a run that is going on"),
-    "ablate": ("jobs.measuring.ablate", "Train with other rewards and seeds: a table and a plot"),
-    "config": ("jobs.reference", "Print a recipe with all its keys, or the reference of the keys (--docs)"),
-    "plan": ("jobs.planning.plan", "Say before a run whether it fits: memory per GPU, placement, time"),
-    "prepare": ("jobs.prepare", "Make or convert a data set to the Parquet layout that training reads"),
-    "pretrain": ("jobs.pretraining.pretrain", "Make the small models that the default run starts from"),
+    "train": ("ergo_rl.jobs.train", "Train a policy; overrides as key=value"),
+    "evaluate": ("ergo_rl.jobs.measuring.evaluate", "Measure a policy on held-out questions, beside baselines"),
+    "answer": ("ergo_rl.jobs.serving.answer", "Ask about a picture: both turns, the box and the crop"),
+    "serve": ("ergo_rl.jobs.serving.serve", "An OpenAI-compatible chat endpoint that looks twice"),
+    "report": ("ergo_rl.jobs.pages.report", "One HTML page of a run: curves, and its groups with every box"),
+    "export": ("ergo_rl.jobs.export", "A Hugging Face folder of a run's policy, with a model card"),
+    "submit": (
+        "ergo_rl.jobs.submitting.submit",
+        "Run a recipe as a job of a Ray cluster; KubeRay and Slurm as dry runs",
+    ),
+    "scale": ("ergo_rl.jobs.scale", "Change the number of workers of a run that is going on"),
+    "ablate": ("ergo_rl.jobs.measuring.ablate", "Train with other rewards and seeds: a table and a plot"),
+    "config": ("ergo_rl.jobs.reference", "Print a recipe with all its keys, or the reference of the keys (--docs)"),
+    "plan": ("ergo_rl.jobs.planning.plan", "Say before a run whether it fits: memory per GPU, placement, time"),
+    "prepare": ("ergo_rl.jobs.prepare", "Make or convert a data set to the Parquet layout that training reads"),
+    "pretrain": ("ergo_rl.jobs.pretraining.pretrain", "Make the small models that the default run starts from"),
 }
 USAGE_ERROR = 2
 

@@ -17,24 +17,24 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from actors.rollout_worker import RolloutConfig
-from cluster.placement import ClusterConfig
-from cluster.weights import WeightsConfig
-from episodes.coarse_to_fine import EpisodeConfig
-from episodes.extensions import imported, is_path
-from episodes.families import ModelFamily
-from episodes.prompts import around_image
-from episodes.questions import QuestionsConfig
-from episodes.types import Question
-from jobs.guards import GuardsConfig
-from jobs.hardware import HardwareConfig
-from jobs.limits import out_of_range
-from jobs.measuring.evaluation import EvaluationConfig
-from jobs.metrics import MetricsConfig
-from jobs.saving.checkpoints import CheckpointConfig
-from learners.config import LearnerConfig
-from rewards.config import Backend, RewardConfig
-from rewards.tce import terms_of, weights_of
+from ergo_rl.actors.rollout_worker import RolloutConfig
+from ergo_rl.cluster.placement import ClusterConfig
+from ergo_rl.cluster.weights import WeightsConfig
+from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.episodes.extensions import imported, is_path
+from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.prompts import around_image
+from ergo_rl.episodes.questions import QuestionsConfig
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.guards import GuardsConfig
+from ergo_rl.jobs.hardware import HardwareConfig
+from ergo_rl.jobs.limits import out_of_range
+from ergo_rl.jobs.measuring.evaluation import EvaluationConfig
+from ergo_rl.jobs.metrics import MetricsConfig
+from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
+from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.rewards.config import Backend, RewardConfig
+from ergo_rl.rewards.tce import terms_of, weights_of
 
 _SHOWN = 400
 """Characters of a value or a reason that a message shows."""
@@ -232,7 +232,7 @@ def check(config: TrainConfig) -> None:
         for own in filter(None, (episode.family, config.reward.verifier.family)):
             imported(own, ModelFamily)
         if is_path(learner.loss.objective):
-            from learners.objectives import objective_named  # loads torch
+            from ergo_rl.learners.objectives import objective_named  # loads torch
 
             objective_named(learner.loss.objective)
         for prompts in (episode.prompts, config.reward.verifier.prompts):

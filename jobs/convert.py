@@ -17,11 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from episodes.archives import open_pictures
-from episodes.layouts import Layout, Unusable, convert
-from episodes.questions import DatasetError, write_questions
-from episodes.records import Broken, read_records
-from episodes.types import Question
+from ergo_rl.episodes.archives import open_pictures
+from ergo_rl.episodes.layouts import Layout, Unusable, convert
+from ergo_rl.episodes.questions import DatasetError, write_questions
+from ergo_rl.episodes.records import Broken, read_records
+from ergo_rl.episodes.types import Question
 
 EXAMPLES = 20
 """Rows that the report names for each reason."""

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from actors.trajectory_store import Group
-from episodes.types import Outcome, Unscored
-from learners.advantages import Credit, Terms, over_step, term_advantages, turn_advantages
-from learners.config import LearnerConfig
-from learners.learner_group import TrainingGroup
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import Outcome, Unscored
+from ergo_rl.learners.advantages import Credit, Terms, over_step, term_advantages, turn_advantages
+from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.learners.learner_group import TrainingGroup
 
 Advantages = Sequence[tuple[float, ...]]
 """For each trajectory of a group those of its turns, or one for all of it; NaN leaves the loss."""

@@ -16,15 +16,15 @@ from typing import Any
 import jinja2
 import yaml
 
-from jobs.commands import EXPECTED
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.layout import CONFIG, EVALUATIONS, POLICY, RECIPE
-from jobs.measuring.evaluation import wilson
-from jobs.metrics import Metrics
-from jobs.pages.report_data import NoRun, read_lines
-from jobs.saving.checkpoints import Shelf, check, read_manifest, step_of
-from jobs.saving.resume import CHECKPOINTS
-from learners.checkpoint import export_state
+from ergo_rl.jobs.commands import EXPECTED
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.layout import CONFIG, EVALUATIONS, POLICY, RECIPE
+from ergo_rl.jobs.measuring.evaluation import wilson
+from ergo_rl.jobs.metrics import Metrics
+from ergo_rl.jobs.pages.report_data import NoRun, read_lines
+from ergo_rl.jobs.saving.checkpoints import Shelf, check, read_manifest, step_of
+from ergo_rl.jobs.saving.resume import CHECKPOINTS
+from ergo_rl.learners.checkpoint import export_state
 
 _SCORES = (
     ("target coverage", "coverage", False),

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobs.config import ConfigError, TrainConfig
-from jobs.layout import CONFIG
-from jobs.metrics import ExporterName, Metrics
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.layout import CONFIG
+from ergo_rl.jobs.metrics import ExporterName, Metrics
 
 _PACKAGES = {
     ExporterName.WANDB: ("wandb", "pip install 'ergo-rl[wandb]'"),

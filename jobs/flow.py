@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
-from actors.rollout_pool import RolloutPool
-from actors.rollout_worker import Unplayable, stable_seed, without_image
-from actors.trajectory_store import Group, TrajectoryStore
-from episodes.questions import BadRow, Cursor, OnBadRow, QuestionStream
-from episodes.types import Question
-from jobs.metrics import Metrics
-from rewards.reward_pool import RewardPool
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import Unplayable, stable_seed, without_image
+from ergo_rl.actors.trajectory_store import Group, TrajectoryStore
+from ergo_rl.episodes.questions import BadRow, Cursor, OnBadRow, QuestionStream
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.metrics import Metrics
+from ergo_rl.rewards.reward_pool import RewardPool
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from itertools import islice
 
 import numpy as np
 
-from episodes import images
-from episodes.questions import DatasetError, QuestionStream
-from jobs.config import TrainConfig
+from ergo_rl.episodes import images
+from ergo_rl.episodes.questions import DatasetError, QuestionStream
+from ergo_rl.jobs.config import TrainConfig
 
 MOST_QUESTIONS = 1000
 

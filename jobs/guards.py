@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from jobs.metrics import Metrics
+from ergo_rl.jobs.metrics import Metrics
 
 
 @dataclass

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from actors.rollout_worker import TrajectoryFacts
-from actors.trajectory_store import Group
-from episodes.parsing import BoxOutcome
-from episodes.types import Outcome, Question, Score
+from ergo_rl.actors.rollout_worker import TrajectoryFacts
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.parsing import BoxOutcome
+from ergo_rl.episodes.types import Outcome, Question, Score
 
 Metrics = dict[str, float]
 

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from actors.trajectory_store import Group
-from episodes.types import Unscored
-from jobs.view import View
-from rewards.config import RewardConfig
-from rewards.reward_pool import RewardPool
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import Unscored
+from ergo_rl.jobs.view import View
+from ergo_rl.rewards.config import RewardConfig
+from ergo_rl.rewards.reward_pool import RewardPool
 
 logger = logging.getLogger(__name__)
 

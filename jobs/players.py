@@ -13,19 +13,19 @@ from typing import Any, Protocol
 
 import httpx
 
-from actors.rollout_pool import RolloutPool
-from actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
-from cluster.engine import EngineDied
-from episodes.coarse_to_fine import CoarseToFine
-from episodes.extensions import imported
-from episodes.families import FAMILIES, ModelFamily, family_of
-from episodes.images import UnreadableImage
-from episodes.prompts import ReservedText, around_image, fill
-from episodes.types import Box, Question, Trajectory, View
-from jobs.config import ConfigError, TrainConfig
-from rewards.config import EndpointConfig
-from rewards.endpoint_verifier import ChatEndpoint, ChatReply, png_url
-from rewards.verifier import VerifierUnavailable
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
+from ergo_rl.cluster.engine import EngineDied
+from ergo_rl.episodes.coarse_to_fine import CoarseToFine
+from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.families import FAMILIES, ModelFamily, family_of
+from ergo_rl.episodes.images import UnreadableImage
+from ergo_rl.episodes.prompts import ReservedText, around_image, fill
+from ergo_rl.episodes.types import Box, Question, Trajectory, View
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.rewards.config import EndpointConfig
+from ergo_rl.rewards.endpoint_verifier import ChatEndpoint, ChatReply, png_url
+from ergo_rl.rewards.verifier import VerifierUnavailable
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from episodes.layouts import FIELDS, LAYOUTS, Corners, Unit
-from episodes.panels import GENERATOR, PanelsConfig, Split, question
-from episodes.questions import write_questions
-from episodes.types import Question
-from jobs.config import EmbeddedData
-from jobs.convert import Conversion, run, summary
+from ergo_rl.episodes.layouts import FIELDS, LAYOUTS, Corners, Unit
+from ergo_rl.episodes.panels import GENERATOR, PanelsConfig, Split, question
+from ergo_rl.episodes.questions import write_questions
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.config import EmbeddedData
+from ergo_rl.jobs.convert import Conversion, run, summary
 
 MANIFEST = "manifest.json"
 

@@ -13,13 +13,13 @@ from itertools import islice
 import numpy as np
 import ray
 
-from actors.rollout_pool import RolloutPool
-from actors.rollout_worker import Unplayable
-from episodes.questions import DatasetError
-from episodes.types import Question, Trajectory
-from jobs.config import ProofConfig
-from jobs.metrics import Metrics
-from learners.learner_group import LearnerGroup
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import Unplayable
+from ergo_rl.episodes.questions import DatasetError
+from ergo_rl.episodes.types import Question, Trajectory
+from ergo_rl.jobs.config import ProofConfig
+from ergo_rl.jobs.metrics import Metrics
+from ergo_rl.learners.learner_group import LearnerGroup
 
 MOST_TRIED = 64
 

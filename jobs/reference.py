@@ -16,8 +16,8 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import MISSING as NO_VALUE
 from omegaconf import OmegaConf
 
-from jobs.commands import add_recipe, recipe_of
-from jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.commands import add_recipe, recipe_of
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 
 HEAD = """# Configuration
 

@@ -14,21 +14,21 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from actors.trajectory_store import Group
-from episodes.types import Trajectory
-from jobs.config import ConfigError, TrainConfig
-from jobs.credit import Advantages
-from jobs.exporters import Exporter, open_exporters, require_packages
-from jobs.guards import Guards
-from jobs.layout import CONFIG, ENDED, SAMPLES, folder_of
-from jobs.measuring.evaluation import Evaluation
-from jobs.metrics import Metrics
-from jobs.samples import write_group
-from jobs.saving.checkpoints import Shelf, name_of, step_of
-from jobs.saving.resume import CHECKPOINTS, Start, copies_of, find_start
-from jobs.saving.state import RECORDS, RunState, read_state, restore_learners, write_state
-from jobs.view import View as TerminalView
-from learners.learner_group import LearnerGroup
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import Trajectory
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.credit import Advantages
+from ergo_rl.jobs.exporters import Exporter, open_exporters, require_packages
+from ergo_rl.jobs.guards import Guards
+from ergo_rl.jobs.layout import CONFIG, ENDED, SAMPLES, folder_of
+from ergo_rl.jobs.measuring.evaluation import Evaluation
+from ergo_rl.jobs.metrics import Metrics
+from ergo_rl.jobs.samples import write_group
+from ergo_rl.jobs.saving.checkpoints import Shelf, name_of, step_of
+from ergo_rl.jobs.saving.resume import CHECKPOINTS, Start, copies_of, find_start
+from ergo_rl.jobs.saving.state import RECORDS, RunState, read_state, restore_learners, write_state
+from ergo_rl.jobs.view import View as TerminalView
+from ergo_rl.learners.learner_group import LearnerGroup
 
 logger = logging.getLogger(__name__)
 

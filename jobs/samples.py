@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from actors.trajectory_store import Group
-from episodes.types import Score, Trajectory, Verdict, View
-from jobs.credit import Advantages
-from jobs.layout import GROUP, TRAJECTORIES, VIEW, crop_name
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import Score, Trajectory, Verdict, View
+from ergo_rl.jobs.credit import Advantages
+from ergo_rl.jobs.layout import GROUP, TRAJECTORIES, VIEW, crop_name
 
 _LONGEST = 1024
 """Side of the picture with boxes, pixels: a small coarse view is enlarged three times at most, up to this."""

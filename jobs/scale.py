@@ -24,12 +24,12 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.rollout_pool import RolloutPool
-from cluster.compat import join_with_token, keep_ray_local
-from jobs.commands import EXPECTED, explain
-from jobs.config import ConfigError
-from jobs.run import Run
-from rewards.reward_pool import RewardPool
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.cluster.compat import join_with_token, keep_ray_local
+from ergo_rl.jobs.commands import EXPECTED, explain
+from ergo_rl.jobs.config import ConfigError
+from ergo_rl.jobs.run import Run
+from ergo_rl.rewards.reward_pool import RewardPool
 
 logger = logging.getLogger(__name__)
 

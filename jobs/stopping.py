@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from jobs.view import View
+from ergo_rl.jobs.view import View
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

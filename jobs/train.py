@@ -11,34 +11,34 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from actors.rollout_pool import RolloutPool
-from actors.rollout_worker import stable_seed
-from actors.trajectory_store import Group
-from cluster.placement import Cluster
-from cluster.pool import together
-from cluster.weights import WeightChannel
-from episodes.questions import QuestionStream
-from episodes.types import Question
-from jobs.autoscale import scaling
-from jobs.commands import EXPECTED, add_recipe, explain, launch_players, recipe_of
-from jobs.config import TrainConfig, load_config
-from jobs.credit import Crediting, shuffled
-from jobs.flow import Flow, flowing
-from jobs.gamma import with_known_gamma
-from jobs.measuring.evaluate import heldout
-from jobs.measuring.evaluation import evaluate
-from jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
-from jobs.outage import rescored, unscored_share
-from jobs.prepare import prepare_embedded
-from jobs.proof import Proof
-from jobs.run import Run
-from jobs.saving.recovery import Keeper, Revival
-from jobs.scale import scalable
-from jobs.stopping import Stop, Stopped
-from jobs.view import View
-from learners.learner_group import LearnerFailed, LearnerGroup
-from rewards.reward_pool import RewardPool
-from rewards.tce import weights_of
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import stable_seed
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import together
+from ergo_rl.cluster.weights import WeightChannel
+from ergo_rl.episodes.questions import QuestionStream
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.autoscale import scaling
+from ergo_rl.jobs.commands import EXPECTED, add_recipe, explain, launch_players, recipe_of
+from ergo_rl.jobs.config import TrainConfig, load_config
+from ergo_rl.jobs.credit import Crediting, shuffled
+from ergo_rl.jobs.flow import Flow, flowing
+from ergo_rl.jobs.gamma import with_known_gamma
+from ergo_rl.jobs.measuring.evaluate import heldout
+from ergo_rl.jobs.measuring.evaluation import evaluate
+from ergo_rl.jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
+from ergo_rl.jobs.outage import rescored, unscored_share
+from ergo_rl.jobs.prepare import prepare_embedded
+from ergo_rl.jobs.proof import Proof
+from ergo_rl.jobs.run import Run
+from ergo_rl.jobs.saving.recovery import Keeper, Revival
+from ergo_rl.jobs.scale import scalable
+from ergo_rl.jobs.stopping import Stop, Stopped
+from ergo_rl.jobs.view import View
+from ergo_rl.learners.learner_group import LearnerFailed, LearnerGroup
+from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.tce import weights_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from jobs.metrics import Metrics
+from ergo_rl.jobs.metrics import Metrics
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = (

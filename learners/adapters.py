@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learners.config import LoraConfig
+from ergo_rl.learners.config import LoraConfig
 
 NAME = "default"
 """The one adapter of a layer, in peft's books."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learners.config import Attention, LearnerConfig, Packing
+from ergo_rl.learners.config import Attention, LearnerConfig, Packing
 
 ROW_BY_ROW = "sdpa_row_by_row"
 """Under this name transformers knows ``row_by_row``."""

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from episodes.families import ModelFamily
-from episodes.types import BoolArray, FloatArray, Trajectory, View
-from learners.config import Packing
+from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.types import BoolArray, FloatArray, Trajectory, View
+from ergo_rl.learners.config import Packing
 
 log = logging.getLogger(__name__)
 

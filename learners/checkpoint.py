@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learners.config import Dtype, LearnerConfig
+from ergo_rl.learners.config import Dtype, LearnerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = "counters"
@@ -38,8 +38,8 @@ def export_state(config: LearnerConfig, files: Iterable[Path], path: Path) -> No
     Raises ValueError where the state is of another model."""
     from safetensors.torch import load_file
 
-    from learners.adapters import weights_of
-    from learners.policy import Policy
+    from ergo_rl.learners.adapters import weights_of
+    from ergo_rl.learners.policy import Policy
 
     policy = Policy(config)
     missing = {name: each for name, each in policy.vlm.named_parameters() if each.requires_grad}

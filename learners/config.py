@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.resources import Resources
-from episodes.extensions import is_path
-from learners.advantages import AdvantageConfig
+from ergo_rl.cluster.resources import Resources
+from ergo_rl.episodes.extensions import is_path
+from ergo_rl.learners.advantages import AdvantageConfig
 
 
 class Dtype(StrEnum):

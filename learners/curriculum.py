@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from episodes.families import ModelFamily
-from episodes.lessons import (
+from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.lessons import (
     EDGE_BIN,
     Pointing,
     TokenLabels,
@@ -31,10 +31,10 @@ from episodes.lessons import (
     token_labels,
     verify_reply,
 )
-from episodes.panels import COLOURS, MARKS, PROMPTS, Panel, PanelsConfig, Split, ask, scene
-from episodes.prompts import fill
-from episodes.types import Box, Question, View
-from learners.supervised import DenseBatch, ReplyBatch, Row, pack
+from ergo_rl.episodes.panels import COLOURS, MARKS, PROMPTS, Panel, PanelsConfig, Split, ask, scene
+from ergo_rl.episodes.prompts import fill
+from ergo_rl.episodes.types import Box, Question, View
+from ergo_rl.learners.supervised import DenseBatch, ReplyBatch, Row, pack
 
 EDGE_BINS = 168 // EDGE_BIN
 TEXTS = tuple(

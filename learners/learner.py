@@ -13,19 +13,19 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from cluster.buckets import Bucket, Layout, pack
-from cluster.collective import Group, GroupLost
-from cluster.compat import repair_torchvision
-from episodes.families import family_of, load_tokenizer
-from episodes.types import FloatArray, Trajectory
-from learners import checkpoint, zero
-from learners.adapters import Weight, weights_of
-from learners.batch import Batcher, MicroBatch, Plan, Sample
-from learners.config import Dtype, LearnerConfig, LoraConfig
-from learners.losses import TokenBatch, policy_loss
-from learners.objectives import objective_named
-from learners.policy import Policy
-from learners.report import TURNS, TokenSums, UpdateReport
+from ergo_rl.cluster.buckets import Bucket, Layout, pack
+from ergo_rl.cluster.collective import Group, GroupLost
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.families import family_of, load_tokenizer
+from ergo_rl.episodes.types import FloatArray, Trajectory
+from ergo_rl.learners import checkpoint, zero
+from ergo_rl.learners.adapters import Weight, weights_of
+from ergo_rl.learners.batch import Batcher, MicroBatch, Plan, Sample
+from ergo_rl.learners.config import Dtype, LearnerConfig, LoraConfig
+from ergo_rl.learners.losses import TokenBatch, policy_loss
+from ergo_rl.learners.objectives import objective_named
+from ergo_rl.learners.policy import Policy
+from ergo_rl.learners.report import TURNS, TokenSums, UpdateReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.buckets import Bucket, Layout
-from cluster.meeting import Meeting
-from cluster.placement import Cluster
-from cluster.pool import on_one_line
-from episodes.types import FloatArray, Trajectory
-from learners.config import LearnerConfig
+from ergo_rl.cluster.buckets import Bucket, Layout
+from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import on_one_line
+from ergo_rl.episodes.types import FloatArray, Trajectory
+from ergo_rl.learners.config import LearnerConfig
 
 if TYPE_CHECKING:
-    from cluster.collective import Door, Group
-    from learners.learner import Learner  # imports torch, which the driver does not need
+    from ergo_rl.cluster.collective import Door, Group
+    from ergo_rl.learners.learner import Learner  # imports torch, which the driver does not need
 
 ROLE = "learner"
 GRACE_S = 5.0
@@ -80,12 +80,12 @@ class LearnerRank:
             return address, int(probe.getsockname()[1])
 
     def start(self, rank: int, address: str, port: int) -> None:
-        from learners.learner import Learner, Rank
+        from ergo_rl.learners.learner import Learner, Rank
 
         self._learner = Learner(self._config, Rank(rank, self._config.ranks, address, port))
 
     def update(self, shares: Sequence[Share]) -> dict[str, float]:
-        from learners.batch import Sample
+        from ergo_rl.learners.batch import Sample
 
         groups = ray.get([share.trajectories for share in shares])
         samples = [
@@ -113,14 +113,14 @@ class LearnerRank:
 
     def open(self, timeout_s: float) -> tuple[str, int]:
         """Where the next group for broadcasts will meet."""
-        from cluster.collective import Door
+        from ergo_rl.cluster.collective import Door
 
         self._door = Door(ray.util.get_node_ip_address(), timeout_s)
         return self._door.address, self._door.port
 
     def enter(self, meeting: Meeting, rank: int) -> str:
         """Meet whoever receives weights, as one of their senders. Returns what went wrong, or nothing."""
-        from cluster.collective import Group, GroupLost
+        from ergo_rl.cluster.collective import Group, GroupLost
 
         if self._group is not None:
             self._group.close()

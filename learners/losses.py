@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learners.config import LossConfig, MismatchLevel
-from learners.objectives import Sampled, objective_named, row_means
-from learners.report import TokenSums
+from ergo_rl.learners.config import LossConfig, MismatchLevel
+from ergo_rl.learners.objectives import Sampled, objective_named, row_means
+from ergo_rl.learners.report import TokenSums
 
 
 @dataclass(frozen=True, slots=True, eq=False)

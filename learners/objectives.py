@@ -17,8 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from episodes.extensions import imported, is_path
-from learners.config import LossConfig, ObjectiveName
+from ergo_rl.episodes.extensions import imported, is_path
+from ergo_rl.learners.config import LossConfig, ObjectiveName
 
 
 @dataclass(frozen=True, slots=True, eq=False)

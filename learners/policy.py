@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.compat import repair_torchvision
-from learners import attention
-from learners.adapters import add_adapters, weights_of
-from learners.batch import MicroBatch
-from learners.config import LearnerConfig, Packing
-from learners.head import LogProbHead
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.learners import attention
+from ergo_rl.learners.adapters import add_adapters, weights_of
+from ergo_rl.learners.batch import MicroBatch
+from ergo_rl.learners.config import LearnerConfig, Packing
+from ergo_rl.learners.head import LogProbHead
 
 
 class Policy(nn.Module):

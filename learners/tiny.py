@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cluster.compat import repair_torchvision
-from episodes.families import ModelFamily, Qwen3VL, Qwen25VL
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.families import ModelFamily, Qwen3VL, Qwen25VL
 
 REPLY_TAGS = ("<think>", "</think>", "<zoom>", "</zoom>", "<answer>", "</answer>")
 """One token each, but ordinary text: they survive decoding without special tokens."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch._C._distributed_c10d import TCPStore
 
-from learners.config import Dtype, LearnerConfig
+from ergo_rl.learners.config import Dtype, LearnerConfig
 
 
 def join(rank: int, world: int, address: str, port: int, device: torch.device, timeout_s: int) -> None:

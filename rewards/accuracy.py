@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from episodes.parsing import parse_answer
-from episodes.types import Outcome, Question, Trajectory
-from rewards.base import Reading, RewardTerm
-from rewards.matching import matches
+from ergo_rl.episodes.parsing import parse_answer
+from ergo_rl.episodes.types import Outcome, Question, Trajectory
+from ergo_rl.rewards.base import Reading, RewardTerm
+from ergo_rl.rewards.matching import matches
 
 
 class Accuracy(RewardTerm):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from episodes.parsing import BoxOutcome
-from episodes.types import Question, Trajectory, Unscored, View
-from rewards.config import RewardConfig
+from ergo_rl.episodes.parsing import BoxOutcome
+from ergo_rl.episodes.types import Question, Trajectory, Unscored, View
+from ergo_rl.rewards.config import RewardConfig
 
 Reading = str | Unscored | None
 """What the frozen reward model replied to (crop, question): its reply, why there is none, or None where the policy

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from episodes.types import Question, Trajectory, Unscored
-from rewards.base import Reading, RewardTerm, chosen_region
-from rewards.config import RewardConfig
-from rewards.region import Region
+from ergo_rl.episodes.types import Question, Trajectory, Unscored
+from ergo_rl.rewards.base import Reading, RewardTerm, chosen_region
+from ergo_rl.rewards.config import RewardConfig
+from ergo_rl.rewards.region import Region
 
 
 class SmallBox(RewardTerm):

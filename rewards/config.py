@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.engine import EngineConfig
-from cluster.resources import Resources
-from episodes.prompts import PromptTemplates
+from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.cluster.resources import Resources
+from ergo_rl.episodes.prompts import PromptTemplates
 
 
 class Backend(StrEnum):

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from episodes.prompts import around_image
-from episodes.types import Question, View
-from rewards.config import EndpointConfig, VerifierConfig
-from rewards.verifier import VerifierUnavailable
+from ergo_rl.episodes.prompts import around_image
+from ergo_rl.episodes.types import Question, View
+from ergo_rl.rewards.config import EndpointConfig, VerifierConfig
+from ergo_rl.rewards.verifier import VerifierUnavailable
 
 _PASSING = frozenset((408, 409, 425, 429))  # with every 5xx: statuses that may be gone at the next attempt
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from cluster.engine import Engine, EngineDied, EngineRefused, Picture, Sampling
-from episodes.families import ModelFamily, Tokenizer, family_of, load_tokenizer
-from episodes.prompts import ReservedText, fill
-from episodes.types import Question, View
-from rewards.config import VerifierConfig
-from rewards.verifier import VerifierDied, VerifierUnavailable, refit
+from ergo_rl.cluster.engine import Engine, EngineDied, EngineRefused, Picture, Sampling
+from ergo_rl.episodes.families import ModelFamily, Tokenizer, family_of, load_tokenizer
+from ergo_rl.episodes.prompts import ReservedText, fill
+from ergo_rl.episodes.types import Question, View
+from ergo_rl.rewards.config import VerifierConfig
+from ergo_rl.rewards.verifier import VerifierDied, VerifierUnavailable, refit
 
 
 class EngineVerifier:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from episodes.parsing import BoxOutcome, parse_answer
-from episodes.types import Outcome, Question, Trajectory
-from rewards.base import Reading, RewardTerm
+from ergo_rl.episodes.parsing import BoxOutcome, parse_answer
+from ergo_rl.episodes.types import Outcome, Question, Trajectory
+from ergo_rl.rewards.base import Reading, RewardTerm
 
 _TAG = re.compile(r"</?(?:think|zoom|answer)>")
 

@@ -13,7 +13,7 @@ import string
 import unicodedata
 from collections.abc import Callable, Hashable, Sequence
 
-from episodes.types import Question
+from ergo_rl.episodes.types import Question
 
 _NUMBER = r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?"
 _QUANTITY = re.compile(rf"(?:about |approximately |~)?[$€£¥]? ?({_NUMBER}) ?(%|°?[^\W\d_]*)[.]?", re.IGNORECASE)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from episodes.parsing import parse_answer
-from episodes.types import Question, Trajectory, Unscored
-from rewards.base import Reading, RewardTerm, chosen_region
-from rewards.matching import matches
+from ergo_rl.episodes.parsing import parse_answer
+from ergo_rl.episodes.types import Question, Trajectory, Unscored
+from ergo_rl.rewards.base import Reading, RewardTerm, chosen_region
+from ergo_rl.rewards.matching import matches
 
 
 class Region(RewardTerm):

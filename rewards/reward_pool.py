@@ -7,12 +7,12 @@ from typing import Any
 
 import ray
 
-from cluster.placement import Cluster
-from cluster.pool import Faults, Pool
-from episodes.types import Question, Trajectory, Verdict
-from rewards.config import RewardConfig
-from rewards.reward_worker import RewardWorker
-from rewards.tce import weights_of
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import Faults, Pool
+from ergo_rl.episodes.types import Question, Trajectory, Verdict
+from ergo_rl.rewards.config import RewardConfig
+from ergo_rl.rewards.reward_worker import RewardWorker
+from ergo_rl.rewards.tce import weights_of
 
 ROLE = "reward"
 

@@ -6,13 +6,13 @@ import asyncio
 
 import numpy as np
 
-from episodes.types import Box, Question, Trajectory, Unscored, Verdict, View
-from rewards.base import chosen_region
-from rewards.config import Backend, RewardConfig, VerifierConfig
-from rewards.endpoint_verifier import EndpointVerifier
-from rewards.engine_verifier import EngineVerifier
-from rewards.tce import TotalReward
-from rewards.verifier import Verifier, VerifierUnavailable, blind
+from ergo_rl.episodes.types import Box, Question, Trajectory, Unscored, Verdict, View
+from ergo_rl.rewards.base import chosen_region
+from ergo_rl.rewards.config import Backend, RewardConfig, VerifierConfig
+from ergo_rl.rewards.endpoint_verifier import EndpointVerifier
+from ergo_rl.rewards.engine_verifier import EngineVerifier
+from ergo_rl.rewards.tce import TotalReward
+from ergo_rl.rewards.verifier import Verifier, VerifierUnavailable, blind
 
 
 class RewardWorker:

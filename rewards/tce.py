@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from episodes.extensions import imported
-from episodes.types import Question, Score, Trajectory, Unscored, Verdict
-from rewards.accuracy import Accuracy
-from rewards.base import Reading, RewardTerm
-from rewards.box import SmallBox, SoftBox
-from rewards.config import RewardConfig
-from rewards.format import Format
-from rewards.region import Region
+from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.types import Question, Score, Trajectory, Unscored, Verdict
+from ergo_rl.rewards.accuracy import Accuracy
+from ergo_rl.rewards.base import Reading, RewardTerm
+from ergo_rl.rewards.box import SmallBox, SoftBox
+from ergo_rl.rewards.config import RewardConfig
+from ergo_rl.rewards.format import Format
+from ergo_rl.rewards.region import Region
 
 TERMS: dict[str, type[RewardTerm]] = {
     "region": Region,

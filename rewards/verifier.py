@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from cluster.pool import WorkerDied
-from episodes.families import ModelFamily
-from episodes.types import Question, View
+from ergo_rl.cluster.pool import WorkerDied
+from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.types import Question, View
 
 
 class VerifierUnavailable(RuntimeError):

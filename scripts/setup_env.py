@@ -29,8 +29,9 @@ STAMP = VENV / "ergo-rl-setup.json"
 LOG = VENV / "setup.log"
 BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)  # not .venv's own, should that one be active
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# One line that Python runs whenever an interpreter of the environment starts; cluster/compat.py explains why.
-TORCHVISION_HOOK = "import cluster.compat; cluster.compat.hook_interpreter()\n"
+# Copied into the environment where it is needed; the module explains why. The .pth line runs it in every interpreter.
+TORCHVISION_REPAIR = ROOT / "cluster" / "torchvision_repair.py"
+TORCHVISION_HOOK = "import ergo_rl_torchvision; ergo_rl_torchvision.repair_torchvision()\n"
 FREE_GIB = {"cpu": 6, "gpu": 16}
 COST = {"cpu": "2 to 5 minutes and 4 GB of disk", "gpu": "5 to 10 minutes and 12 GB of disk"}
 # Optional for vLLM and transformers, which only ask whether they are installed and then fail on a broken one.
@@ -95,6 +96,7 @@ def requirements_hash(device: str, dev: bool) -> str:
     """Of everything that decides what gets installed; the tools' settings in pyproject.toml do not."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     parts = [json.dumps([project["build-system"], project["project"]]).encode(), Path(__file__).read_bytes()]
+    parts.append(TORCHVISION_REPAIR.read_bytes())
     parts += [path.read_bytes() for path in constraint_files(device, dev)]
     if dev:
         parts.append((ROOT / "scripts" / "fetch_chromium.py").read_bytes())
@@ -184,10 +186,11 @@ def repair(device: str) -> None:
             return
     print("  torchvision's build does not fit this torch: every interpreter here declares its operators at start")
     site_packages = next(VENV.glob("lib/python*/site-packages"))
+    shutil.copyfile(TORCHVISION_REPAIR, site_packages / "ergo_rl_torchvision.py")
     (site_packages / "ergo_rl_torchvision.pth").write_text(TORCHVISION_HOOK, encoding="utf-8")
     if not imports("torchvision"):
         stop(
-            f"torchvision {version} does not import beside this torch, and cluster/compat.py cannot mend it.",
+            f"torchvision {version} does not import beside this torch, and {TORCHVISION_REPAIR.name} cannot mend it.",
             f"See why: {VENV_PYTHON} -c 'import torchvision'. A matching build may be at {PYTORCH_CPU_INDEX}.",
         )
 

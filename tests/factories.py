@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.compat import repair_torchvision
-from episodes.families import ModelFamily, Qwen25VL
-from episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.families import ModelFamily, Qwen25VL
+from ergo_rl.episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
 
 FAMILY = Qwen25VL()
 SPECIAL = (*FAMILY.control_tokens, *FAMILY.vision_tokens)

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from yaml import YAMLError
 
-from jobs.commands import EXPECTED
-from jobs.config import ConfigError, load_config
-from jobs.measuring.ablation_report import Curve, write_report
-from jobs.prepare import prepare_embedded
+from ergo_rl.jobs.commands import EXPECTED
+from ergo_rl.jobs.config import ConfigError, load_config
+from ergo_rl.jobs.measuring.ablation_report import Curve, write_report
+from ergo_rl.jobs.prepare import prepare_embedded
 
 DEFAULT_PLAN = "configs/ablations/panels.yaml"
 
@@ -138,7 +138,7 @@ async def train(run: AblationRun, progress: Progress, task: TaskID) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(run.settings()) + "\n")
     names = [f"name={folder.name}", f"runs_dir={run.folder}", f"seed={run.seed}"]
-    command = [sys.executable, "-m", "jobs", "train", run.recipe, *run.overrides, *names]
+    command = [sys.executable, "-m", "ergo_rl.jobs", "train", run.recipe, *run.overrides, *names]
     with folder.with_suffix(".log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command, stdout=log, stderr=asyncio.subprocess.STDOUT, start_new_session=True

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.metrics import Metrics
+from ergo_rl.jobs.metrics import Metrics
 
 _COLUMNS = {
     "coverage": "target coverage",

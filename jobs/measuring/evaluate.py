@@ -16,21 +16,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actors.rollout_pool import RolloutPool
-from cluster.placement import Cluster
-from cluster.pool import together
-from episodes import images
-from episodes.families import family_of
-from episodes.questions import DatasetError, QuestionStream
-from episodes.types import Question
-from jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.measuring.evaluation import BoxSource, evaluate
-from jobs.measuring.grid import Mode, run_grid
-from jobs.measuring.grid_report import write_report
-from jobs.metrics import Metrics
-from jobs.players import EndpointPlayer, Player, PoolPlayer, add_endpoint, endpoint_at, family_named
-from jobs.prepare import prepare_embedded
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import together
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import family_of
+from ergo_rl.episodes.questions import DatasetError, QuestionStream
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.measuring.evaluation import BoxSource, evaluate
+from ergo_rl.jobs.measuring.grid import Mode, run_grid
+from ergo_rl.jobs.measuring.grid_report import write_report
+from ergo_rl.jobs.metrics import Metrics
+from ergo_rl.jobs.players import EndpointPlayer, Player, PoolPlayer, add_endpoint, endpoint_at, family_named
+from ergo_rl.jobs.prepare import prepare_embedded
 
 _ROWS = {
     "coverage": "target coverage",

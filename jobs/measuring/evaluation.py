@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from actors.rollout_pool import RolloutPool
-from actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, without_image
-from actors.trajectory_store import Group
-from episodes import images
-from episodes.questions import DatasetError
-from episodes.types import Box, Question, Score
-from jobs.metrics import Metrics, MetricsConfig, covered_and_paid, reward_metrics, rollout_metrics
-from rewards.reward_pool import RewardPool
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, without_image
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes import images
+from ergo_rl.episodes.questions import DatasetError
+from ergo_rl.episodes.types import Box, Question, Score
+from ergo_rl.jobs.metrics import Metrics, MetricsConfig, covered_and_paid, reward_metrics, rollout_metrics
+from ergo_rl.rewards.reward_pool import RewardPool
 
 Z = 1.959964
 """Of a 95 % interval."""

@@ -11,15 +11,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from actors.rollout_worker import Manner
-from episodes.images import UnreadableImage
-from episodes.parsing import BoxOutcome, parse_answer
-from episodes.types import Box, Outcome, Question
-from jobs.config import ConfigError, TrainConfig
-from jobs.measuring.evaluation import BoxSource, choose_box
-from jobs.pages.report_data import read_lines
-from jobs.players import NotPlayed, Play, Player
-from rewards.matching import matches
+from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.episodes.images import UnreadableImage
+from ergo_rl.episodes.parsing import BoxOutcome, parse_answer
+from ergo_rl.episodes.types import Box, Outcome, Question
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.measuring.evaluation import BoxSource, choose_box
+from ergo_rl.jobs.pages.report_data import read_lines
+from ergo_rl.jobs.players import NotPlayed, Play, Player
+from ergo_rl.rewards.matching import matches
 
 RECORDS, SETTINGS = "records.jsonl", "settings.json"
 

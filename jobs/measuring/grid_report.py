@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.measuring.evaluation import wilson
-from jobs.measuring.grid import Mode, Record, usable
+from ergo_rl.jobs.measuring.evaluation import wilson
+from ergo_rl.jobs.measuring.grid import Mode, Record, usable
 
 EVERY = "all"
 """The category of all questions."""

@@ -24,10 +24,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from jobs.layout import ENDED
-from jobs.pages.report_data import NoRun, RunShown, read_run
+from ergo_rl.jobs.layout import ENDED
+from ergo_rl.jobs.pages.report_data import NoRun, RunShown, read_run
 
-_PAGE = files("jobs.pages") / "page"
+_PAGE = files("ergo_rl.jobs.pages") / "page"
 
 
 def build(folder: Path, out: Path, most_groups: int, renew_s: float = 0.0) -> RunShown:

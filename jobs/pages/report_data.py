@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from jobs.layout import CONFIG, ENDED, EVALUATIONS, GROUP, METRICS, SAMPLES, TRAJECTORIES, VIEW, crop_name
+from ergo_rl.jobs.layout import CONFIG, ENDED, EVALUATIONS, GROUP, METRICS, SAMPLES, TRAJECTORIES, VIEW, crop_name
 
 Metrics = Mapping[str, Any]
 

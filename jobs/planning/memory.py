@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.engine import EngineConfig
-from episodes.coarse_to_fine import EpisodeConfig
-from jobs.config import TrainConfig
-from jobs.planning.shapes import Shape
-from learners.config import Dtype, LearnerConfig
-from learners.head import CHUNK_LOGITS
+from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.jobs.config import TrainConfig
+from ergo_rl.jobs.planning.shapes import Shape
+from ergo_rl.learners.config import Dtype, LearnerConfig
+from ergo_rl.learners.head import CHUNK_LOGITS
 
 GIB = 2**30
 REDUCE_BUCKET = 500_000_000

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.config import TrainConfig
-from jobs.planning.memory import TEXT_TOKENS, trained
-from jobs.planning.shapes import Shape
-from learners.config import Dtype
-from rewards.config import Backend
+from ergo_rl.jobs.config import TrainConfig
+from ergo_rl.jobs.planning.memory import TEXT_TOKENS, trained
+from ergo_rl.jobs.planning.shapes import Shape
+from ergo_rl.learners.config import Dtype
+from ergo_rl.rewards.config import Backend
 
 REPLY_SHARE = 0.5
 """Replies are taken to be half as long as their limits."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.table import Table
 
-from episodes.families import UnknownFamily
-from jobs.commands import add_recipe, recipe_of
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.planning.memory import (
+from ergo_rl.episodes.families import UnknownFamily
+from ergo_rl.jobs.commands import add_recipe, recipe_of
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.planning.memory import (
     GIB,
     EngineNeeds,
     Part,
@@ -28,9 +28,9 @@ from jobs.planning.memory import (
     total,
     trajectory_tokens,
 )  # fmt: skip
-from jobs.planning.pace import DECODE_SHARE, MFU, REPLY_SHARE, Pace, pace
-from jobs.planning.shapes import Shape, shape_of
-from rewards.config import Backend
+from ergo_rl.jobs.planning.pace import DECODE_SHARE, MFU, REPLY_SHARE, Pace, pace
+from ergo_rl.jobs.planning.shapes import Shape, shape_of
+from ergo_rl.rewards.config import Backend
 
 DOES_NOT_FIT = 3
 """Exit status."""

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cluster.compat import repair_torchvision
-from jobs.config import ConfigError
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.jobs.config import ConfigError
 
 KNOWN = Path(__file__).with_name("shapes.json")
 """Configs of hub models, as far as they say how large these are: a plan can be made without the hub."""

@@ -21,14 +21,23 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.compat import repair_torchvision
-from episodes.families import Qwen25VL
-from episodes.lessons import Pointing
-from episodes.panels import COLOURS, MARKS
-from jobs.pretraining.pretrain_scores import policy_scores, reward_scores
-from learners.curriculum import EDGE_BINS, TEXTS, AlbumPages, ReplyLessons, Seen, TowerLessons, fill_album, stream
-from learners.supervised import DenseTower, Grounded, Schedule, fit, is_finished
-from learners.tiny import TinyConfig, make_model, make_processor, make_tokenizer, save_folder
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.families import Qwen25VL
+from ergo_rl.episodes.lessons import Pointing
+from ergo_rl.episodes.panels import COLOURS, MARKS
+from ergo_rl.jobs.pretraining.pretrain_scores import policy_scores, reward_scores
+from ergo_rl.learners.curriculum import (
+    EDGE_BINS,
+    TEXTS,
+    AlbumPages,
+    ReplyLessons,
+    Seen,
+    TowerLessons,
+    fill_album,
+    stream,
+)
+from ergo_rl.learners.supervised import DenseTower, Grounded, Schedule, fit, is_finished
+from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, make_tokenizer, save_folder
 
 
 @dataclass

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
-from episodes.families import ModelFamily, Tokenizer
-from episodes.lessons import LEGIBLE_AREA, Pointing, crop_anywhere, crop_view, crop_with, point
-from episodes.panels import PROMPTS, VIEW_TOKENS, PanelScene, PanelsConfig, Split, ask, question, scene
-from episodes.parsing import parse_answer
-from episodes.prompts import fill
-from episodes.types import Box, Question, Trajectory, View
+from ergo_rl.episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.families import ModelFamily, Tokenizer
+from ergo_rl.episodes.lessons import LEGIBLE_AREA, Pointing, crop_anywhere, crop_view, crop_with, point
+from ergo_rl.episodes.panels import PROMPTS, VIEW_TOKENS, PanelScene, PanelsConfig, Split, ask, question, scene
+from ergo_rl.episodes.parsing import parse_answer
+from ergo_rl.episodes.prompts import fill
+from ergo_rl.episodes.types import Box, Question, Trajectory, View
 
 ORIGINAL_AREA = 168 * 168 / 672**2
 """Crops of up to this share of the default scene are shown at original resolution, or enlarged."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jobs.saving.checkpoints import (
+from ergo_rl.jobs.saving.checkpoints import (
     FETCHED,
     LATEST,
     MANIFEST,

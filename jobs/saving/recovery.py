@@ -7,13 +7,13 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from actors.trajectory_store import Group
-from cluster.placement import Cluster
-from jobs.config import RecoveryConfig, TrainConfig
-from jobs.flow import Flow
-from jobs.run import Run
-from jobs.saving.state import RunState
-from learners.learner_group import ROLE, LearnerFailed, LearnerGroup
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.jobs.config import RecoveryConfig, TrainConfig
+from ergo_rl.jobs.flow import Flow
+from ergo_rl.jobs.run import Run
+from ergo_rl.jobs.saving.state import RunState
+from ergo_rl.learners.learner_group import ROLE, LearnerFailed, LearnerGroup
 
 logger = logging.getLogger(__name__)
 

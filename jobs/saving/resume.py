@@ -11,10 +11,10 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from jobs.config import ConfigError, TrainConfig
-from jobs.layout import CONFIG, ENDED
-from jobs.saving.checkpoints import MANIFEST, DamagedCheckpoint, Shelf, check, step_of
-from jobs.saving.copies import Copies
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.layout import CONFIG, ENDED
+from ergo_rl.jobs.saving.checkpoints import MANIFEST, DamagedCheckpoint, Shelf, check, step_of
+from ergo_rl.jobs.saving.copies import Copies
 
 AUTO, NEVER = "auto", "never"
 CHECKPOINTS = "checkpoints"

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from actors.rollout_worker import Manner
-from episodes import images
-from episodes.parsing import parse_answer
-from episodes.types import Question, Trajectory
-from jobs.commands import DEFAULT_RECIPE, EXPECTED
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.layout import CONFIG, POLICY, RECIPE
-from jobs.players import NotPlayed, Play, Player, add_endpoint, endpoint_at, start_player
+from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.episodes import images
+from ergo_rl.episodes.parsing import parse_answer
+from ergo_rl.episodes.types import Question, Trajectory
+from ergo_rl.jobs.commands import DEFAULT_RECIPE, EXPECTED
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.layout import CONFIG, POLICY, RECIPE
+from ergo_rl.jobs.players import NotPlayed, Play, Player, add_endpoint, endpoint_at, start_player
 
 _SHOWN_SIDE = 1600
 """Longest side of the picture with the box, pixels."""

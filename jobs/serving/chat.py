@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from episodes.families import ModelFamily
-from episodes.parsing import BoxOutcome, parse_answer
-from episodes.types import Outcome
-from jobs.players import Play
+from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.parsing import BoxOutcome, parse_answer
+from ergo_rl.episodes.types import Outcome
+from ergo_rl.jobs.players import Play
 
 Json = dict[str, Any]
 

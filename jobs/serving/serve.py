@@ -18,21 +18,21 @@ import httpx
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from actors.rollout_worker import Manner
-from cluster.compat import keep_serve_local
-from cluster.engine import EngineDied
-from cluster.placement import Cluster
-from cluster.pool import PoolExhausted
-from episodes import images
-from episodes.families import family_of
-from episodes.types import Question
-from jobs.commands import EXPECTED
-from jobs.config import ConfigError, TrainConfig
-from jobs.layout import RECIPE
-from jobs.players import EndpointPlayer, LocalPlayer, NotPlayed, add_endpoint, endpoint_at, start_player
-from jobs.serving.answer import settings
-from jobs.serving.chat import Asked, Json, Refused, completion, read_chat, read_data_url
-from rewards.config import EndpointConfig
+from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.cluster.compat import keep_serve_local
+from ergo_rl.cluster.engine import EngineDied
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import PoolExhausted
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import family_of
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.commands import EXPECTED
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.layout import RECIPE
+from ergo_rl.jobs.players import EndpointPlayer, LocalPlayer, NotPlayed, add_endpoint, endpoint_at, start_player
+from ergo_rl.jobs.serving.answer import settings
+from ergo_rl.jobs.serving.chat import Asked, Json, Refused, completion, read_chat, read_data_url
+from ergo_rl.rewards.config import EndpointConfig
 
 _HEALTH_EVERY_S = 2.0
 """Ray Serve replaces a replica that has failed three times in a row."""

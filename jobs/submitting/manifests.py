@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.config import ConfigError, TrainConfig
 
 SECRET = "ergo-rl"
 """Name of the Kubernetes Secret that holds the variables."""

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.commands import add_recipe, recipe_of
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.submitting.manifests import SAVE_S, Extras, kuberay, slurm
-from rewards.config import Backend
+from ergo_rl.jobs.commands import add_recipe, recipe_of
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.submitting.manifests import SAVE_S, Extras, kuberay, slurm
+from ergo_rl.rewards.config import Backend
 
 ROOT = Path(__file__).resolve().parents[2]
 EXCLUDES = [
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def entrypoint(self) -> str:
-        return shlex.join(["python", "-m", "jobs", "train", self.recipe.as_posix(), *self.overrides])
+        return shlex.join(["python", "-m", "ergo_rl.jobs", "train", self.recipe.as_posix(), *self.overrides])
 
     def runtime_env(self) -> dict[str, Any]:
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(SAVE_S), "PYTHONUNBUFFERED": "1", **dict(self.environment)}

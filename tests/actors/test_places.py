@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from actors.rollout_worker import Places
+from ergo_rl.actors.rollout_worker import Places
 
 
 def test_never_more_at_once_and_first_come_first_served() -> None:

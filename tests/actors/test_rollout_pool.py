@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import ray
 
-from actors import rollout_pool
-from actors.rollout_pool import RolloutPool
-from actors.rollout_worker import RolloutConfig
-from cluster.buckets import Layout
-from cluster.engine import EngineConfig
-from cluster.meeting import Meeting
-from cluster.placement import Cluster
-from cluster.resources import Resources
-from cluster.weights import Transport, WeightChannel, WeightsConfig
-from episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.actors import rollout_pool
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import RolloutConfig
+from ergo_rl.cluster.buckets import Layout
+from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
+from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
 
 LAYOUT = Layout(("w",), ("int64",), ((),), (8,))
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 import ray
 
-from actors.rollout_worker import Played, facts_of
-from actors.snapshot import SCHEMAS, read_groups, write_groups
-from actors.trajectory_store import Group
-from episodes.types import Box, Question, Score, Trajectory, Turn, Unscored
+from ergo_rl.actors.rollout_worker import Played, facts_of
+from ergo_rl.actors.snapshot import SCHEMAS, read_groups, write_groups
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Turn, Unscored
 from tests.factories import shared_view, trajectory, view
 
 

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 import ray
 
-from actors.rollout_worker import Played, TrajectoryFacts
-from actors.trajectory_store import Group, TrajectoryStore
-from episodes.types import Outcome, Question, Score
+from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts
+from ergo_rl.actors.trajectory_store import Group, TrajectoryStore
+from ergo_rl.episodes.types import Outcome, Question, Score
 
 
 def group(number: int, *versions: int) -> Group:

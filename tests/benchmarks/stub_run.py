@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.compat import end_with_parent
+from ergo_rl.cluster.compat import end_with_parent
 
 STEP_S = 0.1
 SAVE_S = 0.2

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import driver, end_to_end, episode, learner, overlap, rollout, weights
 from benchmarks.reporting import report
-from jobs.measuring.grid import Mode, Record
+from ergo_rl.jobs.measuring.grid import Mode, Record
 from tests.conftest import ROOT
 
 
@@ -160,7 +160,7 @@ class InProcess:
 def test_the_simulation_plays_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three workers, 2 + 1 rounds of groups of 4 in 50 ms each: no faster than the timers."""
     monkeypatch.setattr(driver.RewardPool, "score", _judged)
-    monkeypatch.setattr("cluster.pool.ray.cancel", lambda answer: None)
+    monkeypatch.setattr("ergo_rl.cluster.pool.ray.cancel", lambda answer: None)
     arguments = argparse.Namespace(group_size=4, rounds=2, seconds=0.05)
     processes: Any = [InProcess(0.05), InProcess(0.05)]
     found = asyncio.run(driver.measure(processes, 3, arguments))

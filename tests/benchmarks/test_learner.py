@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from benchmarks.learner import Mixture, PlainLoop, figures, verdict
-from episodes.families import family_of, load_tokenizer
-from learners.batch import Batcher, Sample, expand, side_by_side
-from learners.config import LearnerConfig
-from learners.losses import TokenBatch, policy_loss
-from learners.policy import Policy
+from ergo_rl.episodes.families import family_of, load_tokenizer
+from ergo_rl.learners.batch import Batcher, Sample, expand, side_by_side
+from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.learners.losses import TokenBatch, policy_loss
+from ergo_rl.learners.policy import Policy
 from tests.factories import FAMILY, IDS, IMAGE_PAD
 
 MARKS = (IDS["<|vision_start|>"], IDS["<|vision_end|>"], IMAGE_PAD)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from cluster import lending
-from cluster.buckets import Layout, parts_of, tensors_of
-from cluster.collective import Door, Group, GroupLost
-from cluster.meeting import Meeting
+from ergo_rl.cluster import lending
+from ergo_rl.cluster.buckets import Layout, parts_of, tensors_of
+from ergo_rl.cluster.collective import Door, Group, GroupLost
+from ergo_rl.cluster.meeting import Meeting
 
 CPU = torch.device("cpu")
 PATIENT_S, SHORT_S = 60.0, 5.0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lives import still
-from cluster.compat import end_with_parent
+from ergo_rl.cluster.compat import end_with_parent
 from tests.conftest import ROOT
 
 # The set-up script may have hooked every interpreter of this environment; most cases start without that.
@@ -20,12 +20,14 @@ UNHOOKED = """
 import sys
 
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "_BeforeTorchvision"]
-from cluster.compat import repair_torchvision
+from ergo_rl.cluster.torchvision_repair import repair_torchvision
 """
 
 
-def run_fresh(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=240)
+def run_fresh(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -51,19 +53,22 @@ def test_every_interpreter_of_this_environment_imports_torchvision() -> None:
     assert run_fresh("import torchvision.transforms.v2 as v2; print(v2.functional.resize.__name__)") == "resize"
 
 
-def test_hooking_an_interpreter_leaves_the_choice_of_packages_open() -> None:
-    # Afterwards `cluster` is imported afresh, from wherever the process looks first, and a second hook is not added.
+def test_the_copy_in_the_environment_leaves_the_choice_of_packages_open() -> None:
+    # The copy imports neither torch nor this project, which then comes from wherever the process looks first; a second
+    # repair by the project's own module adds no second finder, and what the first declared stays.
     code = """
-        import cluster.compat
+        import importlib.util, gc
+        spec = importlib.util.spec_from_file_location("ergo_rl_torchvision", sys.argv[1])
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        copy.repair_torchvision()
+        print([name for name in ("ergo_rl", "torch", "torchvision") if name in sys.modules])
+        from ergo_rl.cluster.torchvision_repair import repair_torchvision
 
-        cluster.compat.hook_interpreter()
-        print([name for name in ("cluster", "cluster.compat", "torch") if name in sys.modules])
         repair_torchvision()
-        import cluster.compat
-
-        cluster.compat.repair_torchvision()
         print(sum(type(finder).__name__ == "_BeforeTorchvision" for finder in sys.meta_path))
-        import gc
+        assert importlib.util.find_spec("torchvision")
+        gc.collect()
         import torchvision
 
         gc.collect()
@@ -71,7 +76,9 @@ def test_hooking_an_interpreter_leaves_the_choice_of_packages_open() -> None:
 
         print(torch.ops.torchvision.nms.default.name())
     """
-    assert run_fresh(UNHOOKED + textwrap.dedent(code)).splitlines() == ["[]", "1", "torchvision::nms"]
+    unhooked = UNHOOKED[: UNHOOKED.index("from ergo_rl")]
+    module = str(ROOT / "cluster" / "torchvision_repair.py")
+    assert run_fresh(unhooked + textwrap.dedent(code), module).splitlines() == ["[]", "1", "torchvision::nms"]
 
 
 def test_the_repair_imports_nothing_by_itself() -> None:
@@ -91,30 +98,11 @@ def test_a_missing_torchvision_is_reported_as_missing() -> None:
     assert run_fresh(UNHOOKED + textwrap.dedent(code)) == "No module named 'torchvision'"
 
 
-def test_an_interpreter_hooked_twice_keeps_what_was_declared() -> None:
-    """Python may read a .pth file twice; then somebody only asks whether torchvision is there, and imports it later."""
-    code = """
-import gc, importlib.util, sys
-sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != "_BeforeTorchvision"]
-sys.modules.pop("_ergo_rl_hook", None)
-for _ in range(2):
-    import cluster.compat
-    cluster.compat.hook_interpreter()
-    del cluster
-from cluster.compat import repair_torchvision
-repair_torchvision()
-assert importlib.util.find_spec("torchvision")
-gc.collect()
-import torchvision
-"""
-    run_fresh(code)
-
-
 PARENT = """
 import multiprocessing, time
 
 def child(told):
-    from cluster.compat import end_with_parent
+    from ergo_rl.cluster.compat import end_with_parent
     end_with_parent()
     told.send(multiprocessing.current_process().pid)
     time.sleep(1000)

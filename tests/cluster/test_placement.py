@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from cluster.placement import Cluster
-from cluster.resources import Resources
+from benchmarks.lives import descendants
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.resources import Resources
 
 LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
 """127.0.0.1, the same as IPv6, ::1; as /proc/net writes them."""
@@ -27,28 +29,22 @@ def listening(user: int) -> dict[str, str]:
     return found
 
 
-def sockets_of(session: str) -> dict[str, str]:
-    """Inode -> command of every socket of the processes that belong to a Ray session, and of this one."""
+def sockets_of(family: list[tuple[int, str]]) -> dict[str, str]:
+    """Inode -> command of every socket of these processes."""
     found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_text().replace("\0", " ")
-            environment = (process / "environ").read_text(errors="replace")
-            if session not in command + environment and int(process.name) != os.getpid():
-                continue
-            for handle in (process / "fd").iterdir():
+    for pid, command in family:
+        with suppress(OSError):  # it has ended
+            for handle in Path(f"/proc/{pid}/fd").iterdir():
                 if (target := os.readlink(handle)).startswith("socket:["):
                     found[target[8:-1]] = command
-        except OSError:
-            continue  # it has ended
     return found
 
 
 def test_a_ray_that_we_start_listens_to_this_machine_only(ray_cluster: Cluster) -> None:
     """Whoever reaches the ports of Ray can run code: none of them is on another interface."""
     assert ray.util.get_node_ip_address() == "127.0.0.1"
-    session = Path(ray._private.worker._global_node.get_session_dir_path()).name
-    owners, open_to = sockets_of(session), listening(os.getuid())
+    owners = sockets_of([(os.getpid(), "pytest"), *descendants(os.getpid())])
+    open_to = listening(os.getuid())
     ours = {inode: open_to[inode] for inode in owners.keys() & open_to.keys()}
     assert len(ours) >= 4, "the tables are read"
     elsewhere = {owners[inode]: address for inode, address in ours.items() if address.split(":")[0] not in LOOPBACK}

@@ -13,8 +13,8 @@ import pytest
 import ray
 from ray.exceptions import OutOfMemoryError
 
-from cluster.placement import Cluster
-from cluster.pool import Faults, Pool, PoolExhausted, WorkerDied
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import Faults, Pool, PoolExhausted, WorkerDied
 
 
 @ray.remote(num_cpus=0.01)
@@ -213,16 +213,16 @@ def test_ready_gives_up_with_the_numbers(ray_cluster: Cluster) -> None:
 
 
 def test_a_gang_that_cannot_be_held_is_refused_with_the_numbers(ray_cluster: Cluster) -> None:
-    from cluster.placement import ClusterConfig
-    from cluster.resources import Resources
+    from ergo_rl.cluster.placement import ClusterConfig
+    from ergo_rl.cluster.resources import Resources
 
     with pytest.raises(TimeoutError, match=r"did not offer 2 x \{'CPU': 5000.*free now: \{'CPU'"):
         asyncio.run(Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000)))
 
 
 def test_the_loop_goes_on_while_places_are_waited_for(ray_cluster: Cluster) -> None:
-    from cluster.placement import ClusterConfig
-    from cluster.resources import Resources
+    from ergo_rl.cluster.placement import ClusterConfig
+    from ergo_rl.cluster.resources import Resources
 
     async def story() -> None:
         waiting = asyncio.create_task(Cluster(ClusterConfig(wait_s=3)).reserve("giants", 1, Resources(cpus=5000)))

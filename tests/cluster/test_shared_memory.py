@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.shared_memory import SharedFiles, mapped
+from ergo_rl.cluster.shared_memory import SharedFiles, mapped
 
 
 def parts(*values: int) -> list[np.ndarray]:
@@ -62,7 +62,7 @@ def test_what_is_written_into_a_mapping_stays_there(files: SharedFiles) -> None:
 
 READER = """
 import sys
-from cluster.shared_memory import mapped
+from ergo_rl.cluster.shared_memory import mapped
 flat = mapped(sys.argv[1], 4)
 print("open", flush=True)
 input()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.resources import Resources
-from cluster.weights import Transport, WeightChannel, WeightsConfig
+from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
 
 
 class Source:

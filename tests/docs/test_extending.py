@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
-from episodes.extensions import imported
-from episodes.families import ModelFamily, Qwen25VL, UnknownFamily, family_of, load_tokenizer
-from episodes.types import Box, Outcome, Score, View
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.players import family_named
-from learners.batch import Batcher, Sample
-from learners.config import LearnerConfig, LossConfig
-from learners.objectives import Objective, objective_named
-from learners.policy import Policy
-from rewards.base import RewardTerm
-from rewards.config import RewardConfig
-from rewards.tce import TotalReward
+from ergo_rl.episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.families import ModelFamily, Qwen25VL, UnknownFamily, family_of, load_tokenizer
+from ergo_rl.episodes.types import Box, Outcome, Score, View
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.players import family_named
+from ergo_rl.learners.batch import Batcher, Sample
+from ergo_rl.learners.config import LearnerConfig, LossConfig
+from ergo_rl.learners.objectives import Objective, objective_named
+from ergo_rl.learners.policy import Policy
+from ergo_rl.rewards.base import RewardTerm
+from ergo_rl.rewards.config import RewardConfig
+from ergo_rl.rewards.tce import TotalReward
 from tests.conftest import ROOT
 from tests.episodes.test_coarse_to_fine import QUESTION, READ
 from tests.factories import tiny_model
@@ -78,7 +78,7 @@ def test_an_objective() -> None:
     """Trajectory 0, advantage 2, ratios 1 and 2: weights 1, 1. Trajectory 1, advantage -1, ratios 1/2, 1, 2: weights
     1/2, 1, 1. The gradient on a token is -weight x advantage, the mean is over 5 tokens; log-probs -1, -1 and -3, -1,
     -1 times ln 2."""
-    from learners.losses import policy_loss
+    from ergo_rl.learners.losses import policy_loss
 
     config = configured("TOPR").learner.loss
     loss, sums = policy_loss(two_rows(), config)
@@ -161,10 +161,14 @@ def test_an_own_family_is_for_its_own_type_of_model(tmp_path: Path) -> None:
         ("my_terms.ShortThought", RewardTerm, "does not say where a class is; write package.module:Class"),
         ("../my_terms:ShortThought", RewardTerm, "does not say where a class is"),
         ("my_term:ShortThought", RewardTerm, "No module named 'my_term'; is it installed, in the working directory"),
-        ("my_terms:Short", RewardTerm, "my_terms has nothing of that name; it must be a subclass of rewards.base.Rew"),
-        ("my_terms:LIMIT", RewardTerm, "my_terms has 40; it must be a subclass of rewards.base.RewardTerm"),
-        ("my_terms:ShortThought", Objective, "it must be a subclass of learners.objectives.Objective"),
-        ("rewards.base:RewardTerm", RewardTerm, "leaves out __call__ of rewards.base.RewardTerm"),
+        (
+            "my_terms:Short",
+            RewardTerm,
+            "my_terms has nothing of that name; it must be a subclass of ergo_rl.rewards.base.Rew",
+        ),
+        ("my_terms:LIMIT", RewardTerm, "my_terms has 40; it must be a subclass of ergo_rl.rewards.base.RewardTerm"),
+        ("my_terms:ShortThought", Objective, "it must be a subclass of ergo_rl.learners.objectives.Objective"),
+        ("ergo_rl.rewards.base:RewardTerm", RewardTerm, "leaves out __call__ of ergo_rl.rewards.base.RewardTerm"),
         ("my_broken:Term", RewardTerm, "my_broken:Term cannot be imported: ZeroDivisionError: division by zero"),
         ("my_needy:Term", RewardTerm, "my_needy:Term cannot be imported: ModuleNotFoundError: .*'no_such_package'$"),
     ],
@@ -184,7 +188,10 @@ def test_what_is_wrong_with_a_class_is_said(folder: Path, path: str, kind: Any, 
         (["reward.terms.brief=my_terms:Brief", "reward.weights.brief=1"], "my_terms has nothing of that name"),
         (["learner.loss.objective=my_objective:TOP"], "my_objective has nothing of that name"),
         (["episode.family=my_family:Thousandths"], r"learner.family \(''\) must equal episode.family"),
-        (["reward.verifier.family=my_terms:ShortThought"], "must be a subclass of episodes.families.ModelFamily"),
+        (
+            ["reward.verifier.family=my_terms:ShortThought"],
+            "must be a subclass of ergo_rl.episodes.families.ModelFamily",
+        ),
     ],
 )
 def test_a_configuration_is_refused_before_anything_starts(overrides: list[str], message: str) -> None:

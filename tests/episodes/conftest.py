@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from episodes.families import Qwen25VL, Tokenizer
+from ergo_rl.episodes.families import Qwen25VL, Tokenizer
 
 
 @pytest.fixture(scope="session")

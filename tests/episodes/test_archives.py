@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from episodes.archives import NoPicture, open_pictures
-from episodes.questions import DatasetError
+from ergo_rl.episodes.archives import NoPicture, open_pictures
+from ergo_rl.episodes.questions import DatasetError
 
 MEMBERS = {"data/a/one.png": b"one of a", "data/b/one.png": b"one of b", "data/b/two.png": b"two"}
 

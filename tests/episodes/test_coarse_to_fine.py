@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from episodes.coarse_to_fine import CoarseToFine, EpisodeConfig, OnBadBox, read_box
-from episodes.families import Qwen25VL, Tokenizer
-from episodes.images import UnreadableImage, view
-from episodes.parsing import BoxOutcome
-from episodes.prompts import ReservedText
-from episodes.types import Box, Finish, Outcome, Question, Trajectory, View
+from ergo_rl.episodes.coarse_to_fine import CoarseToFine, EpisodeConfig, OnBadBox, read_box
+from ergo_rl.episodes.families import Qwen25VL, Tokenizer
+from ergo_rl.episodes.images import UnreadableImage, view
+from ergo_rl.episodes.parsing import BoxOutcome
+from ergo_rl.episodes.prompts import ReservedText
+from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Trajectory, View
 
 FAMILY = Qwen25VL()
 DOCUMENT = Path(__file__).parents[2] / "docs" / "boxes.md"

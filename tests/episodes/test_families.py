@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cluster.compat import repair_torchvision
-from episodes.families import Qwen3VL, Qwen25VL, family_of
-from episodes.types import Box, View
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.families import Qwen3VL, Qwen25VL, family_of
+from ergo_rl.episodes.types import Box, View
 
 repair_torchvision()
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize  # noqa: E402

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from episodes import images
-from episodes.families import Qwen25VL
-from episodes.images import UnreadableImage, decode, locate, view
-from episodes.parsing import BoxOutcome
-from episodes.types import Box, View
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import Qwen25VL
+from ergo_rl.episodes.images import UnreadableImage, decode, locate, view
+from ergo_rl.episodes.parsing import BoxOutcome
+from ergo_rl.episodes.types import Box, View
 
 FAMILY = Qwen25VL()
 

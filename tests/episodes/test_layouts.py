@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from episodes.archives import Pictures
-from episodes.layouts import LAYOUTS, Corners, Unit, Unusable, convert, split_options
-from episodes.questions import QuestionsConfig, QuestionStream, write_questions
-from episodes.types import Box, Question
+from ergo_rl.episodes.archives import Pictures
+from ergo_rl.episodes.layouts import LAYOUTS, Corners, Unit, Unusable, convert, split_options
+from ergo_rl.episodes.questions import QuestionsConfig, QuestionStream, write_questions
+from ergo_rl.episodes.types import Box, Question
 from tests.episodes.test_questions import png
 
 PNG = png(100, 50)

@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from episodes import images
-from episodes.coarse_to_fine import read_box
-from episodes.families import Qwen25VL
-from episodes.lessons import (
+from ergo_rl.episodes import images
+from ergo_rl.episodes.coarse_to_fine import read_box
+from ergo_rl.episodes.families import Qwen25VL
+from ergo_rl.episodes.lessons import (
     CUT,
     Pointing,
     coarse_view,
@@ -25,8 +25,8 @@ from episodes.lessons import (
     point,
     token_labels,
 )
-from episodes.panels import COLOURS, MARKS, PanelScene, PanelsConfig, Split, scene
-from episodes.types import Box
+from ergo_rl.episodes.panels import COLOURS, MARKS, PanelScene, PanelsConfig, Split, scene
+from ergo_rl.episodes.types import Box
 
 FAMILY = Qwen25VL()
 

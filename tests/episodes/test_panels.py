@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from episodes import images, panels
-from episodes.families import Qwen25VL
-from episodes.panels import (
+from ergo_rl.episodes import images, panels
+from ergo_rl.episodes.families import Qwen25VL
+from ergo_rl.episodes.panels import (
     COLOURS,
     MARKS,
     PROMPTS,
@@ -25,8 +25,8 @@ from episodes.panels import (
     question,
     scene,
 )
-from episodes.prompts import fill
-from episodes.types import Box
+from ergo_rl.episodes.prompts import fill
+from ergo_rl.episodes.types import Box
 
 FAMILY = Qwen25VL()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from episodes.parsing import BoxOutcome, parse_answer, parse_zoom
+from ergo_rl.episodes.parsing import BoxOutcome, parse_answer, parse_zoom
 
 
 @pytest.mark.parametrize(

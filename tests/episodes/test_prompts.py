@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from episodes.families import Qwen25VL
-from episodes.prompts import PromptTemplates, ReservedText, fill, letter_options
-from episodes.types import Question
+from ergo_rl.episodes.families import Qwen25VL
+from ergo_rl.episodes.prompts import PromptTemplates, ReservedText, fill, letter_options
+from ergo_rl.episodes.types import Question
 
 FAMILY = Qwen25VL()
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from episodes.questions import (
+from ergo_rl.episodes.questions import (
     BadRow,
     Cursor,
     DatasetError,
@@ -26,7 +26,7 @@ from episodes.questions import (
     QuestionStream,
     write_questions,
 )
-from episodes.types import Box, Question
+from ergo_rl.episodes.types import Box, Question
 
 
 def png(width: int = 8, height: int = 6, **keys: Any) -> bytes:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from episodes import records
-from episodes.questions import DatasetError
-from episodes.records import Broken, Record, read_records
+from ergo_rl.episodes import records
+from ergo_rl.episodes.questions import DatasetError
+from ergo_rl.episodes.records import Broken, Record, read_records
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=60),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
+from ergo_rl.episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
 
 
 def turn(prompt: list[int], sampled: list[int], logprobs: list[float]) -> Turn:

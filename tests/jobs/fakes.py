@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import ray
 
-from actors.rollout_pool import Rollout
-from actors.rollout_worker import Played, RolloutConfig, Unplayable, facts_of
-from cluster.placement import Cluster
-from episodes.types import Question, Score, Trajectory, Unscored, Verdict
-from jobs import run, train
-from jobs.config import TrainConfig
-from jobs.saving import recovery, state
-from jobs.saving.checkpoints import Disk, Shelf
-from learners.learner_group import LearnerFailed, TrainingGroup
+from ergo_rl.actors.rollout_pool import Rollout
+from ergo_rl.actors.rollout_worker import Played, RolloutConfig, Unplayable, facts_of
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.episodes.types import Question, Score, Trajectory, Unscored, Verdict
+from ergo_rl.jobs import run, train
+from ergo_rl.jobs.config import TrainConfig
+from ergo_rl.jobs.saving import recovery, state
+from ergo_rl.jobs.saving.checkpoints import Disk, Shelf
+from ergo_rl.learners.learner_group import LearnerFailed, TrainingGroup
 from tests.factories import trajectory
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import ConfigError
-from jobs.measuring.ablate import AblationPlan, load_plan, main, runs_of, slug
-from jobs.measuring.ablation_report import Curve, as_markdown, write_report
+from ergo_rl.jobs.config import ConfigError
+from ergo_rl.jobs.measuring.ablate import AblationPlan, load_plan, main, runs_of, slug
+from ergo_rl.jobs.measuring.ablation_report import Curve, as_markdown, write_report
 from tests.conftest import ROOT
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from actors.rollout_worker import RolloutConfig
-from cluster.resources import Size
-from jobs import autoscale
-from jobs.autoscale import WINDOW, Decider, scaling
+from ergo_rl.actors.rollout_worker import RolloutConfig
+from ergo_rl.cluster.resources import Size
+from ergo_rl.jobs import autoscale
+from ergo_rl.jobs.autoscale import WINDOW, Decider, scaling
 
 
 def steps(decider: Decider, rollout_s: float, workers: int, count: int = WINDOW + 1) -> list[int]:

@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from jobs.saving.checkpoints import (
+from ergo_rl.jobs.saving.checkpoints import (
     LATEST,
     MANIFEST,
     CheckpointConfig,
@@ -22,7 +22,7 @@ from jobs.saving.checkpoints import (
     name_of,
     step_of,
 )
-from jobs.saving.copies import Copies
+from ergo_rl.jobs.saving.copies import Copies
 
 
 class Crash(BaseException):

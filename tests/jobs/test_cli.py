@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cli
+from ergo_rl.jobs import cli
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_every_command_has_its_module(module: str) -> None:
 
 def test_help_imports_none_of_the_heavy_packages() -> None:
     code = (
-        "import sys; from jobs.cli import main; status = main(['--help']); "
+        "import sys; from ergo_rl.jobs.cli import main; status = main(['--help']); "
         "sys.exit(status or any(name in sys.modules for name in ('torch', 'ray', 'vllm', 'deepspeed')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0

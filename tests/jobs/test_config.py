@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import ConfigError, load_config
-from learners.advantages import Normalisation
-from learners.config import ObjectiveName
+from ergo_rl.jobs.config import ConfigError, load_config
+from ergo_rl.learners.advantages import Normalisation
+from ergo_rl.learners.config import ObjectiveName
 from tests.conftest import ROOT
 
 PANELS = ROOT / "configs" / "panels.yaml"
@@ -42,7 +42,7 @@ def test_the_default_is_todays_loss_and_no_replaced_groups() -> None:
 
 
 def test_the_panels_recipe_plays_what_was_pretrained() -> None:
-    from episodes.panels import PROMPTS, VIEW_TOKENS
+    from ergo_rl.episodes.panels import PROMPTS, VIEW_TOKENS
 
     config = load_config(PANELS)
     assert config.episode.prompts == PROMPTS and config.reward.verifier.prompts == PROMPTS

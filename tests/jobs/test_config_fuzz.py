@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from jobs.config import ConfigError, TrainConfig, _all_keys, load_config
-from jobs.limits import out_of_range
+from ergo_rl.jobs.config import ConfigError, TrainConfig, _all_keys, load_config
+from ergo_rl.jobs.limits import out_of_range
 from tests.conftest import ROOT
 
 CONFIGS = 500

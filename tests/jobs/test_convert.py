@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from episodes.questions import OnBadRow, QuestionsConfig, QuestionStream
-from episodes.types import Box, Question
-from jobs.prepare import main
+from ergo_rl.episodes.questions import OnBadRow, QuestionsConfig, QuestionStream
+from ergo_rl.episodes.types import Box, Question
+from ergo_rl.jobs.prepare import main
 from tests.conftest import ROOT
 
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import ray
 
-from actors.rollout_worker import Played, TrajectoryFacts
-from actors.trajectory_store import Group
-from episodes.types import Outcome, Question, Score, Unscored, Verdict
-from jobs.credit import Crediting
-from learners.advantages import AdvantageConfig, Credit, Terms
-from learners.config import LearnerConfig, LossConfig
+from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import Outcome, Question, Score, Unscored, Verdict
+from ergo_rl.jobs.credit import Crediting
+from ergo_rl.learners.advantages import AdvantageConfig, Credit, Terms
+from ergo_rl.learners.config import LearnerConfig, LossConfig
 
 WEIGHTS = {"region": 1.0, "box": 0.5}
 

@@ -8,11 +8,11 @@ import pytest
 import ray
 from PIL import Image
 
-from actors.rollout_worker import Played, TrajectoryFacts, Unplayable
-from actors.trajectory_store import Group
-from episodes.types import Box, Outcome, Question, Score
-from jobs.measuring.evaluation import BoxSource, Evaluation, EvaluationConfig, choose_box, wilson
-from jobs.metrics import MetricsConfig
+from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts, Unplayable
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import Box, Outcome, Question, Score
+from ergo_rl.jobs.measuring.evaluation import BoxSource, Evaluation, EvaluationConfig, choose_box, wilson
+from ergo_rl.jobs.metrics import MetricsConfig
 
 TARGET = Box(10, 20, 30, 40)
 

@@ -11,12 +11,12 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from jobs import export
-from jobs.config import ConfigError, load_config
-from jobs.pages.report_data import NoRun
-from jobs.saving.checkpoints import DamagedCheckpoint, Shelf
-from learners.checkpoint import COUNTERS
-from learners.policy import Policy
+from ergo_rl.jobs import export
+from ergo_rl.jobs.config import ConfigError, load_config
+from ergo_rl.jobs.pages.report_data import NoRun
+from ergo_rl.jobs.saving.checkpoints import DamagedCheckpoint, Shelf
+from ergo_rl.learners.checkpoint import COUNTERS
+from ergo_rl.learners.policy import Policy
 from tests.conftest import ROOT
 from tests.factories import tiny_model
 

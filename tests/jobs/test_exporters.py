@@ -13,11 +13,11 @@ import httpx
 import pytest
 import ray
 
-from cluster.placement import Cluster
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.exporters import MLflow, Prometheus, WeightsAndBiases, gauge_name, open_exporters
-from jobs.metrics import ExporterName
-from jobs.run import Run
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.exporters import MLflow, Prometheus, WeightsAndBiases, gauge_name, open_exporters
+from ergo_rl.jobs.metrics import ExporterName
+from ergo_rl.jobs.run import Run
 from tests.conftest import ROOT
 
 DASHBOARD = ROOT / "docs" / "grafana" / "ergo-rl.json"

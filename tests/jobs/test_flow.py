@@ -14,13 +14,13 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.rollout_pool import Rollout
-from actors.rollout_worker import Played, TrajectoryFacts, Unplayable
-from actors.trajectory_store import Group
-from episodes.questions import Cursor, OnBadRow
-from episodes.types import Outcome, Question, Score
-from jobs.flow import Flow, FlowState
-from jobs.saving.state import flow_cells, flow_state
+from ergo_rl.actors.rollout_pool import Rollout
+from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts, Unplayable
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.questions import Cursor, OnBadRow
+from ergo_rl.episodes.types import Outcome, Question, Score
+from ergo_rl.jobs.flow import Flow, FlowState
+from ergo_rl.jobs.saving.state import flow_cells, flow_state
 
 FACTS = TrajectoryFacts(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (0, 0))
 EPOCH = 10

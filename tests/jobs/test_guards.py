@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.guards import Guards, GuardsConfig
-from jobs.metrics import Metrics
+from ergo_rl.jobs.guards import Guards, GuardsConfig
+from ergo_rl.jobs.metrics import Metrics
 
 FINE = {
     "rollout/full_image_rate": 0.1,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine import EngineConfig
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.planning.memory import (
+from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.planning.memory import (
     GIB,
     Part,
     engine_needs,
@@ -19,10 +19,10 @@ from jobs.planning.memory import (
     trained,
     trajectory_tokens,
 )
-from jobs.planning.pace import pace
-from jobs.planning.plan import DOES_NOT_FIT, Process, main, make_plan, phases, place
-from jobs.planning.shapes import Shape, shape_of
-from learners.config import Dtype, LoraConfig
+from ergo_rl.jobs.planning.pace import pace
+from ergo_rl.jobs.planning.plan import DOES_NOT_FIT, Process, main, make_plan, phases, place
+from ergo_rl.jobs.planning.shapes import Shape, shape_of
+from ergo_rl.learners.config import Dtype, LoraConfig
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors.rollout_worker import Manner
-from episodes.types import Box, Question
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.measuring import evaluate
-from jobs.measuring.grid import Mode, Record, run_grid
-from jobs.measuring.grid_report import as_markdown, figures, pareto, summarise, write_report
-from jobs.players import EndpointPlayer, NotPlayed, Play, endpoint_at
-from jobs.serving import answer
+from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.episodes.types import Box, Question
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.measuring import evaluate
+from ergo_rl.jobs.measuring.grid import Mode, Record, run_grid
+from ergo_rl.jobs.measuring.grid_report import as_markdown, figures, pareto, summarise, write_report
+from ergo_rl.jobs.players import EndpointPlayer, NotPlayed, Play, endpoint_at
+from ergo_rl.jobs.serving import answer
 from tests.conftest import ROOT
 from tests.factories import FAMILY
 from tests.jobs.conftest import LOOK, READ, Server

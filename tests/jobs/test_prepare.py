@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from episodes.panels import PanelsConfig, Split, question
-from episodes.questions import QuestionsConfig, QuestionStream
-from jobs.prepare import main, prepare_panels
+from ergo_rl.episodes.panels import PanelsConfig, Split, question
+from ergo_rl.episodes.questions import QuestionsConfig, QuestionStream
+from ergo_rl.jobs.prepare import main, prepare_panels
 
 
 def test_writes_both_splits_in_small_row_groups(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.pretraining.pretrain import PretrainConfig, _continues, main, model_card
+from ergo_rl.jobs.pretraining.pretrain import PretrainConfig, _continues, main, model_card
 
 
 def test_fewer_steps_of_every_lesson() -> None:

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from episodes.panels import PanelsConfig, Split, question
-from episodes.questions import write_questions
-from jobs import outage
-from jobs.config import ConfigError, RecoveryConfig, TrainConfig, load_config
-from jobs.outage import RewardsUnavailable
-from jobs.run import Run
-from jobs.saving.checkpoints import CheckpointConfig
-from jobs.stopping import Stopped
-from jobs.train import train
-from learners.learner_group import LearnerFailed
+from ergo_rl.episodes.panels import PanelsConfig, Split, question
+from ergo_rl.episodes.questions import write_questions
+from ergo_rl.jobs import outage
+from ergo_rl.jobs.config import ConfigError, RecoveryConfig, TrainConfig, load_config
+from ergo_rl.jobs.outage import RewardsUnavailable
+from ergo_rl.jobs.run import Run
+from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
+from ergo_rl.jobs.stopping import Stopped
+from ergo_rl.jobs.train import train
+from ergo_rl.learners.learner_group import LearnerFailed
 from tests.conftest import ROOT
 from tests.jobs.fakes import Learners, Rewards, World
 from tests.jobs.test_checkpoints import Crash, FailingDisk

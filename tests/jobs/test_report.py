@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from actors.rollout_worker import Played, facts_of
-from actors.trajectory_store import Group
-from episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
-from jobs.layout import SAMPLES, folder_of
-from jobs.pages import report
-from jobs.pages.report_data import NoRun, read_group, read_run
-from jobs.samples import write_group
+from ergo_rl.actors.rollout_worker import Played, facts_of
+from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
+from ergo_rl.jobs.layout import SAMPLES, folder_of
+from ergo_rl.jobs.pages import report
+from ergo_rl.jobs.pages.report_data import NoRun, read_group, read_run
+from ergo_rl.jobs.samples import write_group
 from scripts.fetch_chromium import chromium
 from tests.factories import trajectory, view
 

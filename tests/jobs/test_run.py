@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import ray
 
-from actors.rollout_worker import facts_of
-from actors.trajectory_store import Group, Played
-from episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, Unscored, View
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.run import Run
-from jobs.view import sparkline
+from ergo_rl.actors.rollout_worker import facts_of
+from ergo_rl.actors.trajectory_store import Group, Played
+from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, Unscored, View
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.run import Run
+from ergo_rl.jobs.view import sparkline
 from tests.conftest import ROOT
 
 

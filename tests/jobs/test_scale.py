@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from cluster.placement import Cluster
-from jobs.config import ConfigError
-from jobs.scale import ADDRESS, Sizes, ask, main, scalable
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.jobs.config import ConfigError
+from ergo_rl.jobs.scale import ADDRESS, Sizes, ask, main, scalable
 from tests.conftest import ROOT
 
 
@@ -56,7 +56,7 @@ def test_from_another_terminal(ray_cluster: Cluster, tmp_path: Path) -> None:
 
     async def story() -> None:
         async with scalable(run, rollouts, rewards):
-            command = [sys.executable, "-m", "jobs", "scale", str(run.folder), "--rollout-workers", "2"]
+            command = [sys.executable, "-m", "ergo_rl.jobs", "scale", str(run.folder), "--rollout-workers", "2"]
             terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
             process = await asyncio.to_thread(
                 subprocess.run, command, cwd=ROOT, env=terminal, capture_output=True, text=True, timeout=100

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from jobs.config import ConfigError, TrainConfig, load_config
-from jobs.players import EndpointPlayer, endpoint_at
-from jobs.serving import serve
-from jobs.serving.chat import Asked, Refused, read_chat, read_data_url
+from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.players import EndpointPlayer, endpoint_at
+from ergo_rl.jobs.serving import serve
+from ergo_rl.jobs.serving.chat import Asked, Refused, read_chat, read_data_url
 from tests.conftest import ROOT
 from tests.factories import FAMILY
 from tests.jobs.conftest import LOOK, READ, Server

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jobs.stopping import Stop, Stopped
+from ergo_rl.jobs.stopping import Stop, Stopped
 from tests.conftest import ROOT
 
 VIEW: Any = SimpleNamespace(say=print, leave=lambda: None)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.config import ConfigError, load_config
-from jobs.submitting.manifests import Extras, dns_name, kuberay, slurm
-from jobs.submitting.submit import EXCLUDES, ROOT, Jobs, SubmitError, main, make_job, needed_secrets
+from ergo_rl.jobs.config import ConfigError, load_config
+from ergo_rl.jobs.submitting.manifests import Extras, dns_name, kuberay, slurm
+from ergo_rl.jobs.submitting.submit import EXCLUDES, ROOT, Jobs, SubmitError, main, make_job, needed_secrets
 
 PAPER = ROOT / "configs" / "ergo-7b.yaml"
 PANELS = ROOT / "configs" / "panels.yaml"
@@ -30,7 +30,7 @@ def test_a_job_is_the_checkout_the_recipe_and_no_secret(tmp_path: Path, monkeypa
     requirements.write_text("# engines\nvllm==0.26.0\n\nray[default]==2.60.0  # as the cluster\n")
     overrides = [*ELSEWHERE, "name=two words", "reward.verifier.endpoint.api_key_env=REWARD_KEY"]
     job = make_job(PAPER, overrides, ROOT, requirements, ["NCCL_DEBUG=INFO"])
-    assert shlex.split(job.entrypoint) == ["python", "-m", "jobs", "train", "configs/ergo-7b.yaml", *overrides]
+    assert shlex.split(job.entrypoint) == ["python", "-m", "ergo_rl.jobs", "train", "configs/ergo-7b.yaml", *overrides]
     environment = job.runtime_env()
     assert environment["working_dir"] == str(ROOT) and environment["excludes"] == EXCLUDES
     variables = environment["env_vars"]
@@ -101,7 +101,7 @@ def test_a_job_server_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -
 
 def manifest(*overrides: str, extras: Extras = EXTRAS) -> dict[str, Any]:
     config = load_config(PAPER, [*ELSEWHERE, *overrides])
-    text = kuberay(config, "python -m jobs train configs/ergo-7b.yaml", extras)
+    text = kuberay(config, "python -m ergo_rl.jobs train configs/ergo-7b.yaml", extras)
     assert "# kubectl create secret generic ergo-rl --from-literal=REWARD_KEY=..." in text
     return dict(yaml.safe_load(text))
 
@@ -110,7 +110,7 @@ def test_a_ray_job_for_kubernetes() -> None:
     found = manifest("hardware.nodes=2")
     assert (found["apiVersion"], found["kind"], found["metadata"]["name"]) == ("ray.io/v1", "RayJob", "ergo-7b")
     spec = found["spec"]
-    assert spec["entrypoint"] == "cd /ergo-rl && python -m jobs train configs/ergo-7b.yaml"
+    assert spec["entrypoint"] == "cd /ergo-rl && python -m ergo_rl.jobs train configs/ergo-7b.yaml"
     assert spec["shutdownAfterJobFinishes"] is True
     variables = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
     assert variables == {"PYTHONPATH": "/ergo-rl", "RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "b c"}
@@ -150,7 +150,7 @@ def test_names_for_kubernetes(name: str, plain: str) -> None:
 def test_a_script_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_KEY", "sk-very-secret")
     config = load_config(PAPER, [*ELSEWHERE, "hardware.nodes=2"])
-    text = slurm(config, "python -m jobs train configs/ergo-7b.yaml 'name=two words'", EXTRAS)
+    text = slurm(config, "python -m ergo_rl.jobs train configs/ergo-7b.yaml 'name=two words'", EXTRAS)
     lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
     options = dict(line.partition("=")[::2] for line in lines)
     sizes = [options[name] for name in ("nodes", "gpus-per-node", "cpus-per-task", "mem")]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from learners.adapters import PeftMissing, Weight, weights_of
-from learners.batch import Batcher, Sample
-from learners.config import LearnerConfig, LoraConfig
-from learners.policy import Policy
+from ergo_rl.learners.adapters import PeftMissing, Weight, weights_of
+from ergo_rl.learners.batch import Batcher, Sample
+from ergo_rl.learners.config import LearnerConfig, LoraConfig
+from ergo_rl.learners.policy import Policy
 from tests.factories import FAMILY, IDS, IMAGE_PAD, trajectory, view
 
 BANNED = tuple(sorted(IDS[token] for token in FAMILY.vision_tokens))

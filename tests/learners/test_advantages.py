@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learners.advantages import (
+from ergo_rl.learners.advantages import (
     AdvantageConfig,
     Credit,
     Normalisation,

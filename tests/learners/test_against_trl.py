@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from learners.config import LossConfig, ObjectiveName
-from learners.losses import TokenBatch, policy_loss
-from learners.objectives import OBJECTIVES
+from ergo_rl.learners.config import LossConfig, ObjectiveName
+from ergo_rl.learners.losses import TokenBatch, policy_loss
+from ergo_rl.learners.objectives import OBJECTIVES
 
 TrlLoss = Callable[[SimpleNamespace, None, dict[str, torch.Tensor]], torch.Tensor]
 NAMES = {
@@ -28,7 +28,7 @@ LENGTHS = (7, 3, 12, 1, 9)
 
 @pytest.fixture(scope="module")
 def trl_loss() -> TrlLoss:
-    from cluster.compat import repair_torchvision
+    from ergo_rl.cluster.compat import repair_torchvision
 
     pytest.importorskip("accelerate", reason="comes with the dev extra")
     repair_torchvision()

@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from episodes.types import Trajectory
-from learners.batch import Batcher, Sample, end_to_end, expand, side_by_side
-from learners.config import Packing
+from ergo_rl.episodes.types import Trajectory
+from ergo_rl.learners.batch import Batcher, Sample, end_to_end, expand, side_by_side
+from ergo_rl.learners.config import Packing
 from tests.factories import FAMILY, IDS, IMAGE_PAD, shared_view, trajectory, view
 
 
 @pytest.fixture(scope="module")
 def batcher(tiny: Path) -> Batcher:
-    from cluster.compat import repair_torchvision
+    from ergo_rl.cluster.compat import repair_torchvision
 
     repair_torchvision()
     from transformers import AutoImageProcessor

@@ -1,6 +1,6 @@
 import pytest
 
-from learners.config import Attention, LearnerConfig, LossConfig, ObjectiveName, OptimizerConfig, Schedule
+from ergo_rl.learners.config import Attention, LearnerConfig, LossConfig, ObjectiveName, OptimizerConfig, Schedule
 
 
 def test_warm_up_then_schedule_by_hand() -> None:

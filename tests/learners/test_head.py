@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from learners import head as module
-from learners.head import LogProbHead
+from ergo_rl.learners import head as module
+from ergo_rl.learners.head import LogProbHead
 
 BANNED = (2, 5)
 

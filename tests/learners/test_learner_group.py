@@ -13,12 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.buckets import Bucket, tensors_of
-from cluster.placement import Cluster
-from cluster.resources import Resources
-from episodes.types import Trajectory
-from learners.config import LearnerConfig, OptimizerConfig
-from learners.learner_group import LearnerFailed, LearnerGroup, Share, TrainingGroup, assign, cut
+from ergo_rl.cluster.buckets import Bucket, tensors_of
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.resources import Resources
+from ergo_rl.episodes.types import Trajectory
+from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
+from ergo_rl.learners.learner_group import LearnerFailed, LearnerGroup, Share, TrainingGroup, assign, cut
 from tests.factories import trajectory, view
 
 
@@ -82,8 +82,8 @@ def logprobs_of(
     """The same by a policy in this process, with other weights if given."""
     from transformers import AutoImageProcessor
 
-    from learners.batch import Batcher, Sample
-    from learners.policy import Policy
+    from ergo_rl.learners.batch import Batcher, Sample
+    from ergo_rl.learners.policy import Policy
     from tests.factories import FAMILY, IDS, IMAGE_PAD
 
     policy = Policy(LearnerConfig(model=str(model)))

@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from learners.config import LossConfig, MismatchLevel
-from learners.losses import TokenBatch, policy_loss
-from learners.report import TokenMeans, TokenSums
+from ergo_rl.learners.config import LossConfig, MismatchLevel
+from ergo_rl.learners.losses import TokenBatch, policy_loss
+from ergo_rl.learners.report import TokenMeans, TokenSums
 
 HALF, QUARTER, EIGHTH = math.log(0.5), math.log(0.25), math.log(0.125)
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learners.config import LossConfig, ObjectiveName
-from learners.losses import TokenBatch, policy_loss
-from learners.objectives import OBJECTIVES
+from ergo_rl.learners.config import LossConfig, ObjectiveName
+from ergo_rl.learners.losses import TokenBatch, policy_loss
+from ergo_rl.learners.objectives import OBJECTIVES
 from tests.learners.test_losses import gradient, rows_of, two_rows
 
 LN2 = 0.6931471805599453

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from episodes.types import Trajectory, View
-from learners import head as head_module
-from learners.attention import boundaries
-from learners.batch import Batcher, Plan, Sample, expand
-from learners.config import Attention, Dtype, LearnerConfig, Packing
-from learners.policy import Policy
+from ergo_rl.episodes.types import Trajectory, View
+from ergo_rl.learners import head as head_module
+from ergo_rl.learners.attention import boundaries
+from ergo_rl.learners.batch import Batcher, Plan, Sample, expand
+from ergo_rl.learners.config import Attention, Dtype, LearnerConfig, Packing
+from ergo_rl.learners.policy import Policy
 from tests.factories import FAMILY, IDS, IMAGE_PAD, trajectory, view
 
 BANNED = tuple(sorted(IDS[token] for token in FAMILY.vision_tokens))

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.compat import repair_torchvision
-from episodes.families import Qwen3VL, family_of
-from episodes.types import Trajectory
-from learners.batch import Batcher, MicroBatch, Sample
-from learners.config import LearnerConfig, Packing
-from learners.policy import Policy
-from learners.tiny import TinyConfig, make_model, make_processor, save_folder
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.families import Qwen3VL, family_of
+from ergo_rl.episodes.types import Trajectory
+from ergo_rl.learners.batch import Batcher, MicroBatch, Sample
+from ergo_rl.learners.config import LearnerConfig, Packing
+from ergo_rl.learners.policy import Policy
+from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
 from tests.factories import IDS, IMAGE_PAD, trajectory, view
 
 FAMILY = Qwen3VL()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learners.report import LEAST, MOST, QUANTITIES, TokenSums, UpdateReport
+from ergo_rl.learners.report import LEAST, MOST, QUANTITIES, TokenSums, UpdateReport
 
 
 def sums_of(mismatches: list[float], turns: list[int] | None = None, **others: list[float]) -> TokenSums:

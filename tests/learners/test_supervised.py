@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from episodes.families import Qwen25VL
-from episodes.lessons import Pointing, coarse_view
-from episodes.panels import COLOURS, PanelsConfig, Split, scene
-from learners.curriculum import EDGE_BINS, TEXTS, AlbumPages, ReplyLessons, Seen, TowerLessons, fill_album
-from learners.supervised import DenseTower, Grounded, Row, Schedule, fit, pack
-from learners.tiny import TinyConfig, make_model, make_processor, make_tokenizer
+from ergo_rl.episodes.families import Qwen25VL
+from ergo_rl.episodes.lessons import Pointing, coarse_view
+from ergo_rl.episodes.panels import COLOURS, PanelsConfig, Split, scene
+from ergo_rl.learners.curriculum import EDGE_BINS, TEXTS, AlbumPages, ReplyLessons, Seen, TowerLessons, fill_album
+from ergo_rl.learners.supervised import DenseTower, Grounded, Row, Schedule, fit, pack
+from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, make_tokenizer
 
 FAMILY = Qwen25VL()
 SMALL = TinyConfig(hidden=32, layers=1, intermediate=48, vision_hidden=32, vision_layers=1, vision_intermediate=48)

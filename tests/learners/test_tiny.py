@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.compat import repair_torchvision
-from episodes.families import Qwen25VL, family_of, load_tokenizer
-from episodes.panels import COLOURS, MARKS, PROMPTS, PanelsConfig, Split, question
-from episodes.prompts import fill
-from episodes.types import Box, View
-from learners.curriculum import TEXTS
-from learners.tiny import REPLY_TAGS, TinyConfig, make_model, make_processor, make_tokenizer, save_folder
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.families import Qwen25VL, family_of, load_tokenizer
+from ergo_rl.episodes.panels import COLOURS, MARKS, PROMPTS, PanelsConfig, Split, question
+from ergo_rl.episodes.prompts import fill
+from ergo_rl.episodes.types import Box, View
+from ergo_rl.learners.curriculum import TEXTS
+from ergo_rl.learners.tiny import REPLY_TAGS, TinyConfig, make_model, make_processor, make_tokenizer, save_folder
 
 ROOT = Path(__file__).parents[2]
 FAMILY = Qwen25VL()

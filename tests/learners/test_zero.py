@@ -2,8 +2,8 @@
 
 import torch
 
-from learners.config import Dtype, LearnerConfig, OptimizerConfig
-from learners.zero import settings
+from ergo_rl.learners.config import Dtype, LearnerConfig, OptimizerConfig
+from ergo_rl.learners.zero import settings
 
 
 def test_settings_by_hand() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from episodes.parsing import BoxOutcome
-from episodes.types import Box, Finish, Outcome, Question, Trajectory, Turn, View
-from rewards.base import Reading, RewardTerm
+from ergo_rl.episodes.parsing import BoxOutcome
+from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Trajectory, Turn, View
+from ergo_rl.rewards.base import Reading, RewardTerm
 
 SCENE = Box(0, 0, 1000, 1000)
 GOOD_BOX = Box(100, 100, 300, 300)  # 4 % of the scene

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from episodes.types import Question
-from rewards.matching import choice, matches, normalise, polarity, same
+from ergo_rl.episodes.types import Question
+from ergo_rl.rewards.matching import choice, matches, normalise, polarity, same
 
 COLOURS = ("red", "blue", "dark red", "green")
 

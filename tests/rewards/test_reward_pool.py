@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import pytest
 import ray
 
-from cluster.placement import Cluster
-from cluster.pool import Pool
-from cluster.resources import Resources
-from episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
-from rewards.config import RewardConfig
-from rewards.reward_pool import RewardPool
-from rewards.reward_worker import RewardWorker
-from rewards.verifier import VerifierDied, VerifierUnavailable
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import Pool
+from ergo_rl.cluster.resources import Resources
+from ergo_rl.episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
+from ergo_rl.rewards.config import RewardConfig
+from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.reward_worker import RewardWorker
+from ergo_rl.rewards.verifier import VerifierDied, VerifierUnavailable
 from tests.rewards.builders import QUESTION, SCENE, ended_early, played
 from tests.rewards.conftest import Endpoint, fails
 from tests.rewards.test_verifier import configured

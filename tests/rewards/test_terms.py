@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from episodes.parsing import BoxOutcome
-from episodes.types import Box, Outcome, Score, Trajectory, Unscored
-from rewards.base import Reading, chosen_region
-from rewards.box import SoftBox
-from rewards.config import RewardConfig
-from rewards.format import thought_then
-from rewards.tce import TERMS, TotalReward, weights_of
+from ergo_rl.episodes.parsing import BoxOutcome
+from ergo_rl.episodes.types import Box, Outcome, Score, Trajectory, Unscored
+from ergo_rl.rewards.base import Reading, chosen_region
+from ergo_rl.rewards.box import SoftBox
+from ergo_rl.rewards.config import RewardConfig
+from ergo_rl.rewards.format import thought_then
+from ergo_rl.rewards.tce import TERMS, TotalReward, weights_of
 from tests.rewards.builders import GOOD_BOX, LOOK, QUESTION, READ, SCENE, ended_early, played
 
 PAPER = ("region", "box", "accuracy", "format")

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from episodes.families import Qwen25VL
-from episodes.parsing import BoxOutcome
-from episodes.types import Box, Outcome, Question, Score, Trajectory, Unscored, Verdict, View
-from rewards.config import Backend, EndpointConfig, RewardConfig, VerifierConfig
-from rewards.endpoint_verifier import EndpointVerifier
-from rewards.reward_worker import RewardWorker
-from rewards.verifier import VerifierUnavailable, blind, refit
+from ergo_rl.episodes.families import Qwen25VL
+from ergo_rl.episodes.parsing import BoxOutcome
+from ergo_rl.episodes.types import Box, Outcome, Question, Score, Trajectory, Unscored, Verdict, View
+from ergo_rl.rewards.config import Backend, EndpointConfig, RewardConfig, VerifierConfig
+from ergo_rl.rewards.endpoint_verifier import EndpointVerifier
+from ergo_rl.rewards.reward_worker import RewardWorker
+from ergo_rl.rewards.verifier import VerifierUnavailable, blind, refit
 from tests.rewards.builders import GOOD_BOX, QUESTION, SCENE, ended_early, played, view
 from tests.rewards.conftest import Endpoint, fails, says
 

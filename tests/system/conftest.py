@@ -14,18 +14,18 @@ import pytest
 import ray
 import torch
 
-from actors.rollout_pool import RolloutPool
-from cluster.placement import Cluster
-from cluster.resources import Resources
-from cluster.weights import WeightChannel
-from episodes.coarse_to_fine import EpisodeConfig, OnBadBox
-from episodes.families import Qwen3VL
-from episodes.panels import PanelsConfig, Split, question
-from episodes.types import Question
-from jobs.config import TrainConfig, load_config
-from learners.learner_group import LearnerGroup
-from learners.tiny import TinyConfig, make_model, make_processor, save_folder
-from rewards.reward_pool import RewardPool
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.weights import WeightChannel
+from ergo_rl.episodes.coarse_to_fine import EpisodeConfig, OnBadBox
+from ergo_rl.episodes.families import Qwen3VL
+from ergo_rl.episodes.panels import PanelsConfig, Split, question
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.config import TrainConfig, load_config
+from ergo_rl.learners.learner_group import LearnerGroup
+from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
+from ergo_rl.rewards.reward_pool import RewardPool
 from tests.conftest import ROOT
 
 START_S = 300
@@ -194,6 +194,6 @@ def questions() -> list[Question]:
 
 async def differences(stack: Stack, trajectories: tuple[Any, ...]) -> np.ndarray:
     """|engine - learner| log-prob of every sampled token, nats."""
-    from jobs.proof import mismatch
+    from ergo_rl.jobs.proof import mismatch
 
     return mismatch(trajectories, await stack.learners.logprobs(ray.put(trajectories)))

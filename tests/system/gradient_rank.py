@@ -16,13 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from episodes.types import Trajectory
-from learners import zero
-from learners.adapters import weights_of
-from learners.attention import implementation
-from learners.batch import Plan, Sample
-from learners.config import Dtype, LearnerConfig, LoraConfig, LossConfig, ObjectiveName, OptimizerConfig, Packing
-from learners.learner import Learner, Rank
+from ergo_rl.episodes.types import Trajectory
+from ergo_rl.learners import zero
+from ergo_rl.learners.adapters import weights_of
+from ergo_rl.learners.attention import implementation
+from ergo_rl.learners.batch import Plan, Sample
+from ergo_rl.learners.config import (
+    Dtype,
+    LearnerConfig,
+    LoraConfig,
+    LossConfig,
+    ObjectiveName,
+    OptimizerConfig,
+    Packing,
+)
+from ergo_rl.learners.learner import Learner, Rank
 from tests.factories import trajectory, view
 
 ADVANTAGES = (1.5, -0.5, 0.25, -1.0, 0.0, 2.0, -0.75, math.nan, 0.5, -1.5)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from episodes.panels import PanelsConfig, Split, question
-from episodes.questions import write_questions
+from ergo_rl.episodes.panels import PanelsConfig, Split, question
+from ergo_rl.episodes.questions import write_questions
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.system
@@ -20,7 +20,7 @@ TIMEOUT_S = 300
 
 
 def ablate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs", "ablate", *arguments]
+    command = [sys.executable, "-m", "ergo_rl.jobs", "ablate", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors.rollout_pool import Rollout
-from episodes import images
-from episodes.coarse_to_fine import OnBadBox
-from episodes.families import family_of, load_tokenizer
-from episodes.panels import PanelsConfig, Split, question
-from episodes.types import Question, Trajectory
-from jobs.config import TrainConfig
+from ergo_rl.actors.rollout_pool import Rollout
+from ergo_rl.episodes import images
+from ergo_rl.episodes.coarse_to_fine import OnBadBox
+from ergo_rl.episodes.families import family_of, load_tokenizer
+from ergo_rl.episodes.panels import PanelsConfig, Split, question
+from ergo_rl.episodes.types import Question, Trajectory
+from ergo_rl.jobs.config import TrainConfig
 from tests.system.conftest import Stack, differences
 
 pytestmark = pytest.mark.system
@@ -90,7 +90,7 @@ def test_two_hundred_trajectories_of_every_size_agree(
     within 1e-5 nats on average and 1e-3 at most."""
     from transformers import AutoImageProcessor
 
-    from learners.batch import Batcher, Sample
+    from ergo_rl.learners.batch import Batcher, Sample
 
     model = recipe.learner.model
     family, tokenizer, processor = family_of(model), load_tokenizer(model), AutoImageProcessor.from_pretrained(model)

@@ -103,15 +103,15 @@ class TwoNodes:
 
     def command(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "jobs", *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True,
-            timeout=400, **options,
+            [sys.executable, "-m", "ergo_rl.jobs", *arguments], cwd=ROOT, env=self.environment, capture_output=True,
+            text=True, timeout=400, **options,
         )  # fmt: skip
 
     @contextmanager
     def following(self, log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "jobs", *arguments], cwd=ROOT, env=self.environment, stdout=file,
+                [sys.executable, "-m", "ergo_rl.jobs", *arguments], cwd=ROOT, env=self.environment, stdout=file,
                 stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:

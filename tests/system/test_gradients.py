@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.compat import repair_torchvision
-from episodes.types import Turn
-from learners.config import Packing
+from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.episodes.types import Turn
+from ergo_rl.learners.config import Packing
 from tests.factories import FAMILY, IDS, IMAGE_PAD, tiny_model
 from tests.system.gradient_rank import LORA, OTHER, SPLITS, samples
 

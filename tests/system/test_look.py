@@ -26,10 +26,11 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from episodes.panels import PanelsConfig, Split, question
-from episodes.questions import write_questions
-from episodes.types import Question
-from jobs.export import export
+from benchmarks.lives import ENGINE, descendants, still
+from ergo_rl.episodes.panels import PanelsConfig, Split, question
+from ergo_rl.episodes.questions import write_questions
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.export import export
 from tests.cluster.test_placement import LOOPBACK, listening
 from tests.conftest import ROOT
 
@@ -49,7 +50,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(out: Path, paths: list[str], *arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "jobs.measuring.evaluate", "configs/panels.yaml", "embedded.panels=null", *paths]
+    command = [
+        sys.executable,
+        "-m",
+        "ergo_rl.jobs.measuring.evaluate",
+        "configs/panels.yaml",
+        "embedded.panels=null",
+        *paths,
+    ]
     options = ["--modes", "direct", "two-stage", "oracle", "--out", str(out), *arguments]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -136,27 +144,20 @@ def test_served_by_vllm_it_answers_as_in_the_job(inside: Inside, exported: Path,
 
 @dataclass
 class Service:
-    """``ergo-rl serve`` and all that it has started, known by a mark in their environment."""
+    """``ergo-rl serve`` and all that it has started. Known by descent: a process that sets its own title, as vLLM's do,
+    writes over its command line and its environment."""
 
     process: subprocess.Popen[str]
-    mark: str
     port: int
 
-    def family(self) -> dict[int, str]:
-        """Command line by process id."""
-        found = {}
-        for one in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark in (one / "environ").read_text(errors="replace"):
-                    found[int(one.name)] = (one / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue  # it has ended
-        return found
+    def family(self) -> list[tuple[int, str]]:
+        """(process id, command) of the command and all that it has started."""
+        return [(self.process.pid, "ergo-rl serve"), *descendants(self.process.pid)]
 
     def listeners(self) -> dict[str, str]:
         """Command line by the address:port that it listens on."""
         open_to, found = listening(os.getuid()), {}
-        for pid, command in self.family().items():
+        for pid, command in self.family():
             with suppress(OSError):  # it has ended
                 inodes = (os.readlink(handle)[8:-1] for handle in Path(f"/proc/{pid}/fd").iterdir())
                 found |= {open_to[inode]: command for inode in inodes if inode in open_to}
@@ -168,18 +169,17 @@ def service(exported: Path, tmp_path: Path) -> Iterator[Service]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mark = f"ergo-rl-test-{os.getpid()}-{port}"
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(exported), "--port", str(port)]
+    command = [sys.executable, "-m", "ergo_rl.jobs.cli", "serve", str(exported), "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--name", "tiny", "--set", "episode.max_image_pixels=1000000"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "ERGO_RL_TEST": mark},
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
         try:
             assert process.stdout is not None
             ready = process.stdout.readline()
             assert f"tiny: http://127.0.0.1:{port}/v1" in ready, (tmp_path / "log").read_text()[-3000:]
-            yield Service(process, mark, port)
+            yield Service(process, port)
         finally:
             process.terminate()
             process.wait(60)
@@ -195,6 +195,8 @@ def encoded(width: int) -> bytes:
 def test_ergo_rl_serve_answers_the_openai_client(service: Service, inside: Inside) -> None:
     """Several at once, as in an evaluation; what cannot be answered is refused with a sentence; nothing listens to
     other machines; an engine that dies is said; Ctrl-C leaves nothing behind."""
+
+    family: list[tuple[int, str]] = []
 
     async def story() -> None:
         async with AsyncOpenAI(base_url=f"http://127.0.0.1:{service.port}/v1", api_key="none", max_retries=0) as client:
@@ -229,10 +231,11 @@ def test_ergo_rl_serve_answers_the_openai_client(service: Service, inside: Insid
                 assert isinstance(refused, BadRequestError) and reason in refused.message
             assert [model.id async for model in client.models.list()] == ["tiny"]
 
+            family.extend(service.family())
             heard = service.listeners()
             assert len(heard) >= 4 and {address.split(":")[0] for address in heard} <= set(LOOPBACK), heard
 
-            (core,) = [pid for pid, command in service.family().items() if "EngineCore" in command]
+            (core,) = [pid for pid, command in family if command.startswith(ENGINE)]
             os.kill(core, signal.SIGKILL)
             with pytest.raises(InternalServerError, match="the engine has died"):
                 await ask(asked[0].text, asked[0].image)  # type: ignore[arg-type]
@@ -241,16 +244,16 @@ def test_ergo_rl_serve_answers_the_openai_client(service: Service, inside: Insid
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(60) == 0
     deadline = time.monotonic() + 10  # Ray's agents may end a little later
-    while (left := service.family()) and time.monotonic() < deadline:
+    while (left := still(family)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert left == {}
+    assert left == []
 
 
 @pytest.mark.timeout(TIMEOUT_S)
 def test_answer_plays_on_an_engine_of_its_own(inside: Inside, exported: Path, tmp_path: Path) -> None:
     one = inside.questions[0]
     (tmp_path / "scene.png").write_bytes(one.image)  # type: ignore[arg-type]
-    command = [sys.executable, "-m", "jobs.cli", "answer", str(tmp_path / "scene.png"), one.text]
+    command = [sys.executable, "-m", "ergo_rl.jobs.cli", "answer", str(tmp_path / "scene.png"), one.text]
     done = subprocess.run([*command, "--model", str(exported), "--out", str(tmp_path)],
                           cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -17,7 +17,7 @@ TIMEOUT_S = 240
 
 
 def pretrain(out: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "jobs", "pretrain", "panels", "--out", str(out), "--questions", "8"]
+    command = [sys.executable, "-m", "ergo_rl.jobs", "pretrain", "panels", "--out", str(out), "--questions", "8"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

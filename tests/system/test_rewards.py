@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import ray
 
-from episodes import images
-from episodes.families import family_of
-from episodes.panels import VIEW_TOKENS, PanelsConfig, Split, question
-from episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, Unscored
-from rewards.reward_pool import RewardPool
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import family_of
+from ergo_rl.episodes.panels import VIEW_TOKENS, PanelsConfig, Split, question
+from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, Unscored
+from ergo_rl.rewards.reward_pool import RewardPool
 from tests.system.conftest import Stack
 
 pytestmark = pytest.mark.system

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import ray
 
-from actors.rollout_pool import Rollout
-from actors.rollout_worker import Unplayable
-from episodes.families import family_of, load_tokenizer
-from episodes.types import Question, Trajectory
-from jobs.config import TrainConfig
+from ergo_rl.actors.rollout_pool import Rollout
+from ergo_rl.actors.rollout_worker import Unplayable
+from ergo_rl.episodes.families import family_of, load_tokenizer
+from ergo_rl.episodes.types import Question, Trajectory
+from ergo_rl.jobs.config import TrainConfig
 from tests.system.conftest import Everything, Stack, differences
 
 pytestmark = pytest.mark.system
@@ -33,7 +33,7 @@ def test_engine_and_learner_agree_on_lengths_and_log_probs(
     untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     """Prompt lengths of both turns as vLLM reports them, with one and with two images; log-probs within 1e-5 nats."""
-    from learners.batch import Sample, differs, expand
+    from ergo_rl.learners.batch import Sample, differs, expand
 
     async def story() -> None:
         groups = await asyncio.gather(*(play(untied, one, seed=7) for one in questions[:8]))

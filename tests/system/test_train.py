@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from episodes.panels import PanelsConfig, Split, question
-from episodes.questions import write_questions
-from jobs.exporters import gauge_name
+from ergo_rl.episodes.panels import PanelsConfig, Split, question
+from ergo_rl.episodes.questions import write_questions
+from ergo_rl.jobs.exporters import gauge_name
 from tests.conftest import ROOT
 from tests.jobs.test_exporters import on_the_dashboard
 
@@ -27,7 +27,7 @@ def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
-        "jobs.train",
+        "ergo_rl.jobs.train",
         "configs/panels.yaml",
         "embedded.panels=null",
         "evaluation.paths=[]",
@@ -143,7 +143,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_evaluate_names_a_model_that_is_not_there(tmp_path: Path) -> None:
     write_questions(tmp_path / "questions.parquet", iter([question(PanelsConfig(), 0, Split.HELDOUT, 0)]))
-    module = "jobs.measuring.evaluate"
+    module = "ergo_rl.jobs.measuring.evaluate"
     command = [sys.executable, "-m", module, "--model", "models/no-such-policy", "embedded.panels=null"]
     paths = [
         f"questions.paths=[{tmp_path / 'questions.parquet'}]",

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import ray
 
-from actors.rollout_pool import Rollout
-from cluster.weights import Transport, WeightChannel, WeightsConfig
-from episodes.types import Question, Trajectory
-from jobs.config import ProofConfig, TrainConfig
-from jobs.proof import Proof, WeightsDiffer
+from ergo_rl.actors.rollout_pool import Rollout
+from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
+from ergo_rl.episodes.types import Question, Trajectory
+from ergo_rl.jobs.config import ProofConfig, TrainConfig
+from ergo_rl.jobs.proof import Proof, WeightsDiffer
 from tests.system.conftest import Everything, Stack, differences
 
 pytestmark = pytest.mark.system
