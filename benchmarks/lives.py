@@ -19,6 +19,8 @@ TRAIN = [sys.executable, "-m", "ergo_rl.jobs", "train", "configs/panels.yaml"]
 GROUPS, G = 2, 4
 """Questions of a step, trajectories of a question."""
 ENGINE = "VLLM::EngineCore"
+LIVING: list[subprocess.Popen[bytes]] = []
+"""Processes of ``living`` that have not ended, for whoever must end before they do."""
 
 
 class LifeFailed(AssertionError):
@@ -98,15 +100,10 @@ class Life:
         return time.monotonic() - started
 
     def of_kind(self, title: str, below: str | None = None) -> int:
-        """The process whose command begins with ``title``; below one that begins with ``below`` also one that merely
-        was spawned (vLLM names its processes only where setproctitle is installed)."""
-        roots = [self.process.pid] if below is None else [self.of_kind(below)]
-        for root in roots:
-            for pid, command in descendants(root):
-                if command.startswith(title) or (below is not None and "spawn_main" in command):
-                    return pid
-        self.fail(f"there is no process {title!r}" + (f" below {below!r}" if below else ""))
-        raise AssertionError
+        """The first process whose command begins with ``title``, below the first that begins with ``below``."""
+        root = self.process.pid if below is None else self.of_kind(below)
+        found = of_kind(root, title, spawned=below is not None)
+        return found[0] if found else self.fail(f"no process {title!r}" + (f" below {below!r}" if below else ""))
 
     def send(self, pid: int, number: int) -> None:
         self.hurt.append(pid)
@@ -121,9 +118,11 @@ def living(overrides: list[str], log: Path) -> Iterator[Life]:
     with log.open("ab") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     life = Life(process, log, Path(places["runs_dir"]) / places["name"])
+    LIVING.append(process)
     try:
         yield life
     finally:
+        LIVING.remove(process)
         if process.poll() is None:
             life.kill()
         for pid in life.hurt:
@@ -153,6 +152,13 @@ def descendants(root: int) -> list[tuple[int, str]]:
             found.append((child, commands[child]))
             waiting.append(child)
     return found
+
+
+def of_kind(root: int, title: str, spawned: bool = False) -> list[int]:
+    """Processes below ``root`` whose command begins with ``title``. spawned: also those that Python's multiprocessing
+    started: vLLM gives its processes titles only where setproctitle is installed."""
+    family = descendants(root)
+    return [pid for pid, command in family if command.startswith(title) or (spawned and "spawn_main" in command)]
 
 
 def still(family: list[tuple[int, str]]) -> list[tuple[int, str]]:

@@ -1,15 +1,21 @@
-"""Shared by all tests: one Ray for the whole run, questions, and where things lie."""
+"""Shared by all tests: one Ray for the whole run, the order of the layers, and a file with the time of each."""
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("RAY_ADDRESS", None)  # a cluster of the user's is not ours to fill with tests
 ROOT = Path(__file__).parent.parent
+TIMES = ROOT / "build" / "test-times.json"
+LAYERS = ("unit", "ray", "engines", "processes")
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +25,58 @@ def ray_cluster() -> Iterator[object]:
 
     with Cluster.connect(ClusterConfig(object_store_gib=1.0, wait_s=60)) as cluster:
         yield cluster
+
+
+# --- order and time of the layers -------------------------------------------------------------------------------------
+
+
+def layer_of(item: pytest.Item) -> str:
+    """``unit`` (this process), ``ray`` (actors of the shared Ray), ``engines`` (the shared engines, which then end) or
+    ``processes`` (the commands as a user calls them)."""
+    fixtures = getattr(item, "fixturenames", ())
+    if item.get_closest_marker("system"):
+        return "engines" if "everything" in fixtures or "ray_cluster" in fixtures else "processes"
+    return "ray" if "ray_cluster" in fixtures else "unit"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first, so that a failure shows early; inside a layer the order stays."""
+    items.sort(key=lambda item: LAYERS.index(layer_of(item)))
+    for item in items:
+        item.user_properties.append(("layer", layer_of(item)))
+
+
+class LayerTimes:
+    """Adds up seconds and tests by layer and by file, fixtures included, and writes ``build/test-times.json``."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.tests: dict[str, int] = defaultdict(int)
+        self.files: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        layer = str(dict(report.user_properties).get("layer", "unit"))
+        self.seconds[layer] += report.duration
+        self.tests[layer] += report.when == "call"
+        self.files[report.location[0]] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        layers = {name: {"tests": self.tests[name], "seconds": round(self.seconds[name], 1)} for name in self.seconds}
+        slowest = sorted(self.files.items(), key=lambda entry: -entry[1])
+        TIMES.parent.mkdir(exist_ok=True)
+        times = {
+            "seconds": round(time.monotonic() - self.started, 1),
+            "cores": os.cpu_count(),
+            "layers": layers,
+            "files": {name: round(seconds, 1) for name, seconds in slowest},
+        }
+        TIMES.write_text(json.dumps(times, indent=1) + "\n")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        shown = ", ".join(f"{name} {self.tests[name]} in {self.seconds[name]:.0f} s" for name in self.seconds)
+        terminalreporter.write_line(f"layers: {shown} ({TIMES.relative_to(ROOT)})")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(LayerTimes())

@@ -4,6 +4,7 @@ for a random model with tied embeddings and for one of the second family."""
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +27,49 @@ from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.learners.learner_group import LearnerGroup
 from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
 from ergo_rl.rewards.reward_pool import RewardPool
-from tests.conftest import ROOT
+from tests.conftest import ROOT, layer_of
+from tests.system.background import Background
 
 START_S = 300
 LITTLE = Resources(cpus=0.1)
 """Three stacks share the machine's cores, and what earlier tests reserved is given back at the end only."""
+
+
+_SHARED: list[Callable[[], None]] = []
+"""How the engines that are shared are ended, while they are up."""
+
+
+def end_shared_engines() -> None:
+    while _SHARED:
+        _SHARED.pop()()
+
+
+@pytest.fixture(autouse=True)
+def _room_for_processes(request: pytest.FixtureRequest) -> None:
+    """Tests of whole commands come last (``tests.conftest``), and have the machine to themselves: beside four shared
+    engines their own would not fit into 24 GB, and Ray kills what does not fit."""
+    if layer_of(request.node) == "processes":
+        end_shared_engines()
+
+
+@pytest.fixture(scope="session")
+def background(request: pytest.FixtureRequest) -> Background:
+    """The stories that began with the session."""
+    return request.config.stash[_BACKGROUND]
+
+
+_BACKGROUND = pytest.StashKey[Background]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        folder = Path(tempfile.mkdtemp(prefix="ergo-rl-stories-"))
+        session.config.stash[_BACKGROUND] = Background(folder, session.items)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _BACKGROUND in config.stash:
+        config.stash[_BACKGROUND].close()
 
 
 @dataclass
@@ -160,7 +199,6 @@ def everything(
         return Everything(untied, tied, qwen3, rewards)
 
     started = runner.run(launch_all())
-    yield started
 
     async def close_all() -> None:
         for stack in (started.untied, started.tied, started.qwen3):
@@ -168,7 +206,9 @@ def everything(
             await stack.learners.close()
         await started.rewards.close()
 
-    runner.run(close_all())
+    _SHARED.append(lambda: runner.run(close_all()))
+    yield started
+    end_shared_engines()
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lives import Life, lines_of, living, small_run
+from benchmarks.lives import ENGINE, Life, lines_of, living, small_run
+from tests.system.background import Background
 
 pytestmark = pytest.mark.system
 G = 4
 STALL_S = 30
-ENGINE = "VLLM::EngineCore"
 VICTIMS = (
     ("rollout worker", "ray::RolloutWorker", None, signal.SIGKILL),
     ("its engine", ENGINE, "ray::RolloutWorker", signal.SIGKILL),
@@ -25,7 +25,11 @@ STEPS = 2 * len(VICTIMS) + 2
 
 
 @pytest.mark.timeout(1500)
-def test_whatever_dies_no_question_is_lost_or_used_twice(tmp_path: Path) -> None:
+def test_whatever_dies_no_question_is_lost_or_used_twice(background: Background) -> None:
+    background.result(__name__)
+
+
+def story(tmp_path: Path) -> None:
     overrides = small_run(
         tmp_path, STEPS, max_staleness=1, **{
             "checkpoint.every": 1, "rollout.restarts": 6, "rollout.stall_s": STALL_S, "reward.restarts": 3,

@@ -26,7 +26,7 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from benchmarks.lives import ENGINE, descendants, still
+from benchmarks.lives import ENGINE, descendants, of_kind, still
 from ergo_rl.episodes.panels import PanelsConfig, Split, question
 from ergo_rl.episodes.questions import write_questions
 from ergo_rl.episodes.types import Question
@@ -235,7 +235,7 @@ def test_ergo_rl_serve_answers_the_openai_client(service: Service, inside: Insid
             heard = service.listeners()
             assert len(heard) >= 4 and {address.split(":")[0] for address in heard} <= set(LOOPBACK), heard
 
-            (core,) = [pid for pid, command in family if command.startswith(ENGINE)]
+            (core,) = of_kind(service.process.pid, ENGINE) or of_kind(service.process.pid, ENGINE, spawned=True)
             os.kill(core, signal.SIGKILL)
             with pytest.raises(InternalServerError, match="the engine has died"):
                 await ask(asked[0].text, asked[0].image)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.lives import Life, lines_of, living, small_run
+from tests.system.background import Background
 
 pytestmark = pytest.mark.system
 STEPS = 8
@@ -22,7 +23,11 @@ def outlived(life: Life) -> list[str]:
 
 
 @pytest.mark.timeout(1500)
-def test_a_run_that_is_stopped_and_killed_comes_to_the_same_end(tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_and_killed_comes_to_the_same_end(background: Background) -> None:
+    background.result(__name__)
+
+
+def story(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     with living(small_run(tmp_path / "whole", STEPS), tmp_path / "whole.log") as whole:

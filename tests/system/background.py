@@ -1,0 +1,51 @@
+"""Long stories of processes of their own, told in the background while the quick tests run on the other core.
+
+They wait most of their time: for engines that start, for what is killed to be replaced. A test module offers its story
+as ``story(folder)``, and its test asks the fixture ``background`` for the result; where few tests are run, the story is
+told when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks.lives import LIVING
+
+STORIES = ("tests.system.test_chaos", "tests.system.test_resume")
+"""In this order, one after the other: two runs and the tests do not fit into 24 GB."""
+FEW = 200
+"""Fewer quick tests than this end before a story does: then nothing is gained."""
+
+
+class Background:
+    """Tells the stories of the collected tests, from the moment when the first test runs."""
+
+    def __init__(self, folder: Path, items: Sequence[pytest.Item]) -> None:
+        modules = {getattr(item, "module", None).__name__ for item in items if getattr(item, "module", None)}  # type: ignore[union-attr]
+        quick = sum(item.get_closest_marker("system") is None for item in items)
+        wanted = [name for name in STORIES if name in modules] if quick >= FEW else []
+        self._folder, self._threads = folder, ThreadPoolExecutor(1, "stories")
+        self._told = {name: self._threads.submit(self._tell, name) for name in wanted}
+
+    def _tell(self, name: str) -> None:
+        folder = self._folder / name.rpartition(".")[2]
+        folder.mkdir(parents=True)
+        importlib.import_module(name).story(folder)
+        shutil.rmtree(folder)
+
+    def result(self, name: str) -> None:
+        """Returns when the story has been told to its end. Raises what the story raised; its folder is kept then."""
+        told: Future[None] = self._told.get(name) or self._threads.submit(self._tell, name)
+        told.result()
+
+    def close(self) -> None:
+        """What is still being told ends: its processes are killed."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in list(LIVING):
+            process.kill()
