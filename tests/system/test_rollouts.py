@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from ergo_rl.actors.rollout_pool import Rollout
 from ergo_rl.actors.rollout_worker import Unplayable
@@ -198,9 +196,11 @@ def test_the_stack_listens_to_this_machine_only(everything: Everything) -> None:
     """Ray, engines and ranks: none of their ports is on another interface."""
     import os
 
+    from benchmarks.lives import descendants
     from tests.cluster.test_placement import LOOPBACK, listening, sockets_of
 
-    session = Path(ray._private.worker._global_node.get_session_dir_path()).name
-    owners, ports = sockets_of(session), listening(os.getuid())
-    elsewhere = {owners[one]: ports[one] for one in owners.keys() & ports.keys()}
+    owners = sockets_of([(os.getpid(), "pytest"), *descendants(os.getpid())])
+    ports = listening(os.getuid())
+    elsewhere = {f"{owners[one]} {one}": ports[one] for one in owners.keys() & ports.keys()}
+    assert len(elsewhere) >= 4, "the tables are read"
     assert {who: port for who, port in elsewhere.items() if port.split(":")[0] not in LOOPBACK} == {}
