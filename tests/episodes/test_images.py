@@ -17,8 +17,7 @@ from PIL import Image
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import Qwen25VL
 from ergo_rl.episodes.images import UnreadableImage, decode, locate, view
-from ergo_rl.episodes.parsing import BoxOutcome
-from ergo_rl.episodes.types import Box, View
+from ergo_rl.episodes.types import Box, BoxOutcome, View
 
 FAMILY = Qwen25VL()
 
@@ -128,7 +127,7 @@ def test_a_view_within_the_budget_is_the_very_pixels() -> None:
 
 def test_a_view_over_the_budget_is_made_smaller() -> None:
     pixels = np.zeros((672, 672, 3), np.uint8)
-    coarse = view(pixels, images.whole(pixels), FAMILY, 36)
+    coarse = view(pixels, images.full_box(pixels), FAMILY, 36)
     assert (coarse.width, coarse.height) == (168, 168) and coarse.box == Box(0, 0, 672, 672)
     assert FAMILY.visual_tokens(coarse) == 36
 
@@ -181,14 +180,14 @@ def test_a_box_written_and_read_back_covers_what_was_meant(start: tuple[int, int
 def test_round_several_boxes_with_a_margin() -> None:
     """(10, 20) to (50, 30) is 40 wide and 10 high: half of 40 on every side, cut at the edges."""
     boxes = [Box(10, 20, 30, 30), Box(40, 22, 50, 28)]
-    assert images.around(boxes, 0.0, 100, 100) == Box(10, 20, 50, 30)
-    assert images.around(boxes, 0.5, 100, 40) == Box(0, 0, 70, 40)
+    assert images.expand_boxes(boxes, 0.0, 100, 100) == Box(10, 20, 50, 30)
+    assert images.expand_boxes(boxes, 0.5, 100, 40) == Box(0, 0, 70, 40)
 
 
 def test_hidden_targets_are_black_and_nothing_else_is_touched() -> None:
     grey = np.full((20, 30, 3), 200, np.uint8)
-    shown = decode(images.hide(encoded(Image.fromarray(grey)), [Box(5, 6, 10, 9), Box(0, 0, 1, 1)]))
+    shown = decode(images.mask_boxes(encoded(Image.fromarray(grey)), [Box(5, 6, 10, 9), Box(0, 0, 1, 1)]))
     assert not shown[6:9, 5:10].any() and not shown[0, 0].any()
     assert (shown == 200).all(-1).sum() == 20 * 30 - 5 * 3 - 1
     with pytest.raises(UnreadableImage):
-        images.hide(b"no picture", [Box(0, 0, 1, 1)])
+        images.mask_boxes(b"no picture", [Box(0, 0, 1, 1)])
