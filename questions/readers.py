@@ -16,6 +16,7 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -199,6 +200,8 @@ Fetch = Callable[[str], bytes | None]
 """Returns an image by the name that it has in a place, None where it is not there."""
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 """First bytes of a compressed file -> what opens it."""
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError)
+"""What reading a damaged archive raises."""
 
 
 class ImageNotFound(ErgoError, LookupError):
@@ -246,7 +249,7 @@ def _open_place(path: Path, scratch: Path, stack: ExitStack) -> Fetch:
             return _from_archive(ZipFileSystem(stack.enter_context(path.open("rb"))), stack)
         if path.suffix == ".tar" or tarfile.is_tarfile(path):
             return _from_archive(TarFileSystem(_uncompressed(path, scratch, stack)), stack)
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     raise DatasetError(f"{path} is no folder, zip or tar; parts of a split archive must be put together first")
 
@@ -289,5 +292,7 @@ def _from_archive(archive: AbstractFileSystem, stack: ExitStack) -> Fetch:
             return bytes(archive.cat_file(members[found]))
         except (FileNotFoundError, KeyError):  # an absolute name; a link in a tar that leads out of it
             return None
+        except (*_DAMAGED, RuntimeError) as error:  # RuntimeError: encrypted
+            raise ImageNotFound(f"{name!r} cannot be read out of its archive: {error}") from error
 
     return fetch

@@ -1,7 +1,7 @@
-"""The batches that tiny models are pretrained on: panels scenes as lessons for ``learners.supervised``.
+"""The batches that tiny models are pretrained on: panels scenes with targets, for ``supervised``.
 
-Batch number ``step`` depends on (seed, step) alone. Scenes are rendered in one worker process, so that training waits
-for nothing.
+Batch number ``step`` depends on (seed, step) alone. Scenes are drawn in a worker process, so that training does not
+wait for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from ergo_rl.episodes.families import ModelFamily
 from ergo_rl.episodes.prompts import fill
 from ergo_rl.episodes.types import Box, Question, View
-from ergo_rl.examples.panels.lessons import (
+from ergo_rl.examples.panels.scenes import COLOURS, MARKS, PROMPTS, Panel, PanelsConfig, Split, ask, scene
+from ergo_rl.examples.panels.supervised import Conversation, DenseBatch, ReplyBatch, collate
+from ergo_rl.examples.panels.targets import (
     EDGE_BIN,
     Pointing,
     TokenLabels,
@@ -33,8 +35,6 @@ from ergo_rl.examples.panels.lessons import (
     token_labels,
     verify_reply,
 )
-from ergo_rl.examples.panels.scenes import COLOURS, MARKS, PROMPTS, Panel, PanelsConfig, Split, ask, scene
-from ergo_rl.examples.panels.supervised import DenseBatch, ReplyBatch, Row, pack
 
 EDGE_BINS = 168 // EDGE_BIN
 TEXTS = tuple(
@@ -63,14 +63,14 @@ class ByStep(Dataset[Any]):
 
 
 def stream(make: Callable[[int], Any], first: int, steps: int) -> Iterable[Any]:
-    """Batches from step ``first`` on, made in one worker process."""
+    """Yield batches from step ``first`` on, made in one worker process."""
     return DataLoader(
         ByStep(make, steps), sampler=range(first, steps), batch_size=None, num_workers=1, prefetch_factor=4
     )
 
 
 @dataclass(frozen=True)
-class TowerLessons:
+class TowerTask:
     """Dense batches: ``scenes`` coarse views and ``crops`` crops of each."""
 
     family: ModelFamily
@@ -104,80 +104,89 @@ class TowerLessons:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Crop:
-    """A crop of a lesson in reading. ``asked``: place of the panel that the question is about."""
+class CropFeatures:
+    """A crop to read from, as the frozen tower sees it."""
 
     asked: int
+    """Index of the panel that the question is about."""
     box: Box
     legible: bool
     grid: tuple[int, int, int]
+    """Time, height and width in patches."""
     features: Tensor | None = None
+    """float16[visual tokens, width]; None before the tower has seen it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen:
-    """A scene without its pixels, as the frozen tower sees it: ``coarse`` float16[36, width]."""
+class SceneFeatures:
+    """A scene without its pixels, as the frozen tower sees it."""
 
     panels: tuple[Panel, ...]
-    crops: tuple[Crop, ...]
+    crops: tuple[CropFeatures, ...]
     coarse: Tensor | None = None
+    """float16[36, width]; None before the tower has seen it."""
 
 
 @dataclass(frozen=True)
-class AlbumPages:
-    """Page number n: ``scenes`` scenes with ``crops`` crops each, ready for the tower. The first eighth of all pages
-    has one panel to a scene, the second eighth two, the others four: a gentle start."""
+class SceneBatches:
+    """Batch n of ``count``: ``scenes`` scenes with ``crops`` crops each, ready for the tower.
+
+    In the first eighth of all batches a scene has one panel, in the second eighth two, then four: a gentle start."""
 
     family: ModelFamily
     image_processor: Any
     seed: int
-    pages: int
+    count: int
     scenes: int = 8
     crops: int = 2
 
-    def __call__(self, page: int) -> tuple[list[Seen], Tensor, Tensor]:
-        panels = 1 if page < self.pages // 8 else 2 if page < self.pages // 4 else 4
-        seen: list[Seen] = []
+    def __call__(self, batch: int) -> tuple[list[SceneFeatures], Tensor, Tensor]:
+        """Return (scenes without features, pixel values, grids of all views)."""
+        panels = 1 if batch < self.count // 8 else 2 if batch < self.count // 4 else 4
+        scenes: list[SceneFeatures] = []
         views: list[View] = []
         for place in range(self.scenes):
-            drawn = scene(PanelsConfig(panels=panels), self.seed, Split.ALBUM, page * self.scenes + place)
-            rng = np.random.default_rng([self.seed, page, place])
+            drawn = scene(PanelsConfig(panels=panels), self.seed, Split.LANGUAGE, batch * self.scenes + place)
+            rng = np.random.default_rng([self.seed, batch, place])
             views.append(coarse_view(drawn, self.family))
-            crops: list[Crop] = []
+            crops: list[CropFeatures] = []
             for _ in range(self.crops):
                 asked = int(rng.integers(panels))
                 target = drawn.panels[asked]
                 view = crop_view(drawn, crop_to_read(drawn, target, rng), self.family)
                 assert target.mark_box is not None
                 views.append(view)
-                crops.append(Crop(asked, view.box, legible(view, target.mark_box), grid(self.family, view)))
-            seen.append(Seen(drawn.panels, tuple(crops)))
+                crops.append(CropFeatures(asked, view.box, legible(view, target.mark_box), grid(self.family, view)))
+            scenes.append(SceneFeatures(drawn.panels, tuple(crops)))
         pixels, grids = self.family.image_inputs(self.image_processor, views)
-        return seen, pixels, grids
+        return scenes, pixels, grids
 
 
 @torch.no_grad()
-def fill_album(visual: Any, pages: AlbumPages, report: Callable[[int], None]) -> list[Seen]:
-    """Every scene of every page with the tower's features, in memory (25 KB a scene)."""
-    album: list[Seen] = []
-    merged = pages.family.merge_size**2
-    for number, (seen, pixels, grids) in enumerate(stream(pages, 0, pages.pages)):
+def compute_features(visual: Any, batches: SceneBatches, report: Callable[[int], None]) -> list[SceneFeatures]:
+    """Run the tower once over every scene of every batch; keep its features in memory (25 KB a scene)."""
+    scenes: list[SceneFeatures] = []
+    merged = batches.family.merge_size**2
+    for number, (drawn, pixels, grids) in enumerate(stream(batches, 0, batches.count)):
         features = visual(pixels, grid_thw=grids).pooler_output.half()
         parts = iter(torch.split(features, (grids.prod(-1) // merged).tolist()))
-        for one in seen:
+        for bare in drawn:
             coarse = next(parts).clone()
-            crops = tuple(replace(crop, features=next(parts).clone()) for crop in one.crops)
-            album.append(replace(one, coarse=coarse, crops=crops))
+            crops = tuple(replace(crop, features=next(parts).clone()) for crop in bare.crops)
+            scenes.append(replace(bare, coarse=coarse, crops=crops))
         report(number + 1)
-    return album
+    return scenes
 
 
 @dataclass(frozen=True)
-class ReplyLessons:
-    """Batches of conversations from an album. A policy batch has ``looks`` lessons in pointing (turn 1) and ``reads``
-    in reading (turn 2, after a turn 1 that is shown but not taught); a reward batch has ``verifies``."""
+class ReplyTask:
+    """Batches of conversations about scenes.
 
-    album: Sequence[Seen]
+    A policy batch has ``looks`` conversations that teach to point (turn 1) and ``reads`` that teach to read (turn 2,
+    after a turn 1 that is shown but not taught); a reward batch has ``verifies`` that teach to read from a crop
+    alone."""
+
+    scenes: Sequence[SceneFeatures]
     tokenizer: Any
     family: ModelFamily
     seed: int
@@ -189,26 +198,28 @@ class ReplyLessons:
 
     def __call__(self, step: int) -> ReplyBatch:
         rng = np.random.default_rng([self.seed, step])
-        # the easy eighths come first: one panel until a tenth of the steps, two until a fifth, then everything
+        # The easy eighths come first: one panel until a tenth of the steps, two until a fifth, then everything.
         share = 0.125 if step < 0.1 * self.steps else 0.25 if step < 0.2 * self.steps else 1.0
         rows = [
-            lesson(self.album[int(rng.integers(int(share * len(self.album))))], rng)
-            for lesson, count in ((self.look, self.looks), (self.read, self.reads), (self.verify, self.verifies))
+            make(self.scenes[int(rng.integers(int(share * len(self.scenes))))], rng)
+            for make, count in ((self.look, self.looks), (self.read, self.reads), (self.verify, self.verifies))
             for _ in range(count)
         ]
         ids = self.tokenizer.convert_tokens_to_ids
-        return pack(rows, ids(self.family.image_pad), ids("<|endoftext|>"))
+        return collate(rows, ids(self.family.image_pad), ids("<|endoftext|>"))
 
-    def look(self, seen: Seen, rng: np.random.Generator) -> Row:
-        panel = seen.panels[int(rng.integers(len(seen.panels)))]
+    def look(self, scene_features: SceneFeatures, rng: np.random.Generator) -> Conversation:
+        panel = scene_features.panels[int(rng.integers(len(scene_features.panels)))]
         prompt, reply = self._turn_1(panel, point(panel.box, self.pointing, _COARSE.box.width, rng))
-        row = self._row([(prompt, False), (reply, True)], [seen.coarse], [grid(self.family, _COARSE)])
+        conversation = self._conversation(
+            [(prompt, False), (reply, True)], [scene_features.coarse], [grid(self.family, _COARSE)]
+        )
         (colour,) = self.tokenizer.encode(f" {panel.colour}", add_special_tokens=False)
-        return replace(row, word=row.ids.index(colour), edges=edge_bins(panel.box, _COARSE))
+        return replace(conversation, word=conversation.ids.index(colour), edges=edge_bins(panel.box, _COARSE))
 
-    def read(self, seen: Seen, rng: np.random.Generator) -> Row:
-        crop = seen.crops[int(rng.integers(len(seen.crops)))]
-        panel = seen.panels[crop.asked]
+    def read(self, scene_features: SceneFeatures, rng: np.random.Generator) -> Conversation:
+        crop = scene_features.crops[int(rng.integers(len(scene_features.crops)))]
+        panel = scene_features.panels[crop.asked]
         prompt, reply = self._turn_1(panel, crop.box)
         fine = self.family.next_prompt(fill(PROMPTS.fine, _question(panel), self.family))
         parts = [
@@ -216,33 +227,35 @@ class ReplyLessons:
             (fine, False),
             (read_reply(self._answer(crop, panel, rng), self.family), True),
         ]
-        return self._row(parts, [seen.coarse, crop.features], [grid(self.family, _COARSE), crop.grid])
+        return self._conversation(
+            parts, [scene_features.coarse, crop.features], [grid(self.family, _COARSE), crop.grid]
+        )
 
-    def verify(self, seen: Seen, rng: np.random.Generator) -> Row:
-        crop = seen.crops[int(rng.integers(len(seen.crops)))]
-        panel = seen.panels[crop.asked]
+    def verify(self, scene_features: SceneFeatures, rng: np.random.Generator) -> Conversation:
+        crop = scene_features.crops[int(rng.integers(len(scene_features.crops)))]
+        panel = scene_features.panels[crop.asked]
         prompt = self.family.first_prompt(PROMPTS.system, fill(PROMPTS.verify, _question(panel), self.family))
         reply = verify_reply(self._answer(crop, panel, rng), self.family)
-        return self._row([(prompt, False), (reply, True)], [crop.features], [crop.grid])
+        return self._conversation([(prompt, False), (reply, True)], [crop.features], [crop.grid])
 
     def _turn_1(self, panel: Panel, box: Box) -> tuple[str, str]:
         prompt = self.family.first_prompt(PROMPTS.system, fill(PROMPTS.coarse, _question(panel), self.family))
         return prompt, look_reply(panel, _COARSE, box, self.family)
 
     @staticmethod
-    def _answer(crop: Crop, panel: Panel, rng: np.random.Generator) -> str:
+    def _answer(crop: CropFeatures, panel: Panel, rng: np.random.Generator) -> str:
         return panel.mark if crop.legible else MARKS[int(rng.integers(len(MARKS)))]
 
-    def _row(
+    def _conversation(
         self, parts: list[tuple[str, bool]], features: list[Tensor | None], grids: list[tuple[int, int, int]]
-    ) -> Row:
+    ) -> Conversation:
         ids: list[int] = []
         taught: list[bool] = []
-        for text, learn in parts:  # encoded one by one, as an episode does
+        for text, learn in parts:  # encoded part by part, as an episode does
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
             ids += tokens
             taught += [learn] * len(tokens)
-        return Row(ids, taught, [feature.float() for feature in features if feature is not None], grids)
+        return Conversation(ids, taught, [feature.float() for feature in features if feature is not None], grids)
 
 
 def grid(family: ModelFamily, view: View) -> tuple[int, int, int]:
@@ -256,4 +269,4 @@ def _question(panel: Panel) -> Question:
 
 _SIDE = PanelsConfig().side
 _COARSE = View(Box(0, 0, _SIDE, _SIDE), np.zeros((168, 168, 3), np.uint8))
-"""The size of every coarse view; its pixels are in the album's features."""
+"""The size of every coarse view; features stand for its pixels."""

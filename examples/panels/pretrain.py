@@ -1,6 +1,6 @@
 """``ergo-rl pretrain panels``: the tiny policy and the tiny reward model, from scratch, on a CPU.
 
-Three lessons: the vision tower with dense labels (shared by both), then the language part of each with the tower
+Three stages: the vision tower with dense labels (shared by both), then the language part of each with the tower
 frozen. docs/pretraining.md says what was tried.
 """
 
@@ -26,17 +26,17 @@ from ergo_rl.episodes.families import Qwen25VL
 from ergo_rl.examples.panels.batches import (
     EDGE_BINS,
     TEXTS,
-    AlbumPages,
-    ReplyLessons,
-    Seen,
-    TowerLessons,
-    fill_album,
+    ReplyTask,
+    SceneBatches,
+    SceneFeatures,
+    TowerTask,
+    compute_features,
     stream,
 )
-from ergo_rl.examples.panels.lessons import Pointing
 from ergo_rl.examples.panels.scenes import COLOURS, MARKS
 from ergo_rl.examples.panels.scores import policy_scores, reward_scores
-from ergo_rl.examples.panels.supervised import DenseTower, Grounded, Schedule, fit, is_finished
+from ergo_rl.examples.panels.supervised import DenseTower, GroundedModel, TrainingSchedule, fit, is_finished
+from ergo_rl.examples.panels.targets import Pointing
 from ergo_rl.examples.panels.tiny_model import TinyConfig, make_model, make_processor, make_tokenizer, save_folder
 
 
@@ -45,38 +45,38 @@ class PretrainConfig:
     """Everything that decides the weights."""
 
     seed: int = 0
-    """Of the fresh weights, the scenes and the order of the lessons."""
-    tower: Schedule = field(default_factory=lambda: Schedule(steps=1600, rate=1.5e-3))
-    """The vision tower's lesson."""
-    policy: Schedule = field(default_factory=lambda: Schedule(steps=2000, rate=2e-3))
+    """Of the fresh weights, the scenes and the order of the tasks."""
+    tower: TrainingSchedule = field(default_factory=lambda: TrainingSchedule(steps=1600, rate=1.5e-3))
+    """The vision tower."""
+    policy: TrainingSchedule = field(default_factory=lambda: TrainingSchedule(steps=2000, rate=2e-3))
     """The policy's language part."""
-    reward: Schedule = field(default_factory=lambda: Schedule(steps=2500, rate=2e-3))
+    reward: TrainingSchedule = field(default_factory=lambda: TrainingSchedule(steps=2500, rate=2e-3))
     """The reward model's language part."""
-    album_pages: int = 1200
-    """Pages of eight scenes that both language parts learn from."""
+    scene_batches: int = 1200
+    """Batches of eight scenes that both language parts learn from."""
     looks: int = 40
-    """Lessons in pointing in each of the policy's batches."""
+    """Conversations that teach to point, in each of the policy's batches."""
     reads: int = 16
-    """Lessons in reading in each of the policy's batches."""
+    """Conversations that teach to read, in each of the policy's batches."""
     verifies: int = 48
-    """Lessons in each of the reward model's batches."""
+    """Conversations in each of the reward model's batches."""
     pointing: Pointing = field(default_factory=lambda: Pointing(inset=23.0))
     """How badly the policy is taught to point."""
     questions: int = 512
     """Held-out scenes that the scores are measured on."""
 
     def scaled(self, factor: float) -> PretrainConfig:
-        def fewer(schedule: Schedule) -> Schedule:
+        def fewer(schedule: TrainingSchedule) -> TrainingSchedule:
             return replace(schedule, steps=max(1, round(schedule.steps * factor)))
 
-        pages = max(8, round(self.album_pages * min(1.0, factor)))
+        batches = max(8, round(self.scene_batches * min(1.0, factor)))
         return replace(
-            self, tower=fewer(self.tower), policy=fewer(self.policy), reward=fewer(self.reward), album_pages=pages
+            self, tower=fewer(self.tower), policy=fewer(self.policy), reward=fewer(self.reward), scene_batches=batches
         )
 
 
 class Pretraining:
-    """The lessons in order, each resumable from its own checkpoint in ``work``."""
+    """The stages in order, each resumable from its own checkpoint in ``work``."""
 
     def __init__(self, config: PretrainConfig, work: Path, console: Console) -> None:
         repair_torchvision()
@@ -84,30 +84,31 @@ class Pretraining:
         self.family = Qwen25VL()
         self.tokenizer = make_tokenizer(TEXTS, self.family)
         self.processor = make_processor(self.tokenizer)
-        self._album: list[Seen] | None = None
+        self._features: list[SceneFeatures] | None = None
 
     def tower(self) -> tuple[Any, float]:
-        """The taught vision tower and the seconds it took."""
+        """Train the vision tower; return it and the seconds it took."""
         model = make_model(self.tokenizer, TinyConfig(), self.config.seed)
         visual = model.model.visual
         dense = DenseTower(visual, TinyConfig().hidden, len(COLOURS), len(MARKS), EDGE_BINS)
-        lessons = TowerLessons(self.family, self.processor.image_processor, self.config.seed)
-        seconds = self._fit("vision tower", dense, dense.loss, lessons, self.config.tower, "tower.pt")
+        task = TowerTask(self.family, self.processor.image_processor, self.config.seed)
+        seconds = self._fit("vision tower", dense, dense.loss, task, self.config.tower, "tower.pt")
         visual.requires_grad_(False)
         return visual, seconds
 
     def language(self, role: str, visual: Any) -> tuple[Any, float]:
-        """A model with the tower given, its language part taught the replies of ``role``."""
+        """Train a language part on the replies of ``role`` with the tower frozen; return the model and the seconds."""
         config = self.config
         model = make_model(self.tokenizer, TinyConfig(), config.seed + 1)
         model.model.visual.load_state_dict(visual.state_dict())
         model.model.visual.requires_grad_(False)
-        grounded = Grounded(model, TinyConfig().hidden, EDGE_BINS)  # before the album, whose workers draw numbers too
-        schedule: Schedule = getattr(config, role)
+        # Before the features, whose data loader draws from torch's generator too: the seed decides the weights.
+        grounded = GroundedModel(model, TinyConfig().hidden, EDGE_BINS)
+        schedule: TrainingSchedule = getattr(config, role)
         mix = {"looks": config.looks, "reads": config.reads} if role == "policy" else {"verifies": config.verifies}
-        taught = is_finished(self.work / f"{role}.pt", schedule)  # then nobody looks into the album
-        lessons = ReplyLessons(
-            [] if taught else self.album(visual),
+        finished = is_finished(self.work / f"{role}.pt", schedule)  # then no features are needed
+        task = ReplyTask(
+            [] if finished else self.features(visual),
             self.tokenizer,
             self.family,
             config.seed,
@@ -115,19 +116,21 @@ class Pretraining:
             config.pointing,
             **mix,
         )
-        seconds = self._fit(role, grounded, grounded.loss, lessons, schedule, f"{role}.pt")
+        seconds = self._fit(role, grounded, grounded.loss, task, schedule, f"{role}.pt")
         return model, seconds
 
-    def album(self, visual: Any) -> list[Seen]:
-        if self._album is None:
-            pages = AlbumPages(self.family, self.processor.image_processor, self.config.seed, self.config.album_pages)
+    def features(self, visual: Any) -> list[SceneFeatures]:
+        """Return the tower's features of all scenes, computed once for both models."""
+        if self._features is None:
+            seed, count = self.config.seed, self.config.scene_batches
+            batches = SceneBatches(self.family, self.processor.image_processor, seed, count)
             with self._progress() as progress:
-                task = progress.add_task("looking at scenes", total=pages.pages, figures="")
-                self._album = fill_album(visual, pages, lambda done: progress.update(task, completed=done))
-        return self._album
+                task = progress.add_task("features of scenes", total=count, figures="")
+                self._features = compute_features(visual, batches, lambda done: progress.update(task, completed=done))
+        return self._features
 
     def _fit(
-        self, name: str, module: Any, loss: Any, make: Callable[[int], Any], schedule: Schedule, file: str
+        self, name: str, module: Any, loss: Any, make: Callable[[int], Any], schedule: TrainingSchedule, file: str
     ) -> float:
         log = self.work / f"{name.replace(' ', '_')}.jsonl"
         with self._progress() as progress, log.open("a") as lines:
@@ -157,7 +160,7 @@ class Pretraining:
 
 
 def model_card(role: str, command: str, seconds: Mapping[str, float], scores: Mapping[str, float]) -> str:
-    """The README.md of a folder."""
+    """Write the README.md of a model's folder."""
     title = {"policy": "panels-policy", "reward": "panels-reward"}[role]
     what = {
         "policy": "The policy before reinforcement learning: it knows where a panel is, but points badly (boxes too "
@@ -187,7 +190,7 @@ Measured with greedy decoding on {int(scores["questions"])} held-out scenes (`sc
 
 
 def _continues(work: Path, config: PretrainConfig, resume: bool) -> bool:
-    """Prepare the work folder: as it is where a run goes on, else empty. False where its run had other settings."""
+    """Prepare the work folder: as it is where a run is resumed, else empty. False where its run had other settings."""
     settings, kept = json.loads(json.dumps(asdict(config))), work / "settings.json"
     if resume and kept.exists():
         return bool(json.loads(kept.read_text()) == settings)
@@ -204,10 +207,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=["policy", "reward"], help="make only one of the two models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--steps-scale", type=float, default=1.0, help="multiplies the steps of every lesson (default: 1)"
+        "--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage (default: 1)"
     )
     parser.add_argument("--questions", type=int, default=512, help="held-out scenes to measure on (default: 512)")
-    parser.add_argument("--resume", action="store_true", help="continue the lessons of an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted run")
     parser.add_argument("--work", type=Path, help="checkpoints and logs (default: <out>/.pretrain-<seed>)")
     options = parser.parse_args(argv)
     if options.steps_scale <= 0:
@@ -223,16 +226,16 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # the matrices are small: a second thread waits more than it works, and sums vary
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     console = Console()
-    lessons = Pretraining(config, work, console)
-    visual, tower_seconds = lessons.tower()
+    stages = Pretraining(config, work, console)
+    visual, tower_seconds = stages.tower()
     for role, measure in (("policy", policy_scores), ("reward", reward_scores)):
         if options.only not in (None, role):
             continue
-        model, seconds = lessons.language(role, visual)
+        model, seconds = stages.language(role, visual)
         console.print(f"measuring the {role} on {config.questions} held-out scenes")
         model.eval()
         started = time.monotonic()
-        scores = measure(model, lessons.tokenizer, lessons.family, lessons.processor.image_processor, config.questions)
+        scores = measure(model, stages.tokenizer, stages.family, stages.processor.image_processor, config.questions)
         console.print({name: round(value, 3) for name, value in scores.items()})
         spent = {"tower": tower_seconds, "language part": seconds, "scores": time.monotonic() - started}
         folder = options.out / f"panels-{role}"
@@ -244,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             "scores": scores,
         }
         save_folder(
-            model, lessons.processor, folder, {"README.md": card, "scores.json": json.dumps(record, indent=2) + "\n"}
+            model, stages.processor, folder, {"README.md": card, "scores.json": json.dumps(record, indent=2) + "\n"}
         )
         console.print(f"wrote {folder}")
     return 0

@@ -45,7 +45,7 @@ class Split(StrEnum):
     TRAIN = "train"
     HELDOUT = "heldout"
     PRETRAIN = "pretrain"
-    ALBUM = "album"
+    LANGUAGE = "language"
 
 
 @dataclass

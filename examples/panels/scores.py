@@ -15,8 +15,8 @@ from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig
 from ergo_rl.episodes.families import ModelFamily, Tokenizer
 from ergo_rl.episodes.prompts import fill, parse_answer
 from ergo_rl.episodes.types import Box, Question, Trajectory, View
-from ergo_rl.examples.panels.lessons import LEGIBLE_AREA, Pointing, crop_anywhere, crop_view, crop_with, point
 from ergo_rl.examples.panels.scenes import PROMPTS, VIEW_TOKENS, PanelScene, PanelsConfig, Split, ask, question, scene
+from ergo_rl.examples.panels.targets import LEGIBLE_AREA, Pointing, crop_anywhere, crop_view, crop_with, point
 
 ORIGINAL_AREA = 168 * 168 / 672**2
 """Crops of up to this share of the default scene are shown at original resolution, or enlarged."""
@@ -27,7 +27,7 @@ _TURNS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class PlainCompletion:
     """A ``Completion`` as far as an episode needs it; its log-probs are zeros."""
 
     token_ids: tuple[int, ...]
@@ -52,10 +52,10 @@ class PlainGenerate:
     temperature: float = 0.0
     max_tokens: int = 48
     batch: int = 128
-    _waiting: list[tuple[Sequence[int], Sequence[View], asyncio.Future[Reply]]] = field(default_factory=list)
+    _waiting: list[tuple[Sequence[int], Sequence[View], asyncio.Future[PlainCompletion]]] = field(default_factory=list)
 
-    async def __call__(self, token_ids: Sequence[int], views: Sequence[View], turn: int) -> Reply:
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+    async def __call__(self, token_ids: Sequence[int], views: Sequence[View], turn: int) -> PlainCompletion:
+        future: asyncio.Future[PlainCompletion] = asyncio.get_running_loop().create_future()
         self._waiting.append((token_ids, views, future))
         if len(self._waiting) == 1:
             asyncio.get_running_loop().call_later(0.05, self._flush)
@@ -70,7 +70,7 @@ class PlainGenerate:
             asyncio.get_running_loop().call_later(0.05, self._flush)
 
     @torch.no_grad()
-    def run(self, requests: Sequence[tuple[Sequence[int], Sequence[View]]]) -> list[Reply]:
+    def run(self, requests: Sequence[tuple[Sequence[int], Sequence[View]]]) -> list[PlainCompletion]:
         """One reply for each (token ids with one placeholder per image, views)."""
         ids = self.tokenizer.convert_tokens_to_ids
         image_id, stop = ids(self.family.image_pad), ids(self.family.turn_end)
@@ -99,54 +99,47 @@ class PlainGenerate:
             stopped = stop in row
             tokens = row[: row.index(stop) + 1] if stopped else row
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            replies.append(Reply(tuple(tokens), text, stopped, len(prompt), (0.0,) * len(tokens)))
+            replies.append(PlainCompletion(tuple(tokens), text, stopped, len(prompt), (0.0,) * len(tokens)))
         return replies
 
     def _expand(self, token_ids: Sequence[int], views: Sequence[View], image_id: int) -> list[int]:
         images = iter(views)
         return [
             token
-            for one in token_ids
-            for token in ([one] * self.family.visual_tokens(next(images)) if one == image_id else [one])
+            for given in token_ids
+            for token in ([given] * self.family.visual_tokens(next(images)) if given == image_id else [given])
         ]
 
 
-def play_all(generate: PlainGenerate, questions: Sequence[Question]) -> list[Trajectory]:
-    """Every question once, through the real two-turn episode."""
+def run_all(generate: PlainGenerate, questions: Sequence[Question]) -> list[Trajectory]:
+    """Run every question once through the real two-turn episode."""
     config = EpisodeConfig(coarse_tokens=VIEW_TOKENS, fine_tokens=VIEW_TOKENS, prompts=PROMPTS)
     episodes = CoarseToFine(generate.family, generate.tokenizer, config)
 
-    async def play() -> list[Trajectory]:
+    async def gather() -> list[Trajectory]:
         return list(await asyncio.gather(*(episodes.run(episodes.prepare(asked), 0, generate) for asked in questions)))
 
-    return asyncio.run(play())
+    return asyncio.run(gather())
 
 
 def policy_scores(
     model: Any, tokenizer: Tokenizer, family: ModelFamily, image_processor: Any, number: int
 ) -> dict[str, float]:
-    """Greedy: coverage (the crop contains the mark's box), legible coverage (and is at most 16.5 % of the scene), mean
-    area ratio, accuracy, accuracy where the mark is legible or not covered; well-formed replies greedy and at
-    temperature 1. Shares of ``number`` held-out questions."""
+    """Measure a policy on ``number`` held-out questions, greedily, as shares: coverage (the crop contains the mark's
+    box), legible coverage (and is at most 16.5 % of the scene), mean area ratio, accuracy, accuracy where the mark is
+    legible or not covered; well-formed replies, greedy and at temperature 1."""
     questions = [question(PanelsConfig(), 0, Split.HELDOUT, index) for index in range(number)]
     generate = PlainGenerate(model, tokenizer, family, image_processor)
-    played = play_all(generate, questions)
-    covered = np.array(
-        [
-            (crop := path.crop) is not None and crop.box.contains(one.boxes[0])
-            for path, one in zip(played, questions, strict=True)
-        ]
-    )
-    right = np.array([_answer(path) == one.answer for path, one in zip(played, questions, strict=True)])
-    ratios = np.array([path.area_ratio if path.area_ratio is not None else np.nan for path in played])
+    trajectories = run_all(generate, questions)
+    covered = np.array([_covers(trajectory, asked) for trajectory, asked in zip(trajectories, questions, strict=True)])
+    answers = [_answer(trajectory) for trajectory in trajectories]
+    right = np.array([answer == asked.answer for answer, asked in zip(answers, questions, strict=True)])
+    ratios = np.array([trajectory.area_ratio for trajectory in trajectories], np.float64)  # None becomes NaN
     readable = covered & (ratios <= LEGIBLE_AREA)
     torch.manual_seed(0)
     generate.temperature = 1.0
-    sampled = play_all(generate, questions)
-    sampled_covered = [
-        (crop := path.crop) is not None and crop.box.contains(one.boxes[0])
-        for path, one in zip(sampled, questions, strict=True)
-    ]
+    sampled = run_all(generate, questions)
+    sampled_covered = [_covers(trajectory, asked) for trajectory, asked in zip(sampled, questions, strict=True)]
     return {
         "questions": number,
         "coverage": float(covered.mean()),
@@ -156,28 +149,33 @@ def policy_scores(
         "accuracy": float(right.mean()),
         "accuracy_where_legible": float(right[readable].mean()),
         "accuracy_where_not_covered": float(right[~covered].mean()),
-        "well_formed": float(np.mean([_well_formed(path) for path in played])),
-        "well_formed_sampled": float(np.mean([_well_formed(path) for path in sampled])),
+        "well_formed": float(np.mean([_well_formed(trajectory) for trajectory in trajectories])),
+        "well_formed_sampled": float(np.mean([_well_formed(trajectory) for trajectory in sampled])),
     }
 
 
-def _answer(path: Trajectory) -> str | None:
-    return parse_answer(path.turns[1].text) if len(path.turns) == 2 else None
+def _covers(trajectory: Trajectory, asked: Question) -> bool:
+    return trajectory.crop is not None and trajectory.crop.box.contains(asked.boxes[0])
 
 
-def _well_formed(path: Trajectory) -> bool:
-    return len(path.turns) == 2 and all(
-        form.fullmatch(turn.text) for form, turn in zip(_TURNS, path.turns, strict=True)
+def _answer(trajectory: Trajectory) -> str | None:
+    return parse_answer(trajectory.turns[1].text) if len(trajectory.turns) == 2 else None
+
+
+def _well_formed(trajectory: Trajectory) -> bool:
+    return len(trajectory.turns) == 2 and all(
+        form.fullmatch(turn.text) for form, turn in zip(_TURNS, trajectory.turns, strict=True)
     )
 
 
 def reward_scores(
     model: Any, tokenizer: Tokenizer, family: ModelFamily, image_processor: Any, number: int
 ) -> dict[str, float]:
-    """Greedy accuracy by what the crop shows: the mark at original resolution or enlarged (up to 6 % of the scene);
-    the mark, legible (up to 16.5 %); nothing of it (another panel, or anywhere); a part of it; not all of it, in boxes
-    as badly drawn as the pretrained policy's; all of it in more than a quarter of the scene; the whole scene. Each
-    on ``number`` held-out scenes; chance is 0.25."""
+    """Measure a reward model's greedy accuracy on ``number`` held-out scenes (chance is 0.25) by what the crop shows.
+
+    original_resolution: the mark, at original resolution or enlarged (up to 6 % of the scene); legible: the mark, up to
+    16.5 %; other_panel, anywhere_else: nothing of it; cut: a part of it; missed: not all of it, in boxes as badly drawn
+    as the pretrained policy's; too_large: all of it, in more than a quarter of the scene; whole_scene."""
     generate = PlainGenerate(model, tokenizer, family, image_processor, max_tokens=8)
     scores: dict[str, float] = {"questions": number}
     for name in (

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Batch = TypeVar("Batch")
-Report = Callable[[int, Mapping[str, float]], None]
+ReportProgress = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass
-class Schedule:
+class TrainingSchedule:
     """AdamW with linear warm-up and linear decay to a tenth."""
 
     steps: int = 1000
@@ -47,9 +47,9 @@ def fit(
     module: nn.Module,
     loss: Callable[[Batch], tuple[Tensor, Mapping[str, float]]],
     batches: Callable[[int], Iterable[Batch]],
-    schedule: Schedule,
+    schedule: TrainingSchedule,
     checkpoint: Path,
-    report: Report,
+    report: ReportProgress,
 ) -> float:
     """Train the parameters of ``module`` that require a gradient; returns the seconds it took, over all resumes.
 
@@ -82,7 +82,7 @@ def fit(
     return seconds
 
 
-def is_finished(checkpoint: Path, schedule: Schedule) -> bool:
+def is_finished(checkpoint: Path, schedule: TrainingSchedule) -> bool:
     """Has ``fit`` done all steps of this checkpoint?"""
     return checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= schedule.steps
 
@@ -148,17 +148,21 @@ def _accuracy(logits: Tensor, labels: Tensor, within: int = 0) -> float:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Row:
-    """One conversation: ``ids`` with one placeholder per image, ``taught`` says which of them are the loss;
-    ``features`` float[visual tokens, width] and ``grids`` (t, h, w in patches) of its images. ``word`` is the place in
-    ``ids`` of the word that names the thing asked about, ``edges`` the bins of that thing's box (see ``Grounded``)."""
+class Conversation:
+    """A conversation and which part of it is taught."""
 
     ids: Sequence[int]
+    """Token ids with one placeholder per image."""
     taught: Sequence[bool]
+    """Which of ``ids`` are in the loss."""
     features: Sequence[Tensor]
+    """Of each image, float[visual tokens, width]."""
     grids: Sequence[tuple[int, int, int]]
+    """Of each image, (time, height, width) in patches."""
     word: int | None = None
+    """Index in ``ids`` of the word that names what is asked about (see ``GroundedModel``)."""
     edges: tuple[int, int, int, int] = (-100, -100, -100, -100)
+    """Bins of the box of what is asked about."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +181,7 @@ class ReplyBatch:
     edges: Tensor
 
 
-def pack(rows: Sequence[Row], image_id: int, pad_id: int) -> ReplyBatch:
+def collate(rows: Sequence[Conversation], image_id: int, pad_id: int) -> ReplyBatch:
     expanded = [_expand(row, image_id) for row in rows]
     length = max(len(ids) for ids, _ in expanded)
     input_ids = torch.full((len(rows), length), pad_id)
@@ -200,14 +204,14 @@ def pack(rows: Sequence[Row], image_id: int, pad_id: int) -> ReplyBatch:
     )
 
 
-def _shifted(row: Row, image_id: int) -> int:
+def _shifted(row: Conversation, image_id: int) -> int:
     """Where ``row.word`` is once the placeholders before it are expanded."""
     before = list(row.ids[: row.word])
     images = before.count(image_id)
     return len(before) + sum(len(feature) - 1 for feature in row.features[:images])
 
 
-def _expand(row: Row, image_id: int) -> tuple[list[int], list[bool]]:
+def _expand(row: Conversation, image_id: int) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     taught: list[bool] = []
     images = iter(row.features)
@@ -218,7 +222,7 @@ def _expand(row: Row, image_id: int) -> tuple[list[int], list[bool]]:
     return ids, taught
 
 
-class Grounded(nn.Module):
+class GroundedModel(nn.Module):
     """A Qwen2.5-VL whose tower's output is given, and a linear head (thrown away afterwards) on the first layer: there
     the word that names a thing has to know where that thing is. From the replies alone a small model finds this link
     between word and place only after a plateau of many hundred steps."""

@@ -233,7 +233,7 @@ def make_processor(tokenizer: Any, family: ModelFamily | None = None, most: int 
 
 
 def save_folder(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None = None) -> None:
-    """An ordinary Hugging Face folder, written beside its place and renamed, so that nobody reads half of one.
+    """An ordinary Hugging Face folder, written beside its place and renamed, so that no reader finds half of it.
 
     ``extra``: further text files, name -> content. An older folder of that name is replaced."""
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")

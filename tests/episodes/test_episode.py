@@ -56,7 +56,7 @@ SCENES = st.sampled_from([(168, 168, 168, 168), (672, 672, 168, 168), (8000, 300
 
 @given(REPLIES, SCENES)
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_the_box_contract_holds_for_any_text(reply: str, scene: tuple[int, int, int, int]) -> None:
+def test_read_box_keeps_the_contract_on_any_text(reply: str, scene: tuple[int, int, int, int]) -> None:
     width, height, coarse_width, coarse_height = scene
     coarse = View(Box(0, 0, width, height), np.zeros((coarse_height, coarse_width, 3), np.uint8))
     box, outcome = read_box(reply, coarse, FAMILY)
@@ -68,7 +68,7 @@ def test_the_box_contract_holds_for_any_text(reply: str, scene: tuple[int, int, 
         assert fitted[0] * fitted[1] <= 36 * FAMILY.multiple**2
 
 
-def test_the_examples_of_the_documentation_are_true() -> None:
+def test_examples_of_the_documentation_are_true() -> None:
     documented, coarse = set(), View(Box(0, 0, 672, 672), np.zeros((168, 168, 3), np.uint8))
     rows = [line.split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
     outcome = ""
@@ -104,7 +104,7 @@ class Reply:
 
 @dataclass
 class Script:
-    """A ``generate`` function that plays given replies and keeps what it was asked."""
+    """A ``generate`` function that returns given replies and keeps what it was asked."""
 
     tokenizer: Tokenizer
     replies: Sequence[tuple[str, bool]]
@@ -129,7 +129,7 @@ LOOK = "<think>left</think><zoom>[10, 20, 52, 62]</zoom>"
 READ = "<think>a cross</think><answer>A</answer>"
 
 
-def play(
+def run_episode(
     tokenizer: Tokenizer, *replies: tuple[str, bool], on_bad_box: OnBadBox = OnBadBox.STOP
 ) -> tuple[Trajectory, Script]:
     config = EpisodeConfig(coarse_tokens=36, fine_tokens=36, on_bad_box=on_bad_box)
@@ -137,8 +137,8 @@ def play(
     return asyncio.run(episodes.run(episodes.prepare(QUESTION), 5, script.generate)), script
 
 
-def test_an_answered_episode(tokenizer: Tokenizer) -> None:
-    trajectory, script = play(tokenizer, (LOOK, True), (READ, True))
+def test_run_answers_in_two_turns(tokenizer: Tokenizer) -> None:
+    trajectory, script = run_episode(tokenizer, (LOOK, True), (READ, True))
     assert (trajectory.question_id, trajectory.sample) == ("q1", 5)
     assert (trajectory.outcome, trajectory.box_outcome) == (Outcome.ANSWERED, BoxOutcome.OK)
     assert trajectory.crop is not None and trajectory.crop.box == Box(40, 80, 208, 248)
@@ -155,8 +155,8 @@ def view_of_original(box: Box) -> np.ndarray:
     return view(pixels, box, FAMILY, 36).pixels
 
 
-def test_the_engine_sees_the_whole_conversation_and_each_image_once(tokenizer: Tokenizer) -> None:
-    trajectory, script = play(tokenizer, (LOOK, True), (READ, True))
+def test_run_sends_the_whole_conversation_and_each_image_once(tokenizer: Tokenizer) -> None:
+    trajectory, script = run_episode(tokenizer, (LOOK, True), (READ, True))
     (first, first_views, _), (second, second_views, _) = script.asked
     look, read = trajectory.turns
     assert first == look.prompt_ids.tolist()
@@ -168,8 +168,8 @@ def test_the_engine_sees_the_whole_conversation_and_each_image_once(tokenizer: T
     assert look.prompt_ids.tolist().count(image_pad) == read.prompt_ids.tolist().count(image_pad) == 1
 
 
-def test_the_newline_after_the_end_of_turn_belongs_to_the_next_prompt(tokenizer: Tokenizer) -> None:
-    trajectory, _ = play(tokenizer, (LOOK, True), (READ, True))
+def test_newline_after_the_end_of_turn_belongs_to_the_next_prompt(tokenizer: Tokenizer) -> None:
+    trajectory, _ = run_episode(tokenizer, (LOOK, True), (READ, True))
     look, read = trajectory.turns
     assert tokenizer.decode(look.completion_ids.tolist(), skip_special_tokens=False) == LOOK + "<|im_end|>"
     assert tokenizer.decode(read.prompt_ids.tolist(), skip_special_tokens=False).startswith("\n<|im_start|>user\n")
@@ -179,8 +179,8 @@ def test_the_newline_after_the_end_of_turn_belongs_to_the_next_prompt(tokenizer:
     assert tokenizer.decode(sampled, skip_special_tokens=False) == f"{LOOK}<|im_end|>{READ}<|im_end|>"
 
 
-def test_the_options_come_with_the_fine_turn(tokenizer: Tokenizer) -> None:
-    trajectory, _ = play(tokenizer, (LOOK, True), (READ, True))
+def test_options_come_with_the_fine_turn(tokenizer: Tokenizer) -> None:
+    trajectory, _ = run_episode(tokenizer, (LOOK, True), (READ, True))
     coarse, fine = (tokenizer.decode(turn.prompt_ids.tolist(), skip_special_tokens=False) for turn in trajectory.turns)
     assert "Which mark?" in coarse and "cross" not in coarse
     assert "\nA. cross\nB. ring" in fine
@@ -198,21 +198,23 @@ def test_the_options_come_with_the_fine_turn(tokenizer: Tokenizer) -> None:
         ("<zoom>[0, 0, 0.2, 168]</zoom>", BoxOutcome.SLIVER),
     ],
 )
-def test_a_bad_box_ends_the_episode_or_falls_back(tokenizer: Tokenizer, reply: str, outcome: BoxOutcome) -> None:
-    stopped, script = play(tokenizer, (reply, True), (READ, True))
+def test_run_with_a_bad_box_stops_or_takes_the_whole_image(
+    tokenizer: Tokenizer, reply: str, outcome: BoxOutcome
+) -> None:
+    stopped, script = run_episode(tokenizer, (reply, True), (READ, True))
     assert (stopped.outcome, stopped.box_outcome, len(script.asked)) == (Outcome.BAD_BOX, outcome, 1)
     assert stopped.crop is None and stopped.area_ratio is None
 
-    fallen, script = play(tokenizer, (reply, True), (READ, True), on_bad_box=OnBadBox.WHOLE_IMAGE)
+    fallen, script = run_episode(tokenizer, (reply, True), (READ, True), on_bad_box=OnBadBox.WHOLE_IMAGE)
     assert (fallen.outcome, fallen.box_outcome, len(script.asked)) == (Outcome.ANSWERED, outcome, 2)
     assert fallen.crop is not None and fallen.crop.box == fallen.original and fallen.area_ratio == 1.0
 
 
-def test_a_reply_that_is_cut_off_ends_the_episode(tokenizer: Tokenizer) -> None:
-    first, script = play(tokenizer, (LOOK, False), (READ, True))
+def test_run_with_a_truncated_reply_stops(tokenizer: Tokenizer) -> None:
+    first, script = run_episode(tokenizer, (LOOK, False), (READ, True))
     assert (first.outcome, len(first.turns), len(script.asked)) == (Outcome.TRUNCATED, 1, 1)
     assert first.turns[0].finish is Finish.LENGTH
-    second, _ = play(tokenizer, (LOOK, True), (READ, False))
+    second, _ = run_episode(tokenizer, (LOOK, True), (READ, False))
     assert (second.outcome, second.box_outcome, len(second.turns)) == (Outcome.TRUNCATED, BoxOutcome.OK, 2)
     assert second.turns[1].finish is Finish.LENGTH
 
@@ -230,7 +232,7 @@ def test_samples_of_a_question_share_its_pixels(tokenizer: Tokenizer) -> None:
     assert all(each.views[0] is scene.coarse for each in trajectories)
 
 
-def test_a_question_that_cannot_be_played_is_refused_before_any_turn(tokenizer: Tokenizer) -> None:
+def test_prepare_refuses_a_question_before_any_turn(tokenizer: Tokenizer) -> None:
     episodes = CoarseToFine(FAMILY, tokenizer, EpisodeConfig(coarse_tokens=36, fine_tokens=36))
     with pytest.raises(UnreadableImage):
         episodes.prepare(Question("q2", b"no image", "Which?", "A"))

@@ -18,7 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ergo_rl.episodes.families import UnknownFamily
+from ergo_rl.episodes.images import UnreadableImage
+from ergo_rl.episodes.prompts import ReservedText
 from ergo_rl.episodes.types import Box, Question
+from ergo_rl.errors import ErgoError
 from ergo_rl.questions.dataset import (
     BadRow,
     Cursor,
@@ -28,6 +32,8 @@ from ergo_rl.questions.dataset import (
     QuestionStream,
     write_questions,
 )
+from ergo_rl.questions.readers import ImageNotFound
+from ergo_rl.questions.rows import BadCell
 
 
 def png(width: int = 8, height: int = 6, **keys: Any) -> bytes:
@@ -292,6 +298,12 @@ def test_only_the_first_bad_rows_are_logged(write: Write, caplog: pytest.LogCapt
         assert ids(take(stream, 1)) == ["q30"]
     assert stream.skipped == {"text": 30} and len(stream.reasons) == 20 and len(caplog.messages) == 10
     assert caplog.messages[-1].endswith("further ones are only counted")
+
+
+def test_errors_for_users_have_a_common_base() -> None:
+    for kind in (BadRow, DatasetError, BadCell, ImageNotFound, UnreadableImage, ReservedText, UnknownFamily):
+        assert issubclass(kind, ErgoError), kind
+    assert issubclass(DatasetError, ValueError) and issubclass(UnknownFamily, ValueError)
 
 
 def test_cursor_of_other_files_is_refused(eleven: list[str]) -> None:

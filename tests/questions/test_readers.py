@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import tarfile
 import zipfile
 from pathlib import Path
@@ -31,9 +32,9 @@ rows = st.lists(st.dictionaries(st.text(max_size=8), values, max_size=4), max_si
 
 def cells_of(path: Path) -> list[dict[str, Any]]:
     found = list(read_records(path))
-    assert all(isinstance(one, Record) for one in found), found
-    assert all(0 < one.done <= 1 for one in found)
-    return [one.cells for one in found if isinstance(one, Record)]
+    assert all(isinstance(record, Record) for record in found), found
+    assert all(0 < record.done <= 1 for record in found)
+    return [record.cells for record in found if isinstance(record, Record)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=30, deadline=None)
 @given(rows=rows, ascii_only=st.booleans())
-def test_jsonl_comes_back(folder: Path, rows: list[dict[str, Any]], ascii_only: bool) -> None:
+def test_jsonl_rows_are_read_back(folder: Path, rows: list[dict[str, Any]], ascii_only: bool) -> None:
     path = folder / "a.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows), encoding="utf-8")
     assert cells_of(path) == rows
@@ -51,7 +52,7 @@ def test_jsonl_comes_back(folder: Path, rows: list[dict[str, Any]], ascii_only: 
 
 @settings(max_examples=50, deadline=None)
 @given(rows=rows, indent=st.sampled_from([None, 0, 3]), ascii_only=st.booleans(), chunk=st.integers(1, 40))
-def test_a_json_list_comes_back_however_it_is_cut(
+def test_json_list_is_read_back_in_chunks_of_any_size(
     folder: Path, rows: list[dict[str, Any]], indent: int | None, ascii_only: bool, chunk: int
 ) -> None:
     path, before = folder / "a.json", readers.CHUNK
@@ -63,6 +64,12 @@ def test_a_json_list_comes_back_however_it_is_cut(
         readers.CHUNK = before
 
 
+def test_json_numbers_that_python_writes_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"a": float("nan")}, {"a": 2**70}]))
+    first, second = cells_of(tmp_path / "a.json")
+    assert math.isnan(first["a"]) and second == {"a": 2**70}
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     table=st.lists(
@@ -70,25 +77,25 @@ def test_a_json_list_comes_back_however_it_is_cut(
                  min_size=2, max_size=2), max_size=6),
     kind=st.sampled_from([("a.tsv", "\t"), ("a.csv", ",")]),
 )  # fmt: skip
-def test_tables_come_back(folder: Path, table: list[list[str]], kind: tuple[str, str]) -> None:
+def test_tables_are_read_back(folder: Path, table: list[list[str]], kind: tuple[str, str]) -> None:
     path = folder / kind[0]
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=kind[1]).writerows([["one", "two\nlines"], *table])
     assert cells_of(path) == [dict(zip(["one", "two\nlines"], cells, strict=True)) for cells in table]
 
 
-def test_an_image_is_shared_by_the_index_of_its_row(tmp_path: Path) -> None:
+def test_table_image_is_shared_by_the_index_of_its_row(tmp_path: Path) -> None:
     path, image = tmp_path / "a.tsv", "/9j/" + "A" * 300_000  # more than csv takes in one cell by default
     other = "/9j/" + "B" * 100
     lines = [f"7\t{image}\tx", "8\t7\ty", f'9\t{other}\t"two\nlines"', "10\t9\tz", "11\t12\tw", "12\t7\tv"]
     path.write_text("index\timage\tquestion\n" + "\n".join(lines), encoding="utf-8")
     found = list(read_records(path))
-    images = [one.cells["image"] if isinstance(one, Record) else one.reason for one in found]
+    images = [record.cells["image"] if isinstance(record, Record) else record.reason for record in found]
     assert images == [image, image, other, other, "shares the image of row 12, which is not before it", image]
     assert isinstance(found[3], Record) and found[3].cells["question"] == "z" and found[-1].done == 1.0
 
 
-def test_parquet_rows_in_their_order(tmp_path: Path) -> None:
+def test_parquet_rows_are_read_in_order(tmp_path: Path) -> None:
     table = pa.table({"n": list(range(20)), "image": [{"bytes": b"x", "path": None}] * 20})
     pq.write_table(table, tmp_path / "a.parquet")
     assert cells_of(tmp_path / "a.parquet")[19] == {"n": 19, "image": {"bytes": b"x", "path": None}}
@@ -97,8 +104,8 @@ def test_parquet_rows_in_their_order(tmp_path: Path) -> None:
 def test_broken_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\n[1]\n{"a": \n\xff\xfe\n{"a": 2}')
     found = list(read_records(tmp_path / "a.jsonl"))
-    assert [one.number for one in found] == [1, 3, 4, 5, 6]
-    assert [isinstance(one, Broken) for one in found] == [False, True, True, True, False]
+    assert [record.number for record in found] == [1, 3, 4, 5, 6]
+    assert [isinstance(record, Broken) for record in found] == [False, True, True, True, False]
     assert isinstance(found[1], Broken) and found[1].reason == "should be an object, is list"
     (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n4,5\n")
     short = list(read_records(tmp_path / "a.csv"))
@@ -117,7 +124,7 @@ def test_broken_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
         ("a.csv", b"a,b\n1,\xff\n", "behind byte 4"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_read_records_refuses_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DatasetError, match=message):
         list(read_records(tmp_path / name))
@@ -149,11 +156,11 @@ def place(folder: Path, kind: str) -> Path:
             for name, content in MEMBERS.items():
                 archive.writestr(name, content)
     else:
-        make_tar(path, "w:gz" if kind == "tar.gz" else "w")
+        make_tar(path, {"tar.gz": "w:gz", "tgz": "w:gz", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}.get(kind, "w"))
     return path
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "tgz"])
 def test_image_store_finds_images_by_name(tmp_path: Path, kind: str) -> None:
     path = place(tmp_path, kind)
     with open_image_store([path], tmp_path) as store:
@@ -169,7 +176,7 @@ def test_image_store_finds_images_by_name(tmp_path: Path, kind: str) -> None:
         for name in ("../images.zip", "/etc/passwd", "data\\..\\..\\x", ""):
             with pytest.raises(ImageNotFound, match="leaves its folder"):
                 store(name)
-    assert sorted(one.name for one in tmp_path.iterdir()) == [path.name], "what was unpacked is gone"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name], "what was unpacked is gone"
 
 
 def test_image_store_writes_tar_members_nowhere_but_to_scratch(tmp_path: Path) -> None:
@@ -187,7 +194,17 @@ def test_image_store_writes_tar_members_nowhere_but_to_scratch(tmp_path: Path) -
         assert store("good.png") == b"data"
         with pytest.raises(ImageNotFound):
             store("link.png")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["aside", "images.tar.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", "images.tar.gz"]
+
+
+def test_image_store_names_an_archive_member_that_is_damaged(tmp_path: Path) -> None:
+    path = place(tmp_path, "zip")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"one of b", b"ONE of b"))  # its checksum is wrong now
+    with open_image_store([path], tmp_path) as store:
+        assert store("data/a/one.png") == b"one of a"
+        with pytest.raises(ImageNotFound, match=r"'data/b/one\.png' cannot be read out of its archive: Bad CRC-32"):
+            store("data/b/one.png")
 
 
 def test_image_store_follows_no_link_out_of_a_folder(tmp_path: Path) -> None:

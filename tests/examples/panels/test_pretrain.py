@@ -9,10 +9,10 @@ import pytest
 from ergo_rl.examples.panels.pretrain import PretrainConfig, _continues, main, model_card
 
 
-def test_fewer_steps_of_every_lesson() -> None:
+def test_scaled_config_has_fewer_steps_of_every_stage() -> None:
     short = PretrainConfig().scaled(0.01)
-    assert (short.tower.steps, short.policy.steps, short.reward.steps, short.album_pages) == (16, 20, 25, 12)
-    assert PretrainConfig().scaled(2).album_pages == PretrainConfig().album_pages
+    assert (short.tower.steps, short.policy.steps, short.reward.steps, short.scene_batches) == (16, 20, 25, 12)
+    assert PretrainConfig().scaled(2).scene_batches == PretrainConfig().scene_batches
 
 
 def test_a_run_is_continued_only_with_its_own_settings(tmp_path: Path) -> None:

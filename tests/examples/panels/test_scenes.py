@@ -60,8 +60,8 @@ def test_panels_are_placed_apart_and_inside(index: int, count: int, blank: int, 
         assert max(panel.box.width, panel.box.height) <= 150
         if panel.mark_box is not None:
             assert panel.box.contains(panel.mark_box) and panel.mark_box.area == mark * mark
-    for one in drawn.panels:
-        assert sum(disjoint(one.box, other.box) for other in drawn.panels) == count + blank - 1
+    for panel in drawn.panels:
+        assert sum(disjoint(panel.box, other.box) for other in drawn.panels) == count + blank - 1
     assert drawn.target.mark in MARKS
 
 
@@ -70,9 +70,9 @@ def disjoint(a: Box, b: Box) -> bool:
 
 
 def test_the_image_is_lossless_and_small() -> None:
-    one = question(PanelsConfig(), 0, Split.TRAIN, 0)
-    assert isinstance(one.image, bytes) and len(one.image) < 40_000
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(one.image))), the_scene(0).pixels)
+    asked = question(PanelsConfig(), 0, Split.TRAIN, 0)
+    assert isinstance(asked.image, bytes) and len(asked.image) < 40_000
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(asked.image))), the_scene(0).pixels)
 
 
 def test_colour_tells_place_and_panel() -> None:
@@ -133,7 +133,7 @@ def test_panels_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_prompts_hold_one_image_and_the_question() -> None:
-    one = question(PanelsConfig(), 0, Split.TRAIN, 0)
+    asked = question(PanelsConfig(), 0, Split.TRAIN, 0)
     for template in (PROMPTS.coarse, PROMPTS.fine, PROMPTS.verify):
-        text = fill(template, one, FAMILY)
-        assert text.count(FAMILY.image_pad) == 1 and one.text in text
+        text = fill(template, asked, FAMILY)
+        assert text.count(FAMILY.image_pad) == 1 and asked.text in text

@@ -77,14 +77,14 @@ def test_the_chat_template_writes_what_the_family_writes(folder: Path) -> None:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
-    one = question(PanelsConfig(), 0, Split.TRAIN, 0)
-    content = [{"type": "image"}, {"type": "text", "text": one.text}]
+    asked = question(PanelsConfig(), 0, Split.TRAIN, 0)
+    content = [{"type": "image"}, {"type": "text", "text": asked.text}]
     messages = [{"role": "user", "content": content}]
     written = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert written == FAMILY.first_prompt("", fill(PROMPTS.coarse, one, FAMILY))
+    assert written == FAMILY.first_prompt("", fill(PROMPTS.coarse, asked, FAMILY))
     messages += [{"role": "assistant", "content": "seen"}, {"role": "user", "content": content}]
     longer = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert longer == written + "seen<|im_end|>" + FAMILY.next_prompt(fill(PROMPTS.fine, one, FAMILY))
+    assert longer == written + "seen<|im_end|>" + FAMILY.next_prompt(fill(PROMPTS.fine, asked, FAMILY))
 
 
 def check_folder(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What the teacher shows and says."""
+"""Crops, replies and labels that the tiny models are taught."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ergo_rl.episodes import images
 from ergo_rl.episodes.episode import read_box
 from ergo_rl.episodes.families import Qwen25VL
 from ergo_rl.episodes.types import Box
-from ergo_rl.examples.panels.lessons import (
+from ergo_rl.examples.panels.scenes import COLOURS, MARKS, PanelScene, PanelsConfig, Split, scene
+from ergo_rl.examples.panels.targets import (
     CUT,
     Pointing,
     coarse_view,
@@ -26,7 +27,6 @@ from ergo_rl.examples.panels.lessons import (
     point,
     token_labels,
 )
-from ergo_rl.examples.panels.scenes import COLOURS, MARKS, PanelScene, PanelsConfig, Split, scene
 
 FAMILY = Qwen25VL()
 
@@ -65,7 +65,7 @@ def test_a_cutting_crop_shows_a_part_of_its_target(seed: int, x: int, y: int) ->
     assert (wide == 26) != (high == 26) and 5 <= min(wide, high) <= 21
 
 
-def test_lessons_in_reading_are_mostly_legible_and_never_only() -> None:
+def test_crops_to_read_are_mostly_but_not_only_legible() -> None:
     rng = np.random.default_rng(0)
     shown = []
     for index in range(200):

@@ -1,8 +1,8 @@
-"""What a teacher shows and says about a panels scene: crops, replies, labels. Pure; used to pretrain tiny models.
+"""Targets to pretrain tiny models on: crops of a panels scene, replies about them, labels of their visual tokens.
 
-The policy's lesson in pointing is bad on purpose: it knows where the panel is, but its boxes are too tight and
-jittered, which leaves reinforcement learning something to improve. The reward model's lessons pair every crop from
-which the mark cannot be read with a random answer, so that it learns to guess there.
+The boxes that the policy is taught are bad on purpose: it learns where the panel is, but its boxes are too tight and
+jittered, which leaves reinforcement learning something to improve. The reward model is taught a random answer for
+every crop from which the mark cannot be read, so that it learns to guess there.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def crop_anywhere(side: int, rng: np.random.Generator) -> Box:
 
 def crop_cutting(target: Box, side: int, rng: np.random.Generator, margin: int = 5) -> Box:
     """A box with one edge through ``target``, at least ``margin`` pixels inside it: what is cut by less looks whole to
-    a model of this size, and lessons that say otherwise blur the others."""
+    a model of this size, and targets that say otherwise blur the others."""
     around = crop_with(target, side, 0.004, 0.18, rng)
     corners = [around.x1, around.y1, around.x2, around.y2]
     edge = int(rng.integers(4))
@@ -84,8 +84,8 @@ def crop_cutting(target: Box, side: int, rng: np.random.Generator, margin: int =
 
 
 def crop_to_read(scene: PanelScene, target: Panel, rng: np.random.Generator) -> Box:
-    """Crops for lessons in reading: mostly with the target, legible; some that cut the mark, some too large, some of
-    other places."""
+    """Draw a crop to teach reading with: mostly with the target, legible; some that cut the mark, some too large, some
+    of other places."""
     assert target.mark_box is not None
     side, kind = scene.pixels.shape[0], rng.random()
     if kind < 0.55:
@@ -133,15 +133,16 @@ def verify_reply(mark: str, family: ModelFamily) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TokenLabels:
-    """For each visual token of a view, row by row. colour int64[N]: 0 none, else 1 + place in COLOURS, of the panel
-    that fills most of the token. mark int64[N]: 0 none, else 1 + place in MARKS, where a legible mark lies in it, or
-    CUT where a mark lies in it that the view cuts. edges int64[N, 4]: bins of that panel's x1, y1, x2, y2 in the view,
-    -100 where there is no panel. border bool[N, 4]: is the token at the left, top, right, bottom of the view?"""
+    """Labels of each of a view's N visual tokens, row by row."""
 
     colour: NDArray[np.int64]
+    """[N]: 0 none, else 1 + index in COLOURS, of the panel that fills most of the token."""
     mark: NDArray[np.int64]
+    """[N]: 0 none, 1 + index in MARKS where a legible mark lies in the token, CUT where the view cuts that mark."""
     edges: NDArray[np.int64]
+    """[N, 4]: bins of that panel's x1, y1, x2, y2 in the view, -100 where there is no panel."""
     border: NDArray[np.bool_]
+    """[N, 4]: whether the token is at the left, top, right, bottom of the view."""
 
     def without_edges(self) -> TokenLabels:
         return TokenLabels(self.colour, self.mark, np.full_like(self.edges, -100), self.border)
