@@ -256,7 +256,11 @@ def _open_place(path: Path, scratch: Path, stack: ExitStack) -> Fetch:
 
 def _from_folder(root: Path, name: str) -> bytes | None:
     path = root / name
-    return path.read_bytes() if path.is_file() and path.resolve().is_relative_to(root.resolve()) else None
+    try:
+        inside = path.is_file() and path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, links in a circle
+        return None
+    return path.read_bytes() if inside else None
 
 
 def _uncompressed(path: Path, scratch: Path, stack: ExitStack) -> Any:

@@ -58,9 +58,6 @@ def read_question(
     identity = cells.get("id")
     if isinstance(identity, int) and not isinstance(identity, bool):
         identity = str(identity)
-    source = cells.get("source") or ""
-    if not isinstance(source, str):
-        raise BadCell("source", f"should be text, is {type(source).__name__}")
     image = load_image(cells.get("image"))
     try:
         width, height = images.size(image, max_pixels)
@@ -73,15 +70,15 @@ def read_question(
         answer=_prompt_text("answer", cells.get("answer")),
         options=tuple(_prompt_text("options", option) for option in read_list("options", cells.get("options"))),
         boxes=tuple(read_box(numbers, width, height) for numbers in read_list("boxes", cells.get("boxes"))),
-        source=source,
+        source=read_text("source", cells["source"], blank=True) if cells.get("source") else "",
     )
 
 
-def read_text(column: str, value: object) -> str:
-    """Return ``value`` if it is text that says something. Raises BadCell."""
+def read_text(column: str, value: object, blank: bool = False) -> str:
+    """Return ``value`` if it is text, and more than blanks unless ``blank``. Raises BadCell."""
     if not isinstance(value, str):
         raise BadCell(column, "is missing" if value is None else f"should be text, is {type(value).__name__}")
-    if not value.strip():
+    if not blank and not value.strip():
         raise BadCell(column, "is empty")
     return value
 

@@ -215,6 +215,13 @@ def test_image_store_follows_no_link_out_of_a_folder(tmp_path: Path) -> None:
         store("a.png")
 
 
+@pytest.mark.parametrize("name", ["x" * 5_000, "a/" * 3_000 + "b", "a\0b", "loop"])
+def test_image_store_does_not_find_impossible_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with open_image_store([tmp_path], tmp_path) as store, pytest.raises(ImageNotFound):
+        store(name)
+
+
 def test_image_store_searches_places_in_order(tmp_path: Path) -> None:
     first = tmp_path / "first"
     first.mkdir()
