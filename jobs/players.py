@@ -1,5 +1,5 @@
 """Who plays a question for ``answer`` and ``evaluate``: an engine in this process, the job's rollout workers, or any
-OpenAI-compatible endpoint. All of them play the same episode (``episodes.coarse_to_fine``)."""
+OpenAI-compatible endpoint. All of them play the same episode (``episodes.episode``)."""
 
 from __future__ import annotations
 
