@@ -53,7 +53,7 @@ class ModelFamily(ABC):
 
     @property
     def multiple(self) -> int:
-        """Both sides of a view are multiples of this many pixels."""
+        """Pixels that both sides of a view are multiples of."""
         return self.patch_size * self.merge_size
 
     def visual_tokens(self, view: View) -> int:
@@ -121,7 +121,7 @@ class ModelFamily(ABC):
         return f"{head}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
     def next_prompt(self, user: str) -> str:
-        """What a further turn appends after the sampled end-of-turn token. The newline that the chat
+        """Return what a further turn appends after the sampled end-of-turn token. The newline that the chat
         template puts after it was never sampled, so it belongs here (verl #6719)."""
         return f"\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 

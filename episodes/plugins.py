@@ -12,7 +12,7 @@ _MAX_LENGTH = 300
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a name in a configuration says where a class is (``package.module:Class``), so is none of ours."""
+    """Return whether a name in a configuration is ``package.module:Class``, not the name of something built in."""
     return ":" in name
 
 

@@ -50,7 +50,7 @@ class ReservedText(ErgoError, ValueError):
 
 
 def letter_options(options: Sequence[str]) -> str:
-    """``('red', 'blue')`` -> ``'\\nA. red\\nB. blue'``; no options, no text."""
+    """Letter options on lines of their own: ``('red', 'blue')`` -> ``'\\nA. red\\nB. blue'``; empty for no options."""
     return "".join(f"\n{chr(ord('A') + place)}. {option}" for place, option in enumerate(options))
 
 

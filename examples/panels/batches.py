@@ -259,7 +259,7 @@ class ReplyTask:
 
 
 def grid(family: ModelFamily, view: View) -> tuple[int, int, int]:
-    """Time, height and width in patches."""
+    """Return time, height and width of a view in patches."""
     return 1, view.height // family.patch_size, view.width // family.patch_size
 
 

@@ -112,7 +112,7 @@ def ask(colour: str) -> str:
 
 
 def scene(config: PanelsConfig, seed: int, split: Split, index: int) -> PanelScene:
-    """The scene number ``index`` of a split. Raises ValueError where the panels do not fit without overlap."""
+    """Draw scene number ``index`` of a split. Raises ValueError where the panels do not fit without overlap."""
     rng = np.random.default_rng([seed, list(Split).index(split), index])
     boxes = _place(config, rng)
     colours = rng.permutation(list(COLOURS)[: config.colours])[: len(boxes)]
@@ -125,7 +125,7 @@ def scene(config: PanelsConfig, seed: int, split: Split, index: int) -> PanelSce
 
 
 def question(config: PanelsConfig, seed: int, split: Split, index: int) -> Question:
-    """A scene as a dataset row: PNG bytes, an open question, and the mark's box as the target."""
+    """Draw a scene as a dataset row: PNG bytes, an open question, and the mark's box as the target."""
     drawn = scene(config, seed, split, index)
     assert drawn.target.mark_box is not None
     return Question(

@@ -71,7 +71,7 @@ class PlainGenerate:
 
     @torch.no_grad()
     def run(self, requests: Sequence[tuple[Sequence[int], Sequence[View]]]) -> list[PlainCompletion]:
-        """One reply for each (token ids with one placeholder per image, views)."""
+        """Return a reply for each (token ids with one placeholder per image, views)."""
         ids = self.tokenizer.convert_tokens_to_ids
         image_id, stop = ids(self.family.image_pad), ids(self.family.turn_end)
         prompts = [self._expand(token_ids, views, image_id) for token_ids, views in requests]
@@ -206,7 +206,7 @@ def reward_scores(
 
 
 def _crop(kind: str, drawn: PanelScene, rng: np.random.Generator) -> Box:
-    """A crop of one kind: drawn until as much of the mark is in it as the kind asks for."""
+    """Draw a crop of a kind: again and again until as much of the mark is in it as the kind asks for."""
     mark, side = drawn.target.mark_box, drawn.pixels.shape[0]
     assert mark is not None
     others = [panel.mark_box for panel in drawn.panels if panel is not drawn.target and panel.mark_box is not None]

@@ -51,7 +51,7 @@ def fit(
     checkpoint: Path,
     report: ReportProgress,
 ) -> float:
-    """Train the parameters of ``module`` that require a gradient; returns the seconds it took, over all resumes.
+    """Train the parameters of ``module`` that require a gradient; return the seconds it took, over all resumes.
 
     ``batches(first)`` yields the batches from step ``first`` on. A checkpoint that is there is continued: the batches
     depend on the step alone, so the result is the same as without the interruption."""
@@ -83,7 +83,7 @@ def fit(
 
 
 def is_finished(checkpoint: Path, schedule: TrainingSchedule) -> bool:
-    """Has ``fit`` done all steps of this checkpoint?"""
+    """Return whether ``fit`` has done all steps of this checkpoint."""
     return checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= schedule.steps
 
 
@@ -119,7 +119,7 @@ class DenseTower(nn.Module):
         self.border = nn.Linear(width, 4)
 
     def loss(self, batch: DenseBatch) -> tuple[Tensor, Mapping[str, float]]:
-        """The sum of four cross-entropies (nats), and the accuracies."""
+        """Return the sum of four cross-entropies (nats), and the accuracies."""
         features = self.visual(batch.pixel_values, grid_thw=batch.grids).pooler_output
         colour, mark = self.colour(features), self.mark(features)
         edges = self.edges(features).view(-1, self.bins)
@@ -182,6 +182,7 @@ class ReplyBatch:
 
 
 def collate(rows: Sequence[Conversation], image_id: int, pad_id: int) -> ReplyBatch:
+    """Expand placeholders to visual tokens and pad on the right."""
     expanded = [_expand(row, image_id) for row in rows]
     length = max(len(ids) for ids, _ in expanded)
     input_ids = torch.full((len(rows), length), pad_id)
@@ -205,7 +206,7 @@ def collate(rows: Sequence[Conversation], image_id: int, pad_id: int) -> ReplyBa
 
 
 def _shifted(row: Conversation, image_id: int) -> int:
-    """Where ``row.word`` is once the placeholders before it are expanded."""
+    """Return where ``row.word`` is once the placeholders before it are expanded."""
     before = list(row.ids[: row.word])
     images = before.count(image_id)
     return len(before) + sum(len(feature) - 1 for feature in row.features[:images])
@@ -233,7 +234,7 @@ class GroundedModel(nn.Module):
         self.edges = nn.Linear(width, 4 * bins)
 
     def loss(self, batch: ReplyBatch) -> tuple[Tensor, Mapping[str, float]]:
-        """Mean cross-entropy (nats) over the taught tokens, and half of the grounding's."""
+        """Return the mean cross-entropy (nats) over the taught tokens plus half the grounding's, and accuracies."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         features: Any = batch.features

@@ -38,7 +38,7 @@ class Pointing:
 
 
 def point(panel: Box, config: Pointing, side: int, rng: np.random.Generator, least: int = 28) -> Box:
-    """The panel's box in a scene of ``side`` pixels, too tight and jittered, at least ``least`` pixels a side."""
+    """Draw the panel's box in a scene of ``side`` pixels, too tight and jittered, at least ``least`` pixels a side."""
     left, top, right, bottom = (float(move) for move in rng.normal(config.inset, config.jitter, 4))
     x1, x2 = _between(panel.x1 + left, panel.x2 - right, least, side)
     y1, y2 = _between(panel.y1 + top, panel.y2 - bottom, least, side)
@@ -55,7 +55,7 @@ def _between(low: float, high: float, least: int, side: int) -> tuple[int, int]:
 
 
 def crop_with(target: Box, side: int, smallest: float, largest: float, rng: np.random.Generator) -> Box:
-    """A box that contains ``target``, anywhere round it, of an area between two shares of the scene (log-uniform)."""
+    """Draw a box round ``target``, anywhere, of an area between two shares of the scene (log-uniform)."""
     area = side * side * np.exp(rng.uniform(np.log(smallest), np.log(largest)))
     aspect = np.exp(rng.uniform(-0.5, 0.5))
     width = int(np.clip(np.sqrt(area * aspect), target.width, side))
@@ -72,8 +72,9 @@ def crop_anywhere(side: int, rng: np.random.Generator) -> Box:
 
 
 def crop_cutting(target: Box, side: int, rng: np.random.Generator, margin: int = 5) -> Box:
-    """A box with one edge through ``target``, at least ``margin`` pixels inside it: what is cut by less looks whole to
-    a model of this size, and targets that say otherwise blur the others."""
+    """Draw a box with an edge through ``target``, at least ``margin`` pixels inside it.
+
+    What is cut by less looks whole to a model of this size, and targets that say otherwise blur the others."""
     around = crop_with(target, side, 0.004, 0.18, rng)
     corners = [around.x1, around.y1, around.x2, around.y2]
     edge = int(rng.integers(4))
@@ -103,7 +104,7 @@ def crop_to_read(scene: PanelScene, target: Panel, rng: np.random.Generator) -> 
 
 
 def legible(view: View, mark: Box) -> bool:
-    """Is the whole mark in the view, and large enough there to be taught as readable?"""
+    """Return whether the whole mark is in the view, and large enough there to be taught as readable."""
     return view.box.contains(mark) and large_enough(view, mark)
 
 
@@ -113,7 +114,7 @@ def large_enough(view: View, mark: Box) -> bool:
 
 
 def look_reply(panel: Panel, coarse: View, box: Box, family: ModelFamily) -> str:
-    """Turn 1: the place in words (sixths of the scene), then the box."""
+    """Write turn 1: the place in words (sixths of the scene), then the box."""
     side = coarse.box.width
     row = (panel.box.y1 + panel.box.y2) * 3 // side + 1
     column = (panel.box.x1 + panel.box.x2) * 3 // side + 1
@@ -122,12 +123,12 @@ def look_reply(panel: Panel, coarse: View, box: Box, family: ModelFamily) -> str
 
 
 def read_reply(mark: str, family: ModelFamily) -> str:
-    """Turn 2."""
+    """Write turn 2."""
     return f"<think>a {mark}</think><answer>{mark}</answer>{family.turn_end}"
 
 
 def verify_reply(mark: str, family: ModelFamily) -> str:
-    """The reward model's reply."""
+    """Write the reward model's reply."""
     return f"<answer>{mark}</answer>{family.turn_end}"
 
 
@@ -169,7 +170,7 @@ def token_labels(scene: PanelScene, view: View, family: ModelFamily) -> TokenLab
 
 
 def edge_bins(box: Box, view: View) -> tuple[int, int, int, int]:
-    """x1, y1, x2, y2 of a box in bins of the view."""
+    """Return x1, y1, x2, y2 of a box in bins of the view."""
     x1, y1, x2, y2 = (max(0, int(corner // EDGE_BIN)) for corner in _in_view(box, view))
     return x1, y1, x2, y2
 

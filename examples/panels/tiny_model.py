@@ -64,7 +64,7 @@ class TinyConfig:
 
 
 def make_tokenizer(texts: Iterable[str], family: ModelFamily | None = None, vocabulary: int = 400) -> Any:
-    """A Qwen2 tokenizer (byte-level BPE, digits one by one) trained on ``texts``, with Qwen's special tokens."""
+    """Train a Qwen2 tokenizer (byte-level BPE, every digit by itself) on ``texts``, with Qwen's special tokens."""
     repair_torchvision()
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -109,7 +109,7 @@ def _without(texts: Iterable[str], tokens: tuple[str, ...]) -> Iterable[str]:
 
 
 def make_model(tokenizer: Any, config: TinyConfig, seed: int, family: ModelFamily | None = None) -> Any:
-    """A fresh model of ``family`` (Qwen2.5-VL unless told) in float32 whose special ids are the tokenizer's.
+    """Make a fresh model of ``family`` (Qwen2.5-VL by default) in float32 whose special ids are the tokenizer's.
 
     Raises ValueError for a family that has no tiny model."""
     repair_torchvision()
@@ -202,7 +202,7 @@ def _mrope_sections(config: TinyConfig) -> list[int]:
 
 
 def make_processor(tokenizer: Any, family: ModelFamily | None = None, most: int = 1280) -> Any:
-    """The family's processor, whose own resize is an identity on views of its least to ``most`` visual tokens."""
+    """Make the family's processor, whose own resize is an identity on views of its least to ``most`` visual tokens."""
     repair_torchvision()
     from transformers import (
         Qwen2_5_VLProcessor,
@@ -233,7 +233,7 @@ def make_processor(tokenizer: Any, family: ModelFamily | None = None, most: int 
 
 
 def save_folder(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None = None) -> None:
-    """An ordinary Hugging Face folder, written beside its place and renamed, so that no reader finds half of it.
+    """Save an ordinary Hugging Face folder, written beside its place and renamed, so that no reader finds half of it.
 
     ``extra``: further text files, name -> content. An older folder of that name is replaced."""
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
