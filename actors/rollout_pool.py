@@ -16,7 +16,7 @@ from ergo_rl.cluster.buckets import Layout
 from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.pool import Faults, Pool
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.episodes.episode import EpisodeConfig
 from ergo_rl.episodes.types import Box, Question, Trajectory
 
 ROLE = "rollout"

@@ -18,7 +18,7 @@ from ergo_rl.cluster.buckets import Bucket, Layout
 from ergo_rl.cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Picture, Sampling
 from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.resources import Resources, Size
-from ergo_rl.episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.images import UnreadableImage
 from ergo_rl.episodes.prompts import ReservedText
@@ -187,7 +187,7 @@ class RolloutWorker:
             limits = (sampling.fine_max_tokens,) * 2
         episodes = self._episodes if manner is None else manner.episodes(self._episodes)
         try:
-            scene = await asyncio.to_thread(episodes.open_scene, question)
+            scene = await asyncio.to_thread(episodes.prepare, question)
             coarse = await asyncio.to_thread(Picture.of, scene.coarse.pixels)
 
             async def picture_of(view: View) -> Picture:
@@ -205,8 +205,8 @@ class RolloutWorker:
                     return await self._engine.generate(token_ids, [await picture_of(view) for view in views], how)
 
                 if direct:
-                    return await episodes.answer_at_once(scene, sample, generate)
-                return await episodes.play(scene, sample, generate, box)
+                    return await episodes.run_single_turn(scene, sample, generate)
+                return await episodes.run(scene, sample, generate, box)
 
             started = time.monotonic()
             trajectories = tuple(await asyncio.gather(*(one(sample) for sample in samples)))

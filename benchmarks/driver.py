@@ -27,12 +27,12 @@ from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import Played, RolloutConfig, facts_of
 from ergo_rl.cluster.placement import Cluster, ClusterConfig
 from ergo_rl.cluster.pool import Faults, Pool
-from ergo_rl.episodes.questions import Cursor, OnBadRow
 from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, View
 from ergo_rl.jobs.credit import Crediting
 from ergo_rl.jobs.flow import Flow
 from ergo_rl.jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics
 from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.questions.dataset import Cursor, OnBadRow
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.reward_pool import RewardPool
 

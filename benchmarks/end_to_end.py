@@ -66,7 +66,7 @@ def be_trl(settings: dict[str, Any]) -> None:
 
     from ergo_rl.episodes import images
     from ergo_rl.episodes.families import family_of
-    from ergo_rl.episodes.panels import PanelsConfig, Split, question
+    from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 
     talk, sys.stdout = sys.stdout, sys.stderr
     family = family_of(settings["model"])
@@ -75,7 +75,7 @@ def be_trl(settings: dict[str, Any]) -> None:
         for index in range(settings["questions"]):
             asked = question(PanelsConfig(), 0, Split.TRAIN, index)
             pixels = images.decode(asked.image)
-            view = images.view(pixels, images.whole(pixels), family, settings["visual_tokens"])
+            view = images.view(pixels, images.full_box(pixels), family, settings["visual_tokens"])
             yield {"prompt": [{"role": "user", "content": asked.text}], "image": Image.fromarray(view.pixels)}
 
     lengths: list[int] = []
@@ -174,8 +174,8 @@ class Ours:
         from ergo_rl.cluster.engine import EngineConfig
         from ergo_rl.cluster.pool import Faults, Pool
         from ergo_rl.cluster.weights import WeightChannel
-        from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
-        from ergo_rl.episodes.panels import PROMPTS
+        from ergo_rl.episodes.episode import EpisodeConfig
+        from ergo_rl.examples.panels.scenes import PROMPTS
         from ergo_rl.jobs.credit import Crediting
         from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
         from ergo_rl.learners.learner_group import LearnerGroup
@@ -204,8 +204,8 @@ class Ours:
         self._credit, self._version = Crediting(learner, {}), 0
 
     async def block(self) -> dict[str, list[float]]:
-        from ergo_rl.episodes.questions import OnBadRow
         from ergo_rl.jobs.flow import Flow, flowing
+        from ergo_rl.questions.dataset import OnBadRow
 
         await self._weights.publish(self._version)
         questions: Any = Panels(self._settings["questions"])
@@ -234,8 +234,8 @@ class Panels:
     """The first so many questions of the panels, again and again."""
 
     def __init__(self, count: int) -> None:
-        from ergo_rl.episodes.panels import PanelsConfig, Split, question
-        from ergo_rl.episodes.questions import Cursor
+        from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
+        from ergo_rl.questions.dataset import Cursor
 
         self._all = [question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(count)]
         self._given, self.cursor = 0, Cursor()
@@ -283,7 +283,7 @@ def verdict(found: dict[str, Any], size: str) -> tuple[bool, str]:
 def make_policy(size: str, folder: Path) -> Path:
     from transformers import AutoTokenizer
 
-    from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
+    from ergo_rl.examples.panels.tiny_model import TinyConfig, make_model, make_processor, save_folder
 
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
     save_folder(make_model(tokenizer, TinyConfig(**SHAPES[size]), seed=0), make_processor(tokenizer), folder / size)  # type: ignore[arg-type]

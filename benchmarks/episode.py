@@ -28,7 +28,7 @@ from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.jobs.measuring.evaluate import heldout
 from ergo_rl.jobs.measuring.grid import Mode, Record, judge, play
 from ergo_rl.jobs.players import LocalPlayer, NotPlayed
-from ergo_rl.jobs.prepare import prepare_embedded
+from ergo_rl.questions.prepare import prepare_embedded
 
 
 async def measure(config: TrainConfig, budgets: Mapping[Mode, int], count: int) -> dict[Mode, list[Record]]:

@@ -83,7 +83,7 @@ def models(sizes: Sizes, folder: Path, note: Notes) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-    from ergo_rl.learners.tiny import make_processor, save_folder
+    from ergo_rl.examples.panels.tiny_model import make_processor, save_folder
 
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
     ids = {f"{name}_token_id": f"<|{name}|>" for name in ("vision_start", "vision_end")}

@@ -30,8 +30,8 @@ class LifeFailed(AssertionError):
 def small_run(folder: Path, steps: int, rows: int = 24, **overrides: object) -> list[str]:
     """The panels recipe, small: two questions of four trajectories a step, from ``rows`` questions; nothing evaluated,
     proved at both ends only."""
-    from ergo_rl.episodes.panels import PanelsConfig, Split, question
-    from ergo_rl.episodes.questions import write_questions
+    from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
+    from ergo_rl.questions.dataset import write_questions
 
     data = folder / "questions.parquet"
     if not data.exists():

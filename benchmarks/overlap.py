@@ -25,13 +25,13 @@ from typing import Any
 from benchmarks.reporting import cpu_seconds, parser_of, report, spread
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weights import WeightChannel
-from ergo_rl.episodes.questions import OnBadRow, QuestionStream
 from ergo_rl.jobs.commands import DEFAULT_RECIPE, launch_players
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.jobs.credit import Crediting
 from ergo_rl.jobs.flow import Flow, flowing
-from ergo_rl.jobs.prepare import prepare_embedded
 from ergo_rl.learners.learner_group import LearnerGroup
+from ergo_rl.questions.dataset import OnBadRow, QuestionStream
+from ergo_rl.questions.prepare import prepare_embedded
 from ergo_rl.rewards.tce import weights_of
 
 TARGET = 1.10

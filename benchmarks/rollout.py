@@ -35,11 +35,11 @@ from ergo_rl.actors.rollout_pool import Rollout, RolloutPool
 from ergo_rl.actors.rollout_worker import RolloutConfig, stable_seed
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.episodes import images
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig, read_box
+from ergo_rl.episodes.episode import EpisodeConfig, read_box
 from ergo_rl.episodes.families import family_of, load_tokenizer
-from ergo_rl.episodes.panels import PanelsConfig, Split, question
 from ergo_rl.episodes.prompts import around_image
 from ergo_rl.episodes.types import Question
+from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs.commands import DEFAULT_RECIPE
 from ergo_rl.jobs.config import load_config
 
@@ -81,7 +81,7 @@ class Chat:
 
         episode, family, group = self._episode, self._family, range(self._config.group_size)
         pixels = [images.decode(one.image) for one in questions]
-        coarse = [images.view(whole, images.whole(whole), family, episode.coarse_tokens) for whole in pixels]
+        coarse = [images.view(whole, images.full_box(whole), family, episode.coarse_tokens) for whole in pixels]
         pairs = [(number, sample) for number in range(len(questions)) for sample in group]
         system = [{"role": "system", "content": episode.prompts.system}] if episode.prompts.system else []
 

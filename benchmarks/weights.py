@@ -46,7 +46,7 @@ from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster, ClusterConfig
 from ergo_rl.cluster.shared_memory import SharedFile, SharedFiles
 from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.episodes.episode import EpisodeConfig
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.learners.learner_group import LearnerGroup
 
@@ -85,7 +85,7 @@ def model_of(megabytes: int, folder: Path) -> Path:
     """A random model of about so many MB in float32, with the tokenizer of the panels policy."""
     from transformers import AutoTokenizer
 
-    from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
+    from ergo_rl.examples.panels.tiny_model import TinyConfig, make_model, make_processor, save_folder
 
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
     layers = 8

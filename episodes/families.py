@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
-from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.plugins import import_class
 from ergo_rl.episodes.types import Box, View
+from ergo_rl.errors import ErgoError
 
 Corners = tuple[float, float, float, float]
 
@@ -52,14 +53,14 @@ class ModelFamily(ABC):
 
     @property
     def multiple(self) -> int:
-        """Both sides of a view are multiples of this many pixels."""
+        """Pixels that both sides of a view are multiples of."""
         return self.patch_size * self.merge_size
 
     def visual_tokens(self, view: View) -> int:
         return (view.width // self.multiple) * (view.height // self.multiple)
 
     def fit(self, width: int, height: int, budget: int) -> tuple[int, int]:
-        """(width, height) for an image within ``budget`` visual tokens, aspect ratio kept as closely as
+        """Return (width, height) for an image within ``budget`` visual tokens, aspect ratio kept as closely as
         multiples allow. Follows ``smart_resize`` (transformers, qwen2_vl), so that the processor's own
         resize is an identity on the result.
 
@@ -87,7 +88,7 @@ class ModelFamily(ABC):
         return columns * unit, rows * unit
 
     def _nearest(self, ratio: float, budget: int) -> tuple[int, int]:
-        """(columns, rows) within the limits whose ratio is nearest; of equals the one of most tokens."""
+        """Return (columns, rows) within the limits whose ratio is nearest; among equals, that of most tokens."""
         allowed = (
             (columns, rows)
             for rows in range(1, budget + 1)
@@ -99,34 +100,34 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def read_corners(self, written: Corners, coarse: View) -> Corners:
-        """The corners a policy wrote -> pixels of the coarse view."""
+        """Map the corners that a policy wrote to pixels of the coarse view."""
 
     @abstractmethod
     def write_corners(self, box: Box, coarse: View) -> tuple[int, int, int, int]:
-        """A box in original pixels -> the integers a policy should write (for supervised targets)."""
+        """Map a box in original pixels to the integers that a policy should write (for supervised targets)."""
 
     def banned_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Ids that must never be sampled: a sampled placeholder breaks the count of image features
+        """Return ids that must never be sampled: a sampled placeholder breaks the count of image features
         (R1-V #91, verl #3469, TRL #3847)."""
         return tuple(sorted(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens))
 
     def reserved_text(self, text: str) -> str | None:
-        """The first special token that ``text`` spells out, or None. User text must not contain any."""
+        """Return the first special token that ``text`` spells out, or None. User text must not contain any."""
         return next((token for token in self.vision_tokens + self.control_tokens if token in text), None)
 
     def first_prompt(self, system: str, user: str) -> str:
-        """The whole prompt of turn 1, ready for the assistant to go on."""
+        """Return the whole prompt of turn 1, ready for the assistant to continue."""
         head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
         return f"{head}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
     def next_prompt(self, user: str) -> str:
-        """What a further turn appends after the sampled end-of-turn token. The newline that the chat
+        """Return what a further turn appends after the sampled end-of-turn token. The newline that the chat
         template puts after it was never sampled, so it belongs here (verl #6719)."""
         return f"\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
     def image_inputs(self, image_processor: Any, views: list[View]) -> tuple[Any, Any]:
-        """(pixel_values float[patches, channels], image_grid_thw int64[images, 3]) as torch tensors, by the
-        family's own Hugging Face image processor.
+        """Return (pixel_values float[patches, channels], image_grid_thw int64[images, 3]) as torch tensors, made by
+        the family's own Hugging Face image processor.
 
         Raises ValueError if the processor resized a view (trap: resizing twice)."""
         features = image_processor(images=[view.pixels for view in views], return_tensors="pt")
@@ -179,15 +180,15 @@ class Qwen3VL(ModelFamily):
 FAMILIES: dict[str, type[ModelFamily]] = {family.model_type: family for family in (Qwen25VL, Qwen3VL)}
 
 
-class UnknownFamily(ValueError):
-    """The model belongs to no family that we know, or to another one than it was said to."""
+class UnknownFamily(ErgoError, ValueError):
+    """The model belongs to no known family, or to another one than the configuration says."""
 
 
 def family_of(model: str, own: str = "") -> ModelFamily:
-    """The family of a local folder or a hub name; ``own``: a class of the user's, ``package.module:Class``.
+    """Return the family of a local folder or a hub name; ``own`` names a class of the user's, ``package.module:Class``.
 
-    Raises UnknownFamily for a family we do not know, or an own one of other models, OSError for a model that is not
-    there, ValueError for a class that is not there."""
+    Raises UnknownFamily for a model type that no known family, or not the user's, is for; OSError where there is no
+    such model; ValueError where there is no such class."""
     config = Path(model) / "config.json"
     if config.is_file():
         model_type = json.loads(config.read_text())["model_type"]
@@ -197,7 +198,7 @@ def family_of(model: str, own: str = "") -> ModelFamily:
         from transformers import AutoConfig
 
         model_type = AutoConfig.from_pretrained(model).model_type
-    known = FAMILIES if not own else {(family := imported(own, ModelFamily)).model_type: family}
+    known = FAMILIES if not own else {(family := import_class(own, ModelFamily)).model_type: family}
     if model_type not in known:
         raise UnknownFamily(
             f"{model} is a {model_type!r} model; {own or 'known families'}: {', '.join(sorted(known))} "

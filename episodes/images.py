@@ -11,35 +11,33 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ergo_rl.episodes.families import Corners, ModelFamily
-from ergo_rl.episodes.parsing import BoxOutcome
-from ergo_rl.episodes.types import Box, Pixels, View
+from ergo_rl.episodes.types import Box, BoxOutcome, Pixels, View
+from ergo_rl.errors import ErgoError
 
 MAX_PIXELS = 200_000_000
 """Default limit on decoded images: 200 megapixels, 600 MB of RGB."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
 """What is decoded. Pillow knows more than thirty, among them PostScript, for which it would start an interpreter."""
-
-# Pillow refuses twice this number, 179 megapixels by default: less than ours.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+_EXIF_ORIENTATION = 274
 
 
-class UnreadableImage(ValueError):
-    """The image cannot be decoded or is no use; the message says why."""
+class UnreadableImage(ErgoError, ValueError):
+    """The image cannot be decoded or used; the message says why."""
 
 
 def decode(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """uint8[height, width, 3] RGB, upright (EXIF orientation applied), transparency on white.
+    """Decode to uint8[height, width, 3] RGB, upright (EXIF orientation applied), transparency on white.
 
     Raises UnreadableImage for a missing, damaged, unknown or oversized image; the size is checked before
     any pixel is decoded."""
     try:
-        with _opened(image) as picture:
-            width, height = picture.size
+        with _open(image, max_pixels) as opened:
+            width, height = opened.size
             if width * height > max_pixels:
                 raise UnreadableImage(f"{width} x {height} is more than the limit of {max_pixels} pixels")
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I;16"):
                 upright = upright.point(lambda value: value / 256).convert("L")
             if upright.has_transparency_data:
@@ -51,18 +49,15 @@ def decode(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> Pixels:
         raise UnreadableImage(f"not a readable image: {_why(error)}") from error
 
 
-_EXIF_ORIENTATION = 274
-
-
 def size(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) as shown, from the header alone.
+    """Return (width, height) as shown, from the header alone.
 
     Raises UnreadableImage for a missing, unknown or oversized image."""
     try:
-        with _opened(image) as picture:
-            width, height = picture.size
-            # Asked only where the header has it: for a PNG without it Pillow would decode the whole picture.
-            turned = "exif" in picture.info and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        with _open(image, max_pixels) as opened:
+            width, height = opened.size
+            # Asked only where the header has it: for a PNG without it Pillow would decode the whole image.
+            turned = "exif" in opened.info and opened.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception as error:  # as in ``decode``
         raise UnreadableImage(f"does not decode: {_why(error)}") from error
     if width * height > max_pixels:
@@ -70,7 +65,11 @@ def size(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _opened(image: bytes | Path) -> Image.Image:
+def _open(image: bytes | Path, max_pixels: int) -> Image.Image:
+    # Pillow has one limit for the whole process and refuses above twice its number, 179 megapixels by default: less
+    # than ours. It is raised here, where an image is opened, and not on import; callers check the size themselves.
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS, max_pixels)
     Image.init()  # every plugin is known then
     known = [format for format in FORMATS if format in Image.OPEN]  # AVIF is not, before Pillow 11.3
     return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=known)
@@ -81,21 +80,22 @@ def _why(error: Exception) -> str:
     return str(error) if plain else f"{type(error).__name__} {error}".strip()
 
 
-def whole(pixels: Pixels) -> Box:
+def full_box(pixels: Pixels) -> Box:
+    """Return the box of the whole image."""
     return Box(0, 0, int(pixels.shape[1]), int(pixels.shape[0]))
 
 
-def around(boxes: Sequence[Box], margin: float, width: int, height: int) -> Box:
-    """The box round all ``boxes``, grown on each side by ``margin`` times its longer side, within an image of
-    ``width`` x ``height``."""
+def expand_boxes(boxes: Sequence[Box], margin: float, width: int, height: int) -> Box:
+    """Return the smallest box round all ``boxes``, grown on each side by ``margin`` times its longer side and cut to an
+    image of ``width`` x ``height``."""
     x1, y1 = min(box.x1 for box in boxes), min(box.y1 for box in boxes)
     x2, y2 = max(box.x2 for box in boxes), max(box.y2 for box in boxes)
     grow = round(margin * max(x2 - x1, y2 - y1))
     return Box(max(0, x1 - grow), max(0, y1 - grow), min(width, x2 + grow), min(height, y2 + grow))
 
 
-def hide(image: bytes | Path, boxes: Sequence[Box]) -> bytes:
-    """The image as PNG with a black rectangle in the place of every box (those of the image as shown, upright).
+def mask_boxes(image: bytes | Path, boxes: Sequence[Box]) -> bytes:
+    """Return the image as PNG with every box painted black (boxes of the upright image).
 
     Raises UnreadableImage."""
     pixels = decode(image).copy()
@@ -107,10 +107,10 @@ def hide(image: bytes | Path, boxes: Sequence[Box]) -> bytes:
 
 
 def view(pixels: Pixels, box: Box, family: ModelFamily, budget: int) -> View:
-    """``box`` of the original ``pixels``, resized to at most ``budget`` visual tokens (bicubic).
+    """Cut ``box`` out of the original ``pixels``, resized to at most ``budget`` visual tokens (bicubic).
 
     Raises ValueError when the box leaves the image or is too thin for the family."""
-    if not whole(pixels).contains(box):
+    if not full_box(pixels).contains(box):
         raise ValueError(f"{box} leaves an image of {pixels.shape[1]} x {pixels.shape[0]}")
     size = family.fit(box.width, box.height, budget)
     crop = pixels[box.y1 : box.y2, box.x1 : box.x2]
@@ -120,10 +120,10 @@ def view(pixels: Pixels, box: Box, family: ModelFamily, budget: int) -> View:
 
 
 def locate(corners: Corners, coarse: View, family: ModelFamily) -> tuple[Box | None, BoxOutcome]:
-    """The corners a policy wrote -> the box in original pixels, and the named outcome.
+    """Map the corners that a policy wrote to a box in original pixels, and name the outcome.
 
-    Corners are put in order, clamped to the image, mapped to the original and rounded outwards, so that
-    the box covers at least what was asked for. ``None`` exactly where the outcome is a refusal."""
+    Corners are put in order, clamped to the image, mapped to the original and rounded outwards, so that the box covers
+    at least what was asked for. The box is None exactly where the outcome is a refusal."""
     xa, ya, xb, yb = family.read_corners(corners, coarse)
     if not all(math.isfinite(value) for value in (xa, ya, xb, yb)):
         return None, BoxOutcome.NOT_FINITE

@@ -1,4 +1,9 @@
-"""Prompt templates -> text with ONE placeholder per image. Templates come from the config."""
+"""Text in and out of the policy: prompt templates -> text with ONE placeholder per image; replies -> box or answer.
+
+Parsing raises on no text. The box contract (docs/boxes.md): exactly one ``<zoom>[x1, y1, x2, y2]</zoom>``, numbers
+whole or decimal. Reversed corners are put in order: what was meant is plain, and refusing would teach nothing about
+places. Several boxes are refused: which of them was meant is not plain.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ergo_rl.episodes.families import ModelFamily
-from ergo_rl.episodes.types import Question
+from ergo_rl.episodes.families import Corners, ModelFamily
+from ergo_rl.episodes.types import BoxOutcome, Question
+from ergo_rl.errors import ErgoError
 
 
 @dataclass
@@ -39,18 +45,19 @@ class PromptTemplates:
 _SLOT = re.compile(r"\{(question|options)\}")
 
 
-class ReservedText(ValueError):
+class ReservedText(ErgoError, ValueError):
     """The text of a question spells out a special token of the model family."""
 
 
 def letter_options(options: Sequence[str]) -> str:
-    """``('red', 'blue')`` -> ``'\\nA. red\\nB. blue'``; no options, no text."""
+    """Letter options on lines of their own: ``('red', 'blue')`` -> ``'\\nA. red\\nB. blue'``; empty for no options."""
     return "".join(f"\n{chr(ord('A') + place)}. {option}" for place, option in enumerate(options))
 
 
 def around_image(template: str, question: Question) -> tuple[str, str]:
-    """The words before and after the image, the question's words filled in. In one pass: braces in a question or
-    an option stay as they are.
+    """Return the text before and after the image, with the question's words filled in.
+
+    Slots are filled in one pass: braces in a question or an option stay as they are.
 
     Raises ValueError unless the template names ``{image}`` exactly once."""
     halves = template.split("{image}")
@@ -62,7 +69,7 @@ def around_image(template: str, question: Question) -> tuple[str, str]:
 
 
 def fill(template: str, question: Question, family: ModelFamily) -> str:
-    """A template with the question's words in it. The only special tokens of the result are the template's own.
+    """Return a template with the question's words in it. Its only special tokens are the template's own.
 
     Raises ReservedText when the question's text or options contain a special token, ValueError as
     ``around_image`` does."""
@@ -71,3 +78,31 @@ def fill(template: str, question: Question, family: ModelFamily) -> str:
         raise ReservedText(f"question {question.id!r} contains the special token {token}")
     before, after = around_image(template, question)
     return before + family.image_placeholder + after
+
+
+_NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:nan|inf(?:inity)?))\s*"
+_BOX = re.compile(rf"\s*[\[(]?{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]?\s*", re.IGNORECASE | re.ASCII)
+_MAX_BOX_TEXT = 400
+
+
+def parse_zoom(reply: str) -> Corners | BoxOutcome:
+    """Return the four numbers of the only ``<zoom>`` in a reply, in the convention of the model family, or why there
+    are none."""
+    openings = reply.count("<zoom>")
+    if openings > 1:
+        return BoxOutcome.SEVERAL
+    written, closing, _ = reply.partition("<zoom>")[2].partition("</zoom>")
+    if not openings or not closing:
+        return BoxOutcome.NO_TAG
+    match = _BOX.fullmatch(written) if len(written) <= _MAX_BOX_TEXT else None
+    if match is None:
+        return BoxOutcome.MALFORMED
+    x1, y1, x2, y2 = (float(number) for number in match.groups())
+    return x1, y1, x2, y2
+
+
+def parse_answer(reply: str) -> str | None:
+    """Return the text of the last ``<answer>`` in a reply, stripped; None where there is none or it is empty."""
+    before, closing, _ = reply.rpartition("</answer>")
+    _, opening, answer = before.rpartition("<answer>")
+    return (answer.strip() or None) if closing and opening else None

@@ -55,16 +55,20 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One dataset row. ``image`` is encoded bytes or a path, at original resolution; ``boxes`` (original
-    pixels) say where the answer is and are used for evaluation only, never for a reward."""
+    """One row of a data set: an image, what is asked about it, and the answer."""
 
     id: str
     image: bytes | Path
+    """Encoded bytes or a path, at original resolution."""
     text: str
     answer: str
+    """The letter of an option where there are options."""
     options: tuple[str, ...] = ()
+    """Texts without their letters; empty for an open question."""
     boxes: tuple[Box, ...] = ()
+    """Where the answer is, in original pixels. Used for evaluation only, never for a reward."""
     source: str = ""
+    """The data set or category that metrics and reports name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,27 +120,25 @@ class Completion(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """One reply of the policy.
-
-    prompt_ids: int32[P], only what is new in this turn, one placeholder per image.
-    completion_ids: int32[T], exactly as sampled (the end-of-turn token included when it was sampled).
-    logprobs: float32[T], of the sampled tokens under the sampling distribution (nats).
-    engine_prompt_length: length of the *whole* prompt of this turn as the engine saw it, placeholders expanded.
-    engine_cached_tokens: how much of that prompt the engine had in its prefix cache.
-    policy_version: version of the weights that sampled this turn, or its first tokens where ``updates`` came while it
-    was being sampled: (t, version) says that tokens from t on were sampled by ``version``, in order. The log-probs are
-    always those of the weights that sampled the token.
-    """
+    """One reply of the policy."""
 
     prompt_ids: IntArray
+    """int32[P], only what is new in this turn, one placeholder per image."""
     completion_ids: IntArray
+    """int32[T], exactly as sampled (the end-of-turn token included when it was sampled)."""
     logprobs: FloatArray
+    """float32[T], of the sampled tokens under the sampling distribution of the weights that sampled them (nats)."""
     text: str
+    """The completion decoded, without special tokens."""
     finish: Finish
     engine_prompt_length: int
+    """Length of the *whole* prompt of this turn as the engine saw it, placeholders expanded."""
     policy_version: int
+    """Version of the weights that sampled this turn, or its first tokens where ``updates`` arrived meanwhile."""
     engine_cached_tokens: int = 0
+    """How many tokens of the whole prompt the engine had in its prefix cache."""
     updates: tuple[tuple[int, int], ...] = ()
+    """(t, version), in order: the tokens from t on were sampled by weights of that version."""
 
     def __post_init__(self) -> None:
         if len(self.completion_ids) != len(self.logprobs):
@@ -150,7 +152,7 @@ class Turn:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """Of all weights that sampled a part of this turn, oldest first."""
+        """Versions of all weights that sampled a part of this turn, oldest first."""
         return (self.policy_version, *(version for _, version in self.updates))
 
 
@@ -159,25 +161,49 @@ def _ascending(values: Sequence[int]) -> bool:
 
 
 class Outcome(StrEnum):
-    """How an episode ended. ANSWERED: turn 2 was played to its end (whether or not the answer parses)."""
+    """How an episode ended."""
 
     ANSWERED = "answered"
+    """Turn 2 came to its end, whether or not an answer can be parsed from it."""
     BAD_BOX = "bad_box"
+    """Turn 1 named no usable box."""
     TRUNCATED = "truncated"
+    """A turn reached the limit on its length."""
+
+
+class BoxOutcome(StrEnum):
+    """What became of the box in a reply. The first three gave a box, the others did not."""
+
+    OK = "ok"
+    REORDERED = "reordered"
+    CLAMPED = "clamped"
+    NO_TAG = "no_tag"
+    SEVERAL = "several"
+    MALFORMED = "malformed"
+    NOT_FINITE = "not_finite"
+    EMPTY = "empty"
+    OUTSIDE = "outside"
+    SLIVER = "sliver"
+
+    @property
+    def usable(self) -> bool:
+        return self in (BoxOutcome.OK, BoxOutcome.REORDERED, BoxOutcome.CLAMPED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """One two-turn attempt at a question. views: (coarse,) or (coarse, crop); turns: 1 or 2.
-
-    ``box_outcome`` is the named outcome of the box contract for turn 1 (a ``parsing.BoxOutcome`` value)."""
+    """One two-turn attempt at a question."""
 
     question_id: str
     sample: int
+    """Which of the question's samples this is, from 0."""
     views: tuple[View, ...]
+    """(coarse,) or (coarse, crop)."""
     turns: tuple[Turn, ...]
+    """One for each view."""
     outcome: Outcome
     box_outcome: str
+    """What became of turn 1's box: a ``BoxOutcome``."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.turns) <= 2 or len(self.views) != len(self.turns):
@@ -225,12 +251,14 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a trajectory earned: the weighted ``total``, every part before its weight, and what each of the two turns
-    earned (weighted; for credit by turn)."""
+    """What a trajectory earned."""
 
     total: float
+    """The weighted sum of the parts."""
     parts: Mapping[str, float] = field(default_factory=dict)
+    """Each part of the reward before its weight, by name."""
     turns: tuple[float, float] = (0.0, 0.0)
+    """What each of the two turns earned, weighted (for credit by turn)."""
 
 
 @dataclass(frozen=True, slots=True)

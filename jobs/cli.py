@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("ergo_rl.jobs.reference", "Print a recipe with all its keys, or the reference of the keys (--docs)"),
     "plan": ("ergo_rl.jobs.planning.plan", "Say before a run whether it fits: memory per GPU, placement, time"),
     "prepare": ("ergo_rl.jobs.prepare", "Make or convert a data set to the Parquet layout that training reads"),
-    "pretrain": ("ergo_rl.jobs.pretraining.pretrain", "Make the small models that the default run starts from"),
+    "pretrain": ("ergo_rl.examples.panels.pretrain", "Make the small models that the default run starts from"),
 }
 USAGE_ERROR = 2
 

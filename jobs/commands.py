@@ -9,12 +9,12 @@ from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.pool import PoolExhausted
 from ergo_rl.episodes.families import UnknownFamily, family_of
-from ergo_rl.episodes.questions import DatasetError
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.jobs.outage import RewardsUnavailable
 from ergo_rl.jobs.proof import WeightsDiffer
 from ergo_rl.jobs.saving.checkpoints import DamagedCheckpoint
 from ergo_rl.learners.learner_group import LearnerFailed
+from ergo_rl.questions.dataset import DatasetError
 from ergo_rl.rewards.config import Backend
 from ergo_rl.rewards.reward_pool import RewardPool
 from ergo_rl.rewards.verifier import VerifierUnavailable

@@ -20,11 +20,10 @@ from yaml import YAMLError
 from ergo_rl.actors.rollout_worker import RolloutConfig
 from ergo_rl.cluster.placement import ClusterConfig
 from ergo_rl.cluster.weights import WeightsConfig
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
-from ergo_rl.episodes.extensions import imported, is_path
+from ergo_rl.episodes.episode import EpisodeConfig
 from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.plugins import import_class, is_import_path
 from ergo_rl.episodes.prompts import around_image
-from ergo_rl.episodes.questions import QuestionsConfig
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.guards import GuardsConfig
 from ergo_rl.jobs.hardware import HardwareConfig
@@ -33,6 +32,7 @@ from ergo_rl.jobs.measuring.evaluation import EvaluationConfig
 from ergo_rl.jobs.metrics import MetricsConfig
 from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
 from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.questions.dataset import QuestionsConfig
 from ergo_rl.rewards.config import Backend, RewardConfig
 from ergo_rl.rewards.tce import terms_of, weights_of
 
@@ -230,8 +230,8 @@ def check(config: TrainConfig) -> None:
         config.weights.for_roles(learner.resources, rollout.resources)
         terms_of(config.reward), weights_of(config.reward)
         for own in filter(None, (episode.family, config.reward.verifier.family)):
-            imported(own, ModelFamily)
-        if is_path(learner.loss.objective):
+            import_class(own, ModelFamily)
+        if is_import_path(learner.loss.objective):
             from ergo_rl.learners.objectives import objective_named  # loads torch
 
             objective_named(learner.loss.objective)

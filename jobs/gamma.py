@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 
 from ergo_rl.episodes import images
-from ergo_rl.episodes.questions import DatasetError, QuestionStream
 from ergo_rl.jobs.config import TrainConfig
+from ergo_rl.questions.dataset import DatasetError, QuestionStream
 
 MOST_QUESTIONS = 1000
 
@@ -28,7 +28,9 @@ def with_known_gamma(config: TrainConfig) -> TrainConfig:
     for question in islice(stream, min(len(stream), MOST_QUESTIONS)):
         if question.boxes:
             width, height = images.size(question.image)
-            shares.append(images.around(question.boxes, reward.gamma_margin, width, height).area / (width * height))
+            shares.append(
+                images.expand_boxes(question.boxes, reward.gamma_margin, width, height).area / (width * height)
+            )
     if not shares:
         raise DatasetError(
             "reward.gamma_quantile needs questions with boxes, and none has any; set reward.gamma instead"

@@ -8,8 +8,7 @@ from enum import StrEnum
 
 from ergo_rl.actors.rollout_worker import TrajectoryFacts
 from ergo_rl.actors.trajectory_store import Group
-from ergo_rl.episodes.parsing import BoxOutcome
-from ergo_rl.episodes.types import Outcome, Question, Score
+from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Score
 
 Metrics = dict[str, float]
 

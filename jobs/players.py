@@ -1,5 +1,5 @@
 """Who plays a question for ``answer`` and ``evaluate``: an engine in this process, the job's rollout workers, or any
-OpenAI-compatible endpoint. All of them play the same episode (``episodes.coarse_to_fine``)."""
+OpenAI-compatible endpoint. All of them play the same episode (``episodes.episode``)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import httpx
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
 from ergo_rl.cluster.engine import EngineDied
-from ergo_rl.episodes.coarse_to_fine import CoarseToFine
-from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.episode import CoarseToFine
 from ergo_rl.episodes.families import FAMILIES, ModelFamily, family_of
 from ergo_rl.episodes.images import UnreadableImage
+from ergo_rl.episodes.plugins import import_class
 from ergo_rl.episodes.prompts import ReservedText, around_image, fill
 from ergo_rl.episodes.types import Box, Question, Trajectory, View
 from ergo_rl.jobs.config import ConfigError, TrainConfig
@@ -121,7 +121,7 @@ class EndpointPlayer:
         words = [around_image(prompts.direct if manner.direct else prompts.coarse, question)]
         words.append(around_image(prompts.fine, question))
         try:
-            scene = await asyncio.to_thread(episodes.open_scene, question)
+            scene = await asyncio.to_thread(episodes.prepare, question)
             fill(prompts.direct, question, self.family)
         except (UnreadableImage, ReservedText, ValueError) as error:
             return NotPlayed(f"{type(error).__name__}: {error}")
@@ -142,9 +142,9 @@ class EndpointPlayer:
         started = time.monotonic()
         try:
             if manner.direct:
-                trajectory = await episodes.answer_at_once(scene, 0, generate)
+                trajectory = await episodes.run_single_turn(scene, 0, generate)
             else:
-                trajectory = await episodes.play(scene, 0, generate, box)
+                trajectory = await episodes.run(scene, 0, generate, box)
         except VerifierUnavailable as error:
             return NotPlayed(str(error), passing=True)
         return Play(trajectory, time.monotonic() - started, sum(reply.reply_tokens for reply in replies))
@@ -228,7 +228,7 @@ def family_named(name: str) -> ModelFamily:
     if name in FAMILIES:
         return FAMILIES[name]()
     try:
-        return imported(name, ModelFamily)()
+        return import_class(name, ModelFamily)()
     except ValueError as error:
         raise ConfigError(f"--family: known are {', '.join(FAMILIES)}, or a class of your own: {error}") from error
 

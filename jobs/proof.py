@@ -15,11 +15,11 @@ import ray
 
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import Unplayable
-from ergo_rl.episodes.questions import DatasetError
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.jobs.config import ProofConfig
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.learners.learner_group import LearnerGroup
+from ergo_rl.questions.dataset import DatasetError
 
 MOST_TRIED = 64
 

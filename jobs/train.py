@@ -17,7 +17,6 @@ from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.pool import together
 from ergo_rl.cluster.weights import WeightChannel
-from ergo_rl.episodes.questions import QuestionStream
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.autoscale import scaling
 from ergo_rl.jobs.commands import EXPECTED, add_recipe, explain, launch_players, recipe_of
@@ -29,7 +28,6 @@ from ergo_rl.jobs.measuring.evaluate import heldout
 from ergo_rl.jobs.measuring.evaluation import evaluate
 from ergo_rl.jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
 from ergo_rl.jobs.outage import rescored, unscored_share
-from ergo_rl.jobs.prepare import prepare_embedded
 from ergo_rl.jobs.proof import Proof
 from ergo_rl.jobs.run import Run
 from ergo_rl.jobs.saving.recovery import Keeper, Revival
@@ -37,6 +35,8 @@ from ergo_rl.jobs.scale import scalable
 from ergo_rl.jobs.stopping import Stop, Stopped
 from ergo_rl.jobs.view import View
 from ergo_rl.learners.learner_group import LearnerFailed, LearnerGroup
+from ergo_rl.questions.dataset import QuestionStream
+from ergo_rl.questions.prepare import prepare_embedded
 from ergo_rl.rewards.reward_pool import RewardPool
 from ergo_rl.rewards.tce import weights_of
 

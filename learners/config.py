@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ergo_rl.cluster.resources import Resources
-from ergo_rl.episodes.extensions import is_path
+from ergo_rl.episodes.plugins import is_import_path
 from ergo_rl.learners.advantages import AdvantageConfig
 
 
@@ -81,7 +81,7 @@ class LossConfig:
     """Trajectories that a reply's limit cut off leave the loss; they stay in their group's baseline."""
 
     def __post_init__(self) -> None:
-        if not is_path(self.objective):
+        if not is_import_path(self.objective):
             self.objective = self.objective.lower()  # configs of earlier runs have DAPO
             if self.objective not in (names := [name.value for name in ObjectiveName]):
                 raise ValueError(

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ergo_rl.episodes.extensions import imported, is_path
+from ergo_rl.episodes.plugins import import_class, is_import_path
 from ergo_rl.learners.config import LossConfig, ObjectiveName
 
 
@@ -147,7 +147,7 @@ OBJECTIVES: dict[str, Objective] = {
 @cache
 def objective_named(name: str) -> Objective:
     """One of OBJECTIVES, or the user's at ``package.module:Class``. Raises ValueError where that class is not there."""
-    return imported(name, Objective)() if is_path(name) else OBJECTIVES[name]
+    return import_class(name, Objective)() if is_import_path(name) else OBJECTIVES[name]
 
 
 def row_means(values: Tensor, rows: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from ergo_rl.episodes.parsing import BoxOutcome
-from ergo_rl.episodes.types import Question, Trajectory, Unscored, View
+from ergo_rl.episodes.types import BoxOutcome, Question, Trajectory, Unscored, View
 from ergo_rl.rewards.config import RewardConfig
 
 Reading = str | Unscored | None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ergo_rl.episodes.parsing import BoxOutcome, parse_answer
-from ergo_rl.episodes.types import Outcome, Question, Trajectory
+from ergo_rl.episodes.prompts import parse_answer
+from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Trajectory
 from ergo_rl.rewards.base import Reading, RewardTerm
 
 _TAG = re.compile(r"</?(?:think|zoom|answer)>")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ergo_rl.episodes.parsing import parse_answer
+from ergo_rl.episodes.prompts import parse_answer
 from ergo_rl.episodes.types import Question, Trajectory, Unscored
 from ergo_rl.rewards.base import Reading, RewardTerm, chosen_region
 from ergo_rl.rewards.matching import matches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.plugins import import_class
 from ergo_rl.episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.rewards.accuracy import Accuracy
 from ergo_rl.rewards.base import Reading, RewardTerm
@@ -47,7 +47,7 @@ def terms_of(config: RewardConfig) -> dict[str, type[RewardTerm]]:
     """TERMS and the user's own. Raises ValueError for a name that is taken, a class that is not there."""
     if taken := sorted(TERMS.keys() & config.terms.keys()):
         raise ValueError(f"reward.terms: {', '.join(taken)} is a term of ours; give yours another name")
-    return TERMS | {name: imported(path, RewardTerm) for name, path in config.terms.items()}
+    return TERMS | {name: import_class(path, RewardTerm) for name, path in config.terms.items()}
 
 
 def weights_of(config: RewardConfig) -> dict[str, float]:

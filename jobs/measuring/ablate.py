@@ -25,7 +25,7 @@ from yaml import YAMLError
 from ergo_rl.jobs.commands import EXPECTED
 from ergo_rl.jobs.config import ConfigError, load_config
 from ergo_rl.jobs.measuring.ablation_report import Curve, write_report
-from ergo_rl.jobs.prepare import prepare_embedded
+from ergo_rl.questions.prepare import prepare_embedded
 
 DEFAULT_PLAN = "configs/ablations/panels.yaml"
 

@@ -21,7 +21,6 @@ from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.pool import together
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import family_of
-from ergo_rl.episodes.questions import DatasetError, QuestionStream
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.commands import EXPECTED, add_recipe, launch_players, recipe_of
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
@@ -30,7 +29,8 @@ from ergo_rl.jobs.measuring.grid import Mode, run_grid
 from ergo_rl.jobs.measuring.grid_report import write_report
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.jobs.players import EndpointPlayer, Player, PoolPlayer, add_endpoint, endpoint_at, family_named
-from ergo_rl.jobs.prepare import prepare_embedded
+from ergo_rl.questions.dataset import DatasetError, QuestionStream
+from ergo_rl.questions.prepare import prepare_embedded
 
 _ROWS = {
     "coverage": "target coverage",
@@ -63,7 +63,7 @@ def occluded(questions: Sequence[Question]) -> list[Question]:
     for question in questions:
         if not question.boxes:
             raise DatasetError(f"question {question.id!r} has no boxes; there is no target to hide")
-    return [replace(question, image=images.hide(question.image, question.boxes)) for question in questions]
+    return [replace(question, image=images.mask_boxes(question.image, question.boxes)) for question in questions]
 
 
 async def compare(

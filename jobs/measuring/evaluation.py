@@ -14,9 +14,9 @@ from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, without_image
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes import images
-from ergo_rl.episodes.questions import DatasetError
 from ergo_rl.episodes.types import Box, Question, Score
 from ergo_rl.jobs.metrics import Metrics, MetricsConfig, covered_and_paid, reward_metrics, rollout_metrics
+from ergo_rl.questions.dataset import DatasetError
 from ergo_rl.rewards.reward_pool import RewardPool
 
 Z = 1.959964
@@ -129,7 +129,7 @@ def choose_box(question: Question, source: BoxSource, config: EvaluationConfig) 
         return Box(x, y, x + w, y + h)
     if not question.boxes:
         raise DatasetError(f"question {question.id!r} has no boxes; an oracle needs them")
-    return images.around(question.boxes, config.oracle_margin, width, height)
+    return images.expand_boxes(question.boxes, config.oracle_margin, width, height)
 
 
 def wilson(hits: float, count: int) -> tuple[float, float]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from ergo_rl.actors.rollout_worker import Manner
 from ergo_rl.episodes.images import UnreadableImage
-from ergo_rl.episodes.parsing import BoxOutcome, parse_answer
-from ergo_rl.episodes.types import Box, Outcome, Question
+from ergo_rl.episodes.prompts import parse_answer
+from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Question
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.jobs.measuring.evaluation import BoxSource, choose_box
 from ergo_rl.jobs.pages.report_data import read_lines

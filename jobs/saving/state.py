@@ -28,12 +28,12 @@ from omegaconf import OmegaConf
 
 from ergo_rl.actors.snapshot import SCHEMAS, read_groups, write_groups
 from ergo_rl.actors.trajectory_store import Group
-from ergo_rl.episodes.questions import Cursor
 from ergo_rl.jobs.config import TrainConfig
 from ergo_rl.jobs.flow import FlowState
 from ergo_rl.jobs.layout import CONFIG, EVALUATIONS, METRICS
 from ergo_rl.jobs.saving.checkpoints import DamagedCheckpoint, Draft, read_manifest
 from ergo_rl.learners.learner_group import LearnerGroup
+from ergo_rl.questions.dataset import Cursor
 
 STATE = "state.json"
 RECORDS = (METRICS, EVALUATIONS, "questions.jsonl")

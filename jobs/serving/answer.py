@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from ergo_rl.actors.rollout_worker import Manner
 from ergo_rl.episodes import images
-from ergo_rl.episodes.parsing import parse_answer
+from ergo_rl.episodes.prompts import parse_answer
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.jobs.commands import DEFAULT_RECIPE, EXPECTED
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ergo_rl.episodes.families import ModelFamily
-from ergo_rl.episodes.parsing import BoxOutcome, parse_answer
-from ergo_rl.episodes.types import Outcome
+from ergo_rl.episodes.prompts import parse_answer
+from ergo_rl.episodes.types import BoxOutcome, Outcome
 from ergo_rl.jobs.players import Play
 
 Json = dict[str, Any]

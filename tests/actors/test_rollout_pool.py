@@ -20,7 +20,7 @@ from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.resources import Resources
 from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.episodes.episode import EpisodeConfig
 
 LAYOUT = Layout(("w",), ("int64",), ((),), (8,))
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from ergo_rl.episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
-from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig
 from ergo_rl.episodes.families import ModelFamily, Qwen25VL, UnknownFamily, family_of, load_tokenizer
+from ergo_rl.episodes.plugins import import_class
 from ergo_rl.episodes.types import Box, Outcome, Score, View
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.jobs.players import family_named
@@ -29,7 +29,7 @@ from ergo_rl.rewards.base import RewardTerm
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.tce import TotalReward
 from tests.conftest import ROOT
-from tests.episodes.test_coarse_to_fine import QUESTION, READ
+from tests.episodes.test_episode import QUESTION, READ
 from tests.factories import tiny_model
 from tests.learners.test_losses import gradient, two_rows
 from tests.rewards.builders import QUESTION as ASKED
@@ -125,8 +125,8 @@ def test_a_model_family(tiny: str) -> None:
         return Said(replies[turn], said, len(ids) + sum(family.visual_tokens(view) - 1 for view in views))
 
     episodes = CoarseToFine(family, tokenizer, EpisodeConfig(coarse_tokens=36, fine_tokens=36))
-    scene = episodes.open_scene(QUESTION)
-    trajectory = asyncio.run(episodes.play(scene, 0, generate))
+    scene = episodes.prepare(QUESTION)
+    trajectory = asyncio.run(episodes.run(scene, 0, generate))
     assert trajectory.crop is not None and trajectory.crop.box == Box(168, 336, 336, 672)
     assert family.write_corners(trajectory.crop.box, scene.coarse) == (250, 500, 500, 1000)
     prompt = tokenizer.decode(list(scene.coarse_prompt), skip_special_tokens=False)
@@ -177,7 +177,7 @@ def test_what_is_wrong_with_a_class_is_said(folder: Path, path: str, kind: Any, 
     (folder / "my_broken.py").write_text("1 / 0\n")
     (folder / "my_needy.py").write_text("import no_such_package\n")
     with pytest.raises(ValueError, match=message):
-        imported(path, kind)
+        import_class(path, kind)
 
 
 @pytest.mark.parametrize(

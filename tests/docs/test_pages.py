@@ -59,7 +59,7 @@ def test_an_anchor_is_what_github_makes_of_a_title(tmp_path: Path) -> None:
 
 def sayings() -> Iterator[str]:
     """Every string of the packages, what is filled in as an ellipsis: ``{name}`` of f-strings, ``%s`` of logging."""
-    for package in ("actors", "cluster", "episodes", "jobs", "learners", "rewards"):
+    for package in ("actors", "cluster", "episodes", "jobs", "learners", "questions", "rewards"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):

@@ -53,7 +53,7 @@ def test_fit_equals_smart_resize_on_ordinary_images(width: int, height: int, bud
         ((8200, 41), 640, (5600, 28)),  # 41 rows round down to 28: 293:1 would be refused
     ],
 )
-def test_fit_by_hand(size: tuple[int, int], budget: int, fitted: tuple[int, int]) -> None:
+def test_fit_of_small_thin_and_large_images(size: tuple[int, int], budget: int, fitted: tuple[int, int]) -> None:
     assert FAMILY.fit(*size, budget) == fitted
 
 
@@ -106,7 +106,7 @@ def test_every_special_token_is_reserved_and_plain_text_is_not() -> None:
     assert FAMILY.reserved_text("a < b | c > d") is None
 
 
-def test_family_of_a_folder(tmp_path: Path) -> None:
+def test_family_of_a_folder_goes_by_its_model_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
     assert isinstance(family_of(str(tmp_path)), Qwen25VL)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
@@ -114,7 +114,7 @@ def test_family_of_a_folder(tmp_path: Path) -> None:
         family_of(str(tmp_path))
 
 
-def test_qwen3_vl_by_hand() -> None:
+def test_qwen3_vl_sizes_and_boxes() -> None:
     """Units of 32 pixels, at least 8 x 8 of them; boxes in thousandths, whatever the view's size."""
     family = Qwen3VL()
     assert family.fit(1, 1, 640) == (256, 256)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from PIL import Image
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import Qwen25VL
 from ergo_rl.episodes.images import UnreadableImage, decode, locate, view
-from ergo_rl.episodes.parsing import BoxOutcome
-from ergo_rl.episodes.types import Box, View
+from ergo_rl.episodes.types import Box, BoxOutcome, View
+from tests.conftest import ROOT
 
 FAMILY = Qwen25VL()
 
@@ -29,18 +31,18 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def test_cmyk_becomes_rgb() -> None:
+def test_decode_turns_cmyk_into_rgb() -> None:
     pixels = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
     assert pixels.shape == (8, 8, 3) and pixels[0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:
+def test_decode_scales_sixteen_bits(format: str) -> None:
     deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     assert decode(encoded(deep, format)).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
 
 
-def test_transparency_shows_white() -> None:
+def test_decode_shows_transparency_as_white() -> None:
     clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     clear.putpixel((1, 0), (255, 0, 0, 255))
     assert decode(encoded(clear)).tolist() == [[[255, 255, 255], [255, 0, 0]]]
@@ -50,7 +52,7 @@ def test_transparency_shows_white() -> None:
     assert decode(encoded(palette, transparency=0)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
 
 
-def test_exif_rotation_is_applied() -> None:
+def test_decode_applies_exif_rotation() -> None:
     image = Image.new("RGB", (3, 2))
     image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
@@ -60,14 +62,14 @@ def test_exif_rotation_is_applied() -> None:
     assert pixels[0, 1].tolist() == [255, 255, 255] and pixels.sum() == 3 * 255
 
 
-def test_of_an_animation_the_first_frame() -> None:
+def test_decode_takes_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
     pixels = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert pixels.shape == (4, 4, 3) and (pixels == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I", "F", "YCbCr", "LAB"])
-def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+def test_decode_turns_every_mode_into_rgb(mode: str, tmp_path: Path) -> None:
     format = "PNG" if mode in ("1", "L", "LA", "P", "RGB", "RGBA") else "TIFF"
     blob = encoded(Image.new(mode, (5, 3)), format)
     pixels = decode(blob)
@@ -77,21 +79,21 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP"])
-def test_a_truncated_file_is_unreadable(format: str) -> None:
+def test_decode_refuses_a_truncated_file(format: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     blob = encoded(noise, format)
     with pytest.raises(UnreadableImage, match="not a readable image"):
         decode(blob[: len(blob) // 2])
 
 
-def test_nothing_text_and_a_missing_file_are_unreadable(tmp_path: Path) -> None:
+def test_decode_refuses_what_is_no_image(tmp_path: Path) -> None:
     for image in (b"", b"hello", b"\x89PNG\r\n\x1a\n", tmp_path / "none.png", tmp_path):
         with pytest.raises(UnreadableImage, match="not a readable image"):
             decode(image)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_the_pixel_limit_holds_before_anything_is_decoded() -> None:
+def test_decode_holds_the_pixel_limit_before_decoding() -> None:
     header = struct.pack(">IIBBBBB", 15_000, 15_000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -101,6 +103,19 @@ def test_the_pixel_limit_holds_before_anything_is_decoded() -> None:
     with pytest.raises(UnreadableImage, match="limit of 11 pixels"):
         decode(encoded(Image.new("RGB", (4, 3))), max_pixels=11)
     assert decode(encoded(Image.new("RGB", (4, 3))), max_pixels=12).shape == (3, 4, 3)
+
+
+def test_importing_does_not_change_pillows_limit_and_decoding_raises_it() -> None:
+    code = (
+        "from PIL import Image\n"
+        "before = Image.MAX_IMAGE_PIXELS\n"
+        "from ergo_rl.episodes import images\n"
+        "assert Image.MAX_IMAGE_PIXELS == before < images.MAX_PIXELS\n"
+        "try: images.decode(b'no image', max_pixels=300_000_000)\n"
+        "except images.UnreadableImage: pass\n"
+        "assert Image.MAX_IMAGE_PIXELS == 300_000_000\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 JPEG = encoded(Image.new("RGB", (16, 16), "teal"), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00")
@@ -120,20 +135,20 @@ def test_damaged_bytes_decode_or_are_unreadable(blob: bytes, damage: list[tuple[
         assert str(error)
 
 
-def test_a_view_within_the_budget_is_the_very_pixels() -> None:
+def test_view_within_the_budget_keeps_the_pixels() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (140, 168, 3), np.uint8)
     crop = view(pixels, Box(28, 0, 112, 56), FAMILY, 640)
     assert (crop.pixels == pixels[0:56, 28:112]).all()
 
 
-def test_a_view_over_the_budget_is_made_smaller() -> None:
+def test_view_over_the_budget_is_made_smaller() -> None:
     pixels = np.zeros((672, 672, 3), np.uint8)
-    coarse = view(pixels, images.whole(pixels), FAMILY, 36)
+    coarse = view(pixels, images.full_box(pixels), FAMILY, 36)
     assert (coarse.width, coarse.height) == (168, 168) and coarse.box == Box(0, 0, 672, 672)
     assert FAMILY.visual_tokens(coarse) == 36
 
 
-def test_a_view_stays_inside_the_image() -> None:
+def test_view_of_a_box_outside_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves an image of 100 x 60"):
         view(np.zeros((60, 100, 3), np.uint8), Box(0, 0, 101, 60), FAMILY, 640)
 
@@ -163,13 +178,15 @@ COARSE = View(Box(0, 0, 672, 1344), np.zeros((336, 168, 3), np.uint8))  # 1:4
         ((0, 0, 0.2, 336), None, BoxOutcome.SLIVER),  # 1 x 1344 pixels
     ],
 )
-def test_locate_by_hand(corners: tuple[float, float, float, float], box: Box | None, outcome: BoxOutcome) -> None:
+def test_locate_maps_corners_or_names_the_refusal(
+    corners: tuple[float, float, float, float], box: Box | None, outcome: BoxOutcome
+) -> None:
     assert locate(corners, COARSE, FAMILY) == (box, outcome)
     assert outcome.usable == (box is not None)
 
 
 @given(st.tuples(*[st.integers(0, 671)] * 2), st.tuples(*[st.integers(1, 672)] * 2))
-def test_a_box_written_and_read_back_covers_what_was_meant(start: tuple[int, int], size: tuple[int, int]) -> None:
+def test_locate_reads_back_what_write_corners_wrote(start: tuple[int, int], size: tuple[int, int]) -> None:
     """Up to the rounding of the writer: half a coarse pixel, 2 original ones."""
     meant = Box(*start, min(start[0] + size[0], 672), min(start[1] + size[1], 1344))
     box, _ = locate(FAMILY.write_corners(meant, COARSE), COARSE, FAMILY)
@@ -178,17 +195,17 @@ def test_a_box_written_and_read_back_covers_what_was_meant(start: tuple[int, int
         assert np.abs(got - [meant.x1, meant.y1, meant.x2, meant.y2]).max() <= 4
 
 
-def test_round_several_boxes_with_a_margin() -> None:
+def test_expand_boxes_adds_a_margin_round_all_boxes() -> None:
     """(10, 20) to (50, 30) is 40 wide and 10 high: half of 40 on every side, cut at the edges."""
     boxes = [Box(10, 20, 30, 30), Box(40, 22, 50, 28)]
-    assert images.around(boxes, 0.0, 100, 100) == Box(10, 20, 50, 30)
-    assert images.around(boxes, 0.5, 100, 40) == Box(0, 0, 70, 40)
+    assert images.expand_boxes(boxes, 0.0, 100, 100) == Box(10, 20, 50, 30)
+    assert images.expand_boxes(boxes, 0.5, 100, 40) == Box(0, 0, 70, 40)
 
 
-def test_hidden_targets_are_black_and_nothing_else_is_touched() -> None:
+def test_mask_boxes_blackens_boxes_and_nothing_else() -> None:
     grey = np.full((20, 30, 3), 200, np.uint8)
-    shown = decode(images.hide(encoded(Image.fromarray(grey)), [Box(5, 6, 10, 9), Box(0, 0, 1, 1)]))
+    shown = decode(images.mask_boxes(encoded(Image.fromarray(grey)), [Box(5, 6, 10, 9), Box(0, 0, 1, 1)]))
     assert not shown[6:9, 5:10].any() and not shown[0, 0].any()
     assert (shown == 200).all(-1).sum() == 20 * 30 - 5 * 3 - 1
     with pytest.raises(UnreadableImage):
-        images.hide(b"no picture", [Box(0, 0, 1, 1)])
+        images.mask_boxes(b"no image", [Box(0, 0, 1, 1)])

@@ -42,7 +42,7 @@ def test_the_default_is_todays_loss_and_no_replaced_groups() -> None:
 
 
 def test_the_panels_recipe_plays_what_was_pretrained() -> None:
-    from ergo_rl.episodes.panels import PROMPTS, VIEW_TOKENS
+    from ergo_rl.examples.panels.scenes import PROMPTS, VIEW_TOKENS
 
     config = load_config(PANELS)
     assert config.episode.prompts == PROMPTS and config.reward.verifier.prompts == PROMPTS

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from ergo_rl.episodes.panels import PanelsConfig, Split, question
-from ergo_rl.episodes.questions import write_questions
+from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs import outage
 from ergo_rl.jobs.config import ConfigError, RecoveryConfig, TrainConfig, load_config
 from ergo_rl.jobs.outage import RewardsUnavailable
@@ -23,6 +22,7 @@ from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
 from ergo_rl.jobs.stopping import Stopped
 from ergo_rl.jobs.train import train
 from ergo_rl.learners.learner_group import LearnerFailed
+from ergo_rl.questions.dataset import write_questions
 from tests.conftest import ROOT
 from tests.jobs.fakes import Learners, Rewards, World
 from tests.jobs.test_checkpoints import Crash, FailingDisk

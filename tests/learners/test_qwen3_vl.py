@@ -12,10 +12,10 @@ import torch
 from ergo_rl.cluster.compat import repair_torchvision
 from ergo_rl.episodes.families import Qwen3VL, family_of
 from ergo_rl.episodes.types import Trajectory
+from ergo_rl.examples.panels.tiny_model import TinyConfig, make_model, make_processor, save_folder
 from ergo_rl.learners.batch import Batcher, MicroBatch, Sample
 from ergo_rl.learners.config import LearnerConfig, Packing
 from ergo_rl.learners.policy import Policy
-from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
 from tests.factories import IDS, IMAGE_PAD, trajectory, view
 
 FAMILY = Qwen3VL()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ergo_rl.episodes.parsing import BoxOutcome
-from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Trajectory, Turn, View
+from ergo_rl.episodes.types import Box, BoxOutcome, Finish, Outcome, Question, Trajectory, Turn, View
 from ergo_rl.rewards.base import Reading, RewardTerm
 
 SCENE = Box(0, 0, 1000, 1000)

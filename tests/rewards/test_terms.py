@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ergo_rl.episodes.parsing import BoxOutcome
-from ergo_rl.episodes.types import Box, Outcome, Score, Trajectory, Unscored
+from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Score, Trajectory, Unscored
 from ergo_rl.rewards.base import Reading, chosen_region
 from ergo_rl.rewards.box import SoftBox
 from ergo_rl.rewards.config import RewardConfig

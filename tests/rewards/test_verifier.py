@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from ergo_rl.episodes.families import Qwen25VL
-from ergo_rl.episodes.parsing import BoxOutcome
-from ergo_rl.episodes.types import Box, Outcome, Question, Score, Trajectory, Unscored, Verdict, View
+from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Question, Score, Trajectory, Unscored, Verdict, View
 from ergo_rl.rewards.config import Backend, EndpointConfig, RewardConfig, VerifierConfig
 from ergo_rl.rewards.endpoint_verifier import EndpointVerifier
 from ergo_rl.rewards.reward_worker import RewardWorker

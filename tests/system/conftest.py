@@ -19,13 +19,13 @@ from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.resources import Resources
 from ergo_rl.cluster.weights import WeightChannel
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig, OnBadBox
+from ergo_rl.episodes.episode import EpisodeConfig, OnBadBox
 from ergo_rl.episodes.families import Qwen3VL
-from ergo_rl.episodes.panels import PanelsConfig, Split, question
 from ergo_rl.episodes.types import Question
+from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
+from ergo_rl.examples.panels.tiny_model import TinyConfig, make_model, make_processor, save_folder
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.learners.learner_group import LearnerGroup
-from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
 from ergo_rl.rewards.reward_pool import RewardPool
 from tests.conftest import ROOT, layer_of
 from tests.system.background import Background

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ergo_rl.episodes.panels import PanelsConfig, Split, question
-from ergo_rl.episodes.questions import write_questions
+from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
+from ergo_rl.questions.dataset import write_questions
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.system

@@ -15,10 +15,10 @@ from PIL import Image
 
 from ergo_rl.actors.rollout_pool import Rollout
 from ergo_rl.episodes import images
-from ergo_rl.episodes.coarse_to_fine import OnBadBox
+from ergo_rl.episodes.episode import OnBadBox
 from ergo_rl.episodes.families import family_of, load_tokenizer
-from ergo_rl.episodes.panels import PanelsConfig, Split, question
 from ergo_rl.episodes.types import Question, Trajectory
+from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs.config import TrainConfig
 from tests.system.conftest import Stack, differences
 

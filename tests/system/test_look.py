@@ -27,10 +27,10 @@ from openai.types.chat import ChatCompletion
 from PIL import Image
 
 from benchmarks.lives import ENGINE, descendants, of_kind, still
-from ergo_rl.episodes.panels import PanelsConfig, Split, question
-from ergo_rl.episodes.questions import write_questions
 from ergo_rl.episodes.types import Question
+from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs.export import export
+from ergo_rl.questions.dataset import write_questions
 from tests.cluster.test_placement import LOOPBACK, listening
 from tests.conftest import ROOT
 

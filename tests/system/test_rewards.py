@@ -11,8 +11,8 @@ import ray
 
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import family_of
-from ergo_rl.episodes.panels import VIEW_TOKENS, PanelsConfig, Split, question
 from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, Unscored
+from ergo_rl.examples.panels.scenes import VIEW_TOKENS, PanelsConfig, Split, question
 from ergo_rl.rewards.reward_pool import RewardPool
 from tests.system.conftest import Stack
 
@@ -25,7 +25,7 @@ def trajectory(question: Question, crop: Box, answer: str) -> Trajectory:
     family = family_of("models/panels-policy")
     assert isinstance(question.image, bytes)
     pixels = images.decode(question.image)
-    views = tuple(images.view(pixels, box, family, VIEW_TOKENS) for box in (images.whole(pixels), crop))
+    views = tuple(images.view(pixels, box, family, VIEW_TOKENS) for box in (images.full_box(pixels), crop))
     texts = ("<think>There.</think><zoom>[1, 2, 3, 4]</zoom>", f"<think>I see.</think><answer>{answer}</answer>")
     one = np.zeros(1, np.int32)
     turns = tuple(Turn(one, one, np.zeros(1, np.float32), text, Finish.STOP, 1, 0) for text in texts)

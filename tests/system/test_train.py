@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ergo_rl.episodes.panels import PanelsConfig, Split, question
-from ergo_rl.episodes.questions import write_questions
+from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs.exporters import gauge_name
+from ergo_rl.questions.dataset import write_questions
 from tests.conftest import ROOT
 from tests.jobs.test_exporters import on_the_dashboard
 

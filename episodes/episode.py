@@ -1,0 +1,187 @@
+"""The episode: two turns, one trajectory. ``generate`` is passed in, so this module knows no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import ModelFamily, Tokenizer
+from ergo_rl.episodes.prompts import PromptTemplates, fill, parse_zoom
+from ergo_rl.episodes.types import (
+    Box,
+    BoxOutcome,
+    Completion,
+    Finish,
+    Outcome,
+    Pixels,
+    Question,
+    Trajectory,
+    Turn,
+    View,
+)
+
+
+class OnBadBox(StrEnum):
+    """What a reply without a usable box leads to: the episode stops (nothing to read, no reward to hunt), or continues
+    with the whole image as the crop (what the authors' released client does)."""
+
+    STOP = "stop"
+    WHOLE_IMAGE = "whole_image"
+
+
+@dataclass
+class EpisodeConfig:
+    family: str = ""
+    """``package.module:Class`` of your own model family (docs/extending.md); empty: ours, by the model's type."""
+    coarse_tokens: int = 640
+    """Visual-token budget of the coarse view (paper: 640 or 1280)."""
+    fine_tokens: int = 640
+    """Visual-token budget of the crop."""
+    on_bad_box: OnBadBox = OnBadBox.STOP
+    max_image_pixels: int = images.MAX_PIXELS
+    """Larger images are refused before they are decoded."""
+    prompts: PromptTemplates = field(default_factory=PromptTemplates)
+
+
+Generate = Callable[[Sequence[int], Sequence[View], int], Awaitable[Completion]]
+"""Called with (token ids of the whole conversation so far, one placeholder per image; its views; turn 0 or 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedQuestion:
+    """What all samples of a question share: decoded and encoded once, never copied per sample."""
+
+    question: Question
+    pixels: Pixels
+    coarse: View
+    coarse_prompt: tuple[int, ...]
+    """Token ids of turn 1's whole prompt, one placeholder for the coarse view."""
+    fine_prompt: tuple[int, ...]
+    """Token ids of what turn 2 adds, one placeholder for the crop."""
+
+
+class CoarseToFine:
+    """Runs two-turn episodes: coarse view -> box -> crop at original resolution -> answer.
+
+    Example::
+
+        episodes = CoarseToFine(family, tokenizer, EpisodeConfig())
+        prepared = await asyncio.to_thread(episodes.prepare, question)
+        trajectories = [await episodes.run(prepared, sample, generate) for sample in range(8)]
+    """
+
+    def __init__(self, family: ModelFamily, tokenizer: Tokenizer, config: EpisodeConfig) -> None:
+        self.family, self.tokenizer, self.config = family, tokenizer, config
+
+    def prepare(self, question: Question) -> PreparedQuestion:
+        """Decode a question's image and encode its prompts (CPU work: call it in a thread).
+
+        Raises UnreadableImage or ReservedText where no episode can be run on the question."""
+        config = self.config
+        pixels = images.decode(question.image, config.max_image_pixels)
+        try:
+            coarse = images.view(pixels, images.full_box(pixels), self.family, config.coarse_tokens)
+        except ValueError as error:  # too thin for the family
+            raise images.UnreadableImage(str(error)) from error
+        first = self.family.first_prompt(config.prompts.system, fill(config.prompts.coarse, question, self.family))
+        second = self.family.next_prompt(fill(config.prompts.fine, question, self.family))
+        return PreparedQuestion(question, pixels, coarse, self._encode(first), self._encode(second))
+
+    async def run(
+        self, prepared: PreparedQuestion, sample: int, generate: Generate, box: Box | None = None
+    ) -> Trajectory:
+        """Run one episode: turn 1 sees the coarse view and names a box, turn 2 sees that crop and answers.
+
+        ``box`` replaces the policy's box (baselines of an evaluation). The first turn of such a trajectory was not
+        sampled: its log-probs are NaN, so that no loss can be computed from it."""
+        coarse, question_id = prepared.coarse, prepared.question.id
+        reply: Completion = await generate(prepared.coarse_prompt, [coarse], 0)
+        if box is not None:
+            reply = self._force_box(reply, box, coarse)
+        first = _turn(prepared.coarse_prompt, reply)
+        if not reply.stopped:
+            return Trajectory(question_id, sample, (coarse,), (first,), Outcome.TRUNCATED, BoxOutcome.NO_TAG)
+
+        named, box_outcome = read_box(reply.text, coarse, self.family)
+        box = box or named
+        if box is None and self.config.on_bad_box is OnBadBox.WHOLE_IMAGE:
+            box = coarse.box
+        if box is None:
+            return Trajectory(question_id, sample, (coarse,), (first,), Outcome.BAD_BOX, box_outcome)
+
+        crop = await asyncio.to_thread(images.view, prepared.pixels, box, self.family, self.config.fine_tokens)
+        # The sampled ids, not the text encoded again: the engine's prefix cache and the learner see the same tokens.
+        conversation = (*prepared.coarse_prompt, *reply.token_ids, *prepared.fine_prompt)
+        reply = await generate(conversation, [coarse, crop], 1)
+        second = _turn(prepared.fine_prompt, reply)
+        outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
+        return Trajectory(question_id, sample, (coarse, crop), (first, second), outcome, box_outcome)
+
+    async def run_single_turn(self, prepared: PreparedQuestion, sample: int, generate: Generate) -> Trajectory:
+        """Run a baseline: the answer from the coarse view alone, in one turn, by the template ``direct``.
+
+        Raises ReservedText, ValueError as ``prepare`` does."""
+        prompts = self.config.prompts
+        words = fill(prompts.direct, prepared.question, self.family)
+        prompt = self._encode(self.family.first_prompt(prompts.system, words))
+        reply = await generate(prompt, [prepared.coarse], 0)
+        outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
+        turns = (_turn(prompt, reply),)
+        return Trajectory(prepared.question.id, sample, (prepared.coarse,), turns, outcome, BoxOutcome.NO_TAG)
+
+    def _force_box(self, reply: Completion, box: Box, coarse: View) -> Completion:
+        corners = ", ".join(map(str, self.family.write_corners(box, coarse)))
+        thought = reply.text.partition("<zoom>")[0]
+        text = f"{thought}<zoom>[{corners}]</zoom>"
+        ids = self._encode(text + self.family.turn_end)
+        return ForcedCompletion(ids, text, reply.prompt_length, reply.weight_version, reply.cached_tokens)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def read_box(reply: str, coarse: View, family: ModelFamily) -> tuple[Box | None, BoxOutcome]:
+    """Read a reply's box, in original pixels: the only path from text to a box.
+
+    Never raises; the box is None exactly where the outcome is a refusal."""
+    corners = parse_zoom(reply)
+    if isinstance(corners, BoxOutcome):
+        return None, corners
+    return images.locate(corners, coarse, family)
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedCompletion:
+    """A ``Completion`` that was written, not sampled: it has no log-probs to learn from."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    prompt_length: int
+    weight_version: int
+    cached_tokens: int
+    updates: tuple[tuple[int, int], ...] = ()
+    stopped: bool = True
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        return (math.nan,) * len(self.token_ids)
+
+
+def _turn(prompt: Sequence[int], reply: Completion) -> Turn:
+    return Turn(
+        prompt_ids=np.asarray(prompt, np.int32),
+        completion_ids=np.asarray(reply.token_ids, np.int32),
+        logprobs=np.asarray(reply.logprobs, np.float32),
+        text=reply.text,
+        finish=Finish.STOP if reply.stopped else Finish.LENGTH,
+        engine_prompt_length=reply.prompt_length,
+        policy_version=reply.weight_version,
+        engine_cached_tokens=reply.cached_tokens,
+        updates=tuple(reply.updates),
+    )

@@ -1,1 +1,0 @@
-"""The tiny models that the default run starts from."""

@@ -1,0 +1,3 @@
+from tests.episodes.conftest import tokenizer
+
+__all__ = ["tokenizer"]
