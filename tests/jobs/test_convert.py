@@ -19,7 +19,7 @@ from PIL import Image
 
 from ergo_rl.episodes.questions import OnBadRow, QuestionsConfig, QuestionStream
 from ergo_rl.episodes.types import Box, Question
-from ergo_rl.jobs.prepare import main
+from ergo_rl.jobs.commands.prepare import main
 from tests.conftest import ROOT
 
 
