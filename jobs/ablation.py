@@ -1,7 +1,7 @@
 """Train every row of an ablation plan with every seed; report them as a table and a plot.
 
-Every run is an ordinary ``ergo-rl train`` in a process of its own. Finished runs are kept, so that an ablation which was
-stopped continues.
+Every run is an ordinary ``ergo-rl train`` in a process of its own. Finished runs are kept, so that a stopped ablation
+continues.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def write_report(
 def as_markdown(
     command: str, rows: Mapping[str, Sequence[str]], curves: Mapping[str, Sequence[Curve]], seeds: int
 ) -> str:
-    """A table with a line per row: mean and sample deviation over the seeds, coverage and training time of each seed."""
+    """A table with a line per row: mean and deviation over the seeds, coverage and training time of each seed."""
     head = ["row", *_COLUMNS.values(), "coverage by seed", "training"]
     lines = [f"Made by `{command}`.", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     if first := next((found[0] for found in curves.values() if found), None):

@@ -1,4 +1,4 @@
-"""Summarise the records of a grid: figures by category as a Markdown table and JSON, a plot of accuracy against tokens."""
+"""Summarise the records of a grid: figures by category as table and JSON, a plot of accuracy against tokens."""
 
 from __future__ import annotations
 

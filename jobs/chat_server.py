@@ -154,7 +154,7 @@ def chat_app(service: ChatService) -> FastAPI:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body of at most ``limit`` bytes; Starlette has no limit of its own. Raises ChatError as soon as it is larger."""
+    """The body, which Starlette would read at any length. Raises ChatError as soon as it exceeds ``limit`` bytes."""
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced) > limit:
         raise _too_large("the request", limit)

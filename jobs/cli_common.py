@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ParamSpec
 
 from ergo_rl.errors import ErgoError
 
@@ -17,22 +18,22 @@ EXPECTED: tuple[type[Exception], ...] = (ErgoError, OSError)
 STOPPED_BY_HAND = 130
 """Exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
 _OVERRIDE = re.compile(r"[^\s=/-][^\s=/]*=")
-Main = Callable[[Sequence[str] | None], int]
+P = ParamSpec("P")
 
 
 def command(
     name: str, stopped: str = "stopped by hand", also: tuple[type[Exception], ...] = ()
-) -> Callable[[Main], Main]:
+) -> Callable[[Callable[P, int]], Callable[P, int]]:
     """Decorate a command's ``main``: an expected error becomes one line on stderr and exit status 1, Ctrl-C becomes
     status 130.
 
     stopped: what to say after Ctrl-C; also: further expected errors of this command."""
 
-    def decorate(main: Main) -> Main:
+    def decorate(main: Callable[P, int]) -> Callable[P, int]:
         @functools.wraps(main)
-        def run(argv: Sequence[str] | None = None) -> int:
+        def run(*args: P.args, **kwargs: P.kwargs) -> int:
             try:
-                return main(argv)
+                return main(*args, **kwargs)
             except (*EXPECTED, *also) as error:
                 print(f"ergo-rl {name}: {explain(error)}", file=sys.stderr)
                 return 1

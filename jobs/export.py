@@ -83,7 +83,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
 
 
 def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -> str:
-    """Markdown with the front matter that model hubs read. Text of the configuration is quoted: it cannot add markup."""
+    """Markdown with the front matter that model hubs read. Text of the configuration cannot add markup."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"cell": _cell, "code": _code, "block": _block}
     prompts, verifier, base = config.episode.prompts, config.reward.verifier, config.learner.model

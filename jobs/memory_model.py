@@ -93,7 +93,7 @@ def learner_parts(shape: ModelSpec, config: TrainConfig, on_gpu: bool) -> list[M
     parts += _activations(shape, config, width)
     logits = 3 * 4 * CHUNK_LOGITS + width * shape.vocabulary * shape.hidden
     parts.append(MemoryItem("logits", logits, "3 chunks of 64 MiB, and the gradient of the head: b V H", resting=False))
-    parts.append(MemoryItem("weights being published", learner.bucket_bytes, "one bucket of learner.bucket_bytes"))
+    parts.append(MemoryItem("weights to be synced", learner.bucket_bytes, "one bucket of learner.bucket_bytes"))
     parts.append(MemoryItem("runtime", RUNTIME if on_gpu else GIB / 2, "allowance"))
     begin = width * every + (RUNTIME if on_gpu else 0)
     parts.append(MemoryItem("at the start", begin, "b P: the whole model, before it is sharded", held=False))

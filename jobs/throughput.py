@@ -53,8 +53,8 @@ def estimate_throughput(config: TrainConfig, policy: ModelSpec, verifier: ModelS
     scoring = 0.0
     if verifier is not None and config.reward.verifier.backend is Backend.ENGINE:
         settings = config.reward.verifier
-        scoring = _engine_s(verifier, episode.fine_tokens + TEXT_TOKENS, REPLY_SHARE * settings.max_tokens, trajectories,
-                            settings.engine.max_num_seqs, settings.engine.tensor_parallel_size,
+        scoring = _engine_s(verifier, episode.fine_tokens + TEXT_TOKENS, REPLY_SHARE * settings.max_tokens,
+                            trajectories, settings.engine.max_num_seqs, settings.engine.tensor_parallel_size,
                             config.reward.workers, flops, bandwidth)  # fmt: skip
     again = 2 if config.learner.gradient_checkpointing else 0
     text = policy.parameters - policy.vision

@@ -17,8 +17,8 @@ from ergo_rl.jobs.prepare import prepare_panels
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ergo-rl prepare",
-        description="Write a data set as the Parquet files that training reads. Files that exist already, made from the "
-        "same source with the same settings, stay as they are.",
+        description="Write a data set as the Parquet files that training reads. Files that exist already, made from "
+        "the same source with the same settings, stay as they are.",
         epilog="example: ergo-rl prepare vstar vstar_bench/test_questions.jsonl --out data/vstar.parquet",
     )
     kinds = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")

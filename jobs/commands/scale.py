@@ -20,8 +20,8 @@ from ergo_rl.jobs.scale import ADDRESS, Sizes, ask
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ergo-rl scale",
-        description="Change the number of workers of a run while it runs, from any machine of its cluster. Returns when "
-        "new workers are ready, or removed ones have finished what they held.",
+        description="Change the number of workers of a run while it runs, from any machine of its cluster. Returns "
+        "when new workers are ready, or removed ones have finished what they held.",
         epilog="example: ergo-rl scale runs/panels --rollout-workers 2",
     )
     parser.add_argument("run", help="the run's folder or its name")

@@ -1,4 +1,4 @@
-"""``ergo-rl submit``: run a recipe as a job of a Ray cluster; its logs, status and end; KubeRay and Slurm as dry runs."""
+"""``ergo-rl submit``: run a recipe as a job of a Ray cluster, follow or stop it; KubeRay and Slurm as dry runs."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_activations_with_and_without_checkpointing() -> None:
 def test_logits_are_chunks_and_one_gradient() -> None:
     parts = sizes(learner_parts(ROUND, recipe(), on_gpu=True))
     assert parts["logits"] == 3 * 64 * 2**20 + 2 * 100_000 * 1000
-    assert parts["weights on their way"] == 256 * 2**20
+    assert parts["weights to be synced"] == 256 * 2**20
 
 
 def test_the_start_counts_only_where_it_is_more() -> None:

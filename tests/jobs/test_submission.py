@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ergo_rl.jobs import submission
 from ergo_rl.jobs.commands.submit import main
 from ergo_rl.jobs.config import ConfigError, load_config
 from ergo_rl.jobs.submission import (
@@ -75,13 +76,56 @@ def test_what_could_not_work_is_said_before_it_travels(
         make_job(recipe, overrides, ROOT, None, environment)
 
 
-def test_the_recipe_travels_with_the_checkout(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(PAPER.read_text())
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A recipe in a folder of its own."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text(PAPER.read_text())
+    return tmp_path / "recipes" / "mine.yaml"
+
+
+def test_a_recipe_outside_of_the_checkout_is_refused(mine: Path) -> None:
     with pytest.raises(ConfigError, match=r"mine\.yaml is not below .*copy it there"):
         make_job(mine, ELSEWHERE, ROOT, None, [])
     with pytest.raises(ConfigError, match="is no checkout of ergo-rl"):
-        make_job(mine, ELSEWHERE, tmp_path, None, [])
+        make_job(mine, ELSEWHERE, mine.parent.parent, None, [])
+
+
+def test_installed_ships_the_folder_of_the_recipe(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself the current folder; the entrypoint is the same as in a checkout."""
+    monkeypatch.chdir(mine.parent.parent)
+    for job in (
+        make_job(mine, ELSEWHERE, installed=True),
+        make_job(Path("recipes/mine.yaml"), ELSEWHERE, Path(), installed=True),
+    ):
+        assert job.installed and job.runtime_env()["working_dir"] == str(mine.parent.parent.resolve())
+        assert job.entrypoint.startswith("python -m ergo_rl.jobs train recipes/mine.yaml runs_dir=/shared/runs ")
+    with pytest.raises(ConfigError, match=r"ergo-7b\.yaml is not below"):
+        make_job(PAPER, ELSEWHERE, installed=True)
+    assert not make_job(PAPER, ELSEWHERE, ROOT, installed=True).installed, "a checkout is used where it travels"
+
+
+def test_requirements_that_install_ergo_rl_are_enough(mine: Path) -> None:
+    needs = mine.parent / "needs.txt"
+    for line, enough in {
+        "ergo-rl[gpu]==0.1.0": True,
+        "/shared/ergo_rl-0.1.0-py3-none-any.whl": True,
+        "vllm": False,
+    }.items():
+        needs.write_text(f"{line}\n")
+        if enough:
+            assert make_job(mine, ELSEWHERE, mine.parent, needs).installed
+        else:
+            with pytest.raises(ConfigError, match="or give --installed"):
+                make_job(mine, ELSEWHERE, mine.parent, needs)
+
+
+def test_a_program_from_a_wheel_ships_the_current_folder(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ROOT`` is then a folder of site-packages."""
+    monkeypatch.setattr(submission, "ROOT", Path(pytest.__file__).parent)
+    monkeypatch.chdir(mine.parent)
+    job = make_job(Path("mine.yaml"), ELSEWHERE)
+    assert job.installed and job.recipe == Path("mine.yaml") and job.working_dir == mine.parent.resolve()
 
 
 def test_a_url_for_checkpoints_takes_the_place_of_a_disk() -> None:
@@ -144,6 +188,38 @@ def test_a_ray_job_for_kubernetes() -> None:
     resources = workers["template"]["spec"]["containers"][0]["resources"]
     assert resources["limits"] == resources["requests"] == {"cpu": 32, "memory": "400Gi", "nvidia.com/gpu": 4}
     assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_manifests_are_those_of_the_committed_files() -> None:
+    """The Slurm script letter by letter, the RayJob as YAML, the environment in it as YAML too."""
+    config = load_config(PAPER, [*ELSEWHERE, "hardware.nodes=2"])
+    entrypoint = "python -m ergo_rl.jobs train configs/ergo-7b.yaml 'name=two words'"
+    folder = Path(__file__).parent / "manifests"
+    assert slurm(config, entrypoint, OPTIONS) == (folder / "slurm.sh").read_text()
+
+    def parsed(text: str) -> dict[str, Any]:
+        job = yaml.safe_load(text)
+        job["spec"]["runtimeEnvYAML"] = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
+        job["spec"]["rayClusterSpec"].pop("rayVersion")
+        return dict(job)
+
+    assert parsed(kuberay(config, entrypoint, OPTIONS)) == parsed((folder / "kuberay.yaml").read_text())
+
+
+HOSTILE = 'a: b # c "d" {e} [f] & *g\n- h \\ \N{SNOWMAN}'
+
+
+def test_values_cannot_break_out_of_a_manifest() -> None:
+    options = ManifestOptions("reg/x:1", HOSTILE, ("KEY",), "1:00:00", "/x y/$(z)", (("A", HOSTILE),))
+    config = load_config(PAPER, ELSEWHERE)
+    config.runs_dir = f"/shared/{HOSTILE}"
+    job = yaml.safe_load(kuberay(config, f"echo '{HOSTILE}'", options))["spec"]
+    assert job["entrypoint"] == f"cd /ergo-rl && echo '{HOSTILE}'"
+    assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["A"] == HOSTILE
+    pod = job["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+    assert pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == HOSTILE
+    assert pod["containers"][0]["volumeMounts"][1]["mountPath"] == f"/shared/{HOSTILE}"
+    assert "cd '/x y/$(z)'\n" in slurm(config, "driver", options)
 
 
 def test_a_pods_disk_is_not_enough() -> None:
