@@ -56,8 +56,8 @@ def evaluate(
     """Evaluate a policy on the held-out questions of a recipe, greedily; also from a notebook whose event loop runs.
 
     model: folder or hub name, the recipe's where empty. modes: ``direct``, ``two-stage``, ``oracle``. budgets: visual
-    tokens of each view, the recipe's ``episode.coarse_tokens`` where empty. questions: how many; 0 for all, None for the
-    recipe's number. hide_target: black out every target first. url: ask this OpenAI-compatible endpoint instead of
+    tokens of each view, the recipe's ``episode.coarse_tokens`` where empty. questions: how many; 0 for all, None as in
+    the recipe. hide_target: black out every target first. url: ask this OpenAI-compatible endpoint instead of
     starting engines; served_model and family describe the model there. out: folder of the records and the report, in
     which the same call continues after a stop.
 

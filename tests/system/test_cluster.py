@@ -1,5 +1,6 @@
 """A real cluster of two nodes with a job server: a run is submitted over HTTP, followed, given a worker on the second
-node, loses that node, is stopped, and goes on when the same name is submitted again."""
+node, loses that node, is stopped, and resumes when the same name is submitted again; and a run without a checkout, on
+nodes that have the wheel installed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ class TwoNodes:
     address: str
     server: str
     environment: dict[str, str]
+    cwd: Path = ROOT
+    """Where commands are called."""
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def add(self, *arguments: str) -> None:
@@ -103,7 +106,7 @@ class TwoNodes:
 
     def command(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "ergo_rl.jobs", *arguments], cwd=ROOT, env=self.environment, capture_output=True,
+            [sys.executable, "-m", "ergo_rl.jobs", *arguments], cwd=self.cwd, env=self.environment, capture_output=True,
             text=True, timeout=400, **options,
         )  # fmt: skip
 
@@ -111,7 +114,7 @@ class TwoNodes:
     def following(self, log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ergo_rl.jobs", *arguments], cwd=ROOT, env=self.environment, stdout=file,
+                [sys.executable, "-m", "ergo_rl.jobs", *arguments], cwd=self.cwd, env=self.environment, stdout=file,
                 stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:
@@ -124,16 +127,40 @@ class TwoNodes:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[TwoNodes]:
-    """The head with one CPU, and a second node with one that has the resource ``second``."""
+    with two_nodes(tmp_path) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def cluster_with_wheel(tmp_path: Path) -> Iterator[TwoNodes]:
+    """The wheel is installed on the nodes and where commands are called, a folder that holds a recipe only."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    left_out = (".*", "runs", "data", "docs", "tests", "benchmarks", "models", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*left_out))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("ergo_rl-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    shutil.rmtree(source)
+    (mine := tmp_path / "mine").mkdir()
+    shutil.copyfile(ROOT / "configs" / "panels.yaml", mine / "mine.yaml")
+    with two_nodes(tmp_path, {"PYTHONPATH": str(site)}) as nodes:
+        nodes.cwd = mine
+        yield nodes
+
+
+@contextmanager
+def two_nodes(folder: Path, variables: Mapping[str, str] | None = None) -> Iterator[TwoNodes]:
+    """The head with one CPU, and a second node with one that has the resource ``second``; all get ``variables``."""
     home = Path(tempfile.mkdtemp(prefix="ergo-ray-", dir="/tmp"))  # Ray's sockets have short names
     port, dashboard = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # A token of its own, in the environment alone: what a job is sent must not hold it.
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **(variables or {})}
     # Asked of a fresh process: here a Ray of other tests may have made it 127.0.0.1, and nodes must have one address.
     asked = "from ray.util import get_node_ip_address; print(get_node_ip_address())"
     address = subprocess.check_output([sys.executable, "-c", asked], env=environment, text=True).strip()
-    nodes = TwoNodes(tmp_path, home, f"{address}:{port}", f"http://{address}:{dashboard}", environment)
+    nodes = TwoNodes(folder, home, f"{address}:{port}", f"http://{address}:{dashboard}", environment)
     started = time.monotonic()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
@@ -158,7 +185,7 @@ def wait_for(what: str, happened: Callable[[], bool], timeout_s: float, log: Cal
 
 
 @pytest.mark.timeout(1500)
-def test_a_job_survives_the_loss_of_a_node_and_is_gone_on_with(cluster: TwoNodes, tmp_path: Path) -> None:
+def test_a_job_survives_the_loss_of_a_node_and_resumes(cluster: TwoNodes, tmp_path: Path) -> None:
     settings = {"rollout.resources.cpus": 0.5, "learner.optimizer.total_steps": MANY, "checkpoint.every": MANY}
     overrides = small_run(tmp_path, MANY, **settings)
     submit = ["submit", "configs/panels.yaml", *overrides, "--address", cluster.server]
@@ -219,3 +246,23 @@ def test_a_job_survives_the_loss_of_a_node_and_is_gone_on_with(cluster: TwoNodes
     with urllib.request.urlopen(known, timeout=10) as answer:
         table = answer.read().decode()
     assert "run-2" in table and cluster.environment["RAY_AUTH_TOKEN"] not in table
+
+
+@pytest.mark.timeout(900)
+def test_a_job_without_a_checkout_runs_where_the_wheel_is_installed(
+    cluster_with_wheel: TwoNodes, tmp_path: Path
+) -> None:
+    cluster = cluster_with_wheel
+    models = [f"{key}={ROOT / 'models' / 'panels-policy'}" for key in ("learner.model", "rollout.engine.model")]
+    models.append(f"reward.verifier.engine.model={ROOT / 'models' / 'panels-reward'}")
+    overrides = small_run(tmp_path, 2, **{"rollout.resources.cpus": 0.5})
+    done = cluster.command("submit", "mine.yaml", *overrides, *models, "--address", cluster.server)
+    assert done.returncode == 0 and "run-1: SUCCEEDED" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "No checkout travels with this job" in done.stdout
+    assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    where = 'python -c "import ergo_rl.jobs.cli as cli; print(cli.__file__)"'
+    bearer = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
+    client: Any = JobSubmissionClient(cluster.server, headers=bearer)
+    job = client.submit_job(entrypoint=where)
+    wait_for("the answer of a job", lambda: client.get_job_status(job).is_terminal(), 60, str)
+    assert str(tmp_path / "site") in client.get_job_logs(job), "the code was the wheel's"
