@@ -196,8 +196,8 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     table, figures, plot = out / "ablation.md", out / "ablation.json", out / "ablation.png"
     table.write_text(as_markdown(command, rows, curves, seeds))
-    every = {row: {curve.seed: list(curve.evaluations) for curve in found} for row, found in curves.items()}
-    spent = {row: {curve.seed: curve.training_s for curve in found} for row, found in curves.items()}
+    every = {row: {curve.seed: list(curve.evaluations) for curve in row_curves} for row, row_curves in curves.items()}
+    spent = {row: {curve.seed: curve.training_s for curve in row_curves} for row, row_curves in curves.items()}
     record = {"command": command, "rows": dict(rows), "training_s": spent, "evaluations": every}
     figures.write_text(json.dumps(record, indent=1) + "\n")
     _plot(curves, plot)
@@ -210,14 +210,14 @@ def as_markdown(
     """A table with a line per row: mean and deviation over the seeds, coverage and training time of each seed."""
     head = ["row", *_COLUMNS.values(), "coverage by seed", "training"]
     lines = [f"Made by `{command}`.", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    if first := next((found[0] for found in curves.values() if found), None):
+    if first := next((row_curves[0] for row_curves in curves.values() if row_curves), None):
         before = [_percent(first.evaluations[0].get(f"eval/{name}")) for name in _COLUMNS]
         lines.append(f"| *before RL* | {' | '.join(before)} | | |")
-    for row, found in curves.items():
-        cells = [_mean([curve.last(name) for curve in found]) for name in _COLUMNS]
-        by_seed = ", ".join(f"{curve.seed}: {_percent(curve.last('coverage'))}" for curve in found)
-        missing = f" ({len(found)} of {seeds} seeds)" if len(found) < seeds else ""
-        minutes = ", ".join(f"{curve.training_s / 60:.1f} min" for curve in found)
+    for row, row_curves in curves.items():
+        cells = [_mean([curve.last(name) for curve in row_curves]) for name in _COLUMNS]
+        by_seed = ", ".join(f"{curve.seed}: {_percent(curve.last('coverage'))}" for curve in row_curves)
+        missing = f" ({len(row_curves)} of {seeds} seeds)" if len(row_curves) < seeds else ""
+        minutes = ", ".join(f"{curve.training_s / 60:.1f} min" for curve in row_curves)
         lines.append(f"| {row}{missing} | {' | '.join(cells)} | {by_seed} | {minutes} |")
     lines += ["", "What each row changes:", ""]
     lines += [f"- {row}: {' '.join(f'`{change}`' for change in changes) or 'nothing'}" for row, changes in rows.items()]
@@ -242,10 +242,10 @@ def _plot(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
 
     figure = Figure(figsize=(15, 5), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(_PLOTTED)), _PLOTTED.items(), strict=True):
-        for number, (row, found) in enumerate(curves.items()):
+        for number, (row, row_curves) in enumerate(curves.items()):
             style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
             series = [
-                ([evaluation["step"] for evaluation in curve.evaluations], _series(curve, name)) for curve in found
+                ([evaluation["step"] for evaluation in curve.evaluations], _series(curve, name)) for curve in row_curves
             ]
             for steps, values in series:
                 axes.plot(steps, values, linewidth=0.6, alpha=0.5, **style)

@@ -23,15 +23,15 @@ _SHOWN_SIDE = 1600
 
 def draw_box(question: Question, trajectory: Trajectory) -> Image.Image:
     """The image of the question, at most 1600 pixels wide or high, with the box that was read in turn 2."""
-    picture = Image.fromarray(images.decode(question.image))
-    scale = min(1.0, _SHOWN_SIDE / max(picture.size))
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    image = Image.fromarray(images.decode(question.image))
+    scale = min(1.0, _SHOWN_SIDE / max(image.size))
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     if trajectory.crop is not None:
         box = trajectory.crop.box
-        draw, edges = ImageDraw.Draw(picture), [edge * scale for edge in (box.x1, box.y1, box.x2, box.y2)]
+        draw, edges = ImageDraw.Draw(image), [edge * scale for edge in (box.x1, box.y1, box.x2, box.y2)]
         for colour, width in (("black", 7), ("white", 3)):  # white on black is visible on any background
             draw.rectangle(edges, outline=colour, width=width)
-    return picture
+    return image
 
 
 def write_images(question: Question, trajectory: Trajectory, folder: Path, name: str) -> list[Path]:

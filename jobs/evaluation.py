@@ -74,29 +74,31 @@ class Evaluation:
 
     def metrics(self, config: MetricsConfig) -> Metrics:
         """The figures as ``eval/...``; shares are of the questions that were not skipped."""
-        found = rollout_metrics(self.groups, config) | reward_metrics(self.groups) if self.groups else {}
-        kept = {f"eval/{name.partition('/')[2]}": value for name, value in found.items() if "equal_groups" not in name}
+        figures = rollout_metrics(self.groups, config) | reward_metrics(self.groups) if self.groups else {}
+        kept = {
+            f"eval/{name.partition('/')[2]}": value for name, value in figures.items() if "equal_groups" not in name
+        }
         return kept | {"eval/unplayable": float(len(self.unplayable))}
 
     def intervals(self, config: MetricsConfig) -> dict[str, tuple[float, float]]:
-        """95 % intervals by the names of ``metrics``: Wilson's for shares, each with its own number of cases, the
+        """95 % intervals by the names of ``metrics``: Wilson's for shares, each with its own number of counts, the
         normal one for the mean area ratio."""
         metrics = self.metrics(config)
         facts = [facts for group in self.groups for facts in group.played.facts]
         scored = sum(isinstance(score, Score) for group in self.groups for score in group.scores)
         pairs = covered_and_paid(self.groups)
-        cases = dict.fromkeys(("full_image_rate", "tiny_box_rate", "bad_box_rate", "answered_rate"), len(facts))
-        cases |= dict.fromkeys(("accuracy", "region", "box", "format"), scored)
-        cases["coverage"] = sum(len(group.played.facts) for group in self.groups if group.question.boxes)
-        cases["region_precision"] = sum(paid for _, paid in pairs)
-        cases["region_recall"] = sum(covered for covered, _ in pairs)
-        named = {f"eval/{name}": count for name, count in cases.items()}
-        found = {name: wilson(metrics[name] * count, count) for name, count in named.items() if name in metrics}
+        counts = dict.fromkeys(("full_image_rate", "tiny_box_rate", "bad_box_rate", "answered_rate"), len(facts))
+        counts |= dict.fromkeys(("accuracy", "region", "box", "format"), scored)
+        counts["coverage"] = sum(len(group.played.facts) for group in self.groups if group.question.boxes)
+        counts["region_precision"] = sum(paid for _, paid in pairs)
+        counts["region_recall"] = sum(covered for covered, _ in pairs)
+        named = {f"eval/{name}": count for name, count in counts.items()}
+        bounds = {name: wilson(metrics[name] * count, count) for name, count in named.items() if name in metrics}
         ratios = [fact.area_ratio for fact in facts if fact.area_ratio is not None]
         if len(ratios) > 1:
             mean, half = statistics.mean(ratios), Z * statistics.stdev(ratios) / math.sqrt(len(ratios))
-            found["eval/area_ratio"] = (mean - half, mean + half)
-        return found
+            bounds["eval/area_ratio"] = (mean - half, mean + half)
+        return bounds
 
 
 async def evaluate(

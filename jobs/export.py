@@ -68,18 +68,18 @@ def export(run: Path, out: Path, which: str = "") -> int:
 def find_checkpoint(run: Path, which: str) -> Path:
     """The path of a checkpoint, verified. Raises NotARunFolder where none has that name, DamagedCheckpoint."""
     shelf = Shelf(run / CHECKPOINTS)
-    there = sorted(shelf.names())
+    names = sorted(shelf.names())
     if which == "latest":
-        found = shelf.newest()
+        path = shelf.newest()
     elif which == "best":
-        scores = {name: score for name in there if (score := read_manifest(shelf.folder / name).score) is not None}
-        found = shelf.folder / max(scores, key=lambda name: (scores[name], step_of(name))) if scores else None
+        scores = {name: score for name in names if (score := read_manifest(shelf.folder / name).score) is not None}
+        path = shelf.folder / max(scores, key=lambda name: (scores[name], step_of(name))) if scores else None
     else:
-        found = shelf.folder / which if which in there else None
-    if found is None:
-        raise NotARunFolder(f"{run} has no checkpoint {which!r}; it has: {', '.join(there) or 'none'}")
-    check(found)
-    return found
+        path = shelf.folder / which if which in names else None
+    if path is None:
+        raise NotARunFolder(f"{run} has no checkpoint {which!r}; it has: {', '.join(names) or 'none'}")
+    check(path)
+    return path
 
 
 def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -> str:

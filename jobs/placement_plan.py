@@ -85,7 +85,7 @@ def _processes(
 ) -> tuple[list[Process], dict[str, EngineMemory]]:
     hardware, rollout, reward, learner = config.hardware, config.rollout, config.reward, config.learner
     memory = hardware.gpu_memory_gib * GIB
-    found: list[Process] = []
+    processes: list[Process] = []
     engines: dict[str, EngineMemory] = {}
 
     def add_engines(role: str, count: int, gpus: float, needs: EngineMemory) -> None:
@@ -103,7 +103,7 @@ def _processes(
             if asleep:
                 host += (replace(parts[0], name="weights of an engine that sleeps"),)
         resting = at_rest(parts) if asleep else size
-        found.extend(Process(role, number, gpus, parts, size, resting, host) for number in range(count))
+        processes.extend(Process(role, number, gpus, parts, size, resting, host) for number in range(count))
 
     largest = largest_view(config.episode)
     gpus = rollout.resources.gpus
@@ -116,12 +116,12 @@ def _processes(
         add_engines("reward", reward.workers, gpus, needs)
     else:
         client = (MemoryItem("processes", GIB / 2, "allowance: a client of the URL"),)
-        found += [Process("reward", number, gpus, (), 0.0, host_parts=client) for number in range(reward.workers)]
+        processes += [Process("reward", number, gpus, (), 0.0, host_parts=client) for number in range(reward.workers)]
     parts = tuple(learner_parts(policy, config, bool(learner.resources.gpus)))
     host = tuple(learner_host_parts(policy, config)) if learner.resources.gpus else parts
     size, resting, gpus = total(parts), at_rest(parts), learner.resources.gpus
-    found += [Process("learner", rank, gpus, parts, size, resting, host) for rank in range(learner.ranks)]
-    return found, engines
+    processes += [Process("learner", rank, gpus, parts, size, resting, host) for rank in range(learner.ranks)]
+    return processes, engines
 
 
 _ENGINE_HOST = MemoryItem("processes", 6 * GIB, "allowance: vLLM's processes and pinned memory")
@@ -202,13 +202,13 @@ def phases(config: TrainConfig, there: Sequence[Process]) -> list[list[float]]:
 
 def _gpu_problems(plan: Plan) -> list[str]:
     size = plan.config.hardware.gpu_memory_gib * GIB
-    found: dict[str, list[int]] = {}
+    gpus_by_reason: dict[str, list[int]] = {}
     for at, there in enumerate(plan.gpus):
         working = max(phases(plan.config, there), key=sum)
         if (needed := sum(working)) > size:
             listed = " + ".join(f"{process.role} {gib(bytes)}" for process, bytes in zip(there, working, strict=True))
-            found.setdefault(f"{listed} = {gib(needed)} GiB, and a GPU has {size / GIB:g}", []).append(at)
-    return [f"GPU {', '.join(map(str, numbers))}: {what}" for what, numbers in found.items()]
+            gpus_by_reason.setdefault(f"{listed} = {gib(needed)} GiB, and a GPU has {size / GIB:g}", []).append(at)
+    return [f"GPU {', '.join(map(str, numbers))}: {what}" for what, numbers in gpus_by_reason.items()]
 
 
 def _host_problems(plan: Plan) -> list[str]:

@@ -184,13 +184,13 @@ def _folders(samples: Path) -> list[Path]:
     return sorted(path for path in samples.glob("step-*") if (path / TRAJECTORIES).is_file())
 
 
-def _spread(found: Sequence[Path], most: int) -> list[Path]:
+def _spread(folders: Sequence[Path], most: int) -> list[Path]:
     """At most ``most`` of the folders, evenly spread, with the first and the last."""
-    if len(found) <= most:
-        return list(found)
+    if len(folders) <= most:
+        return list(folders)
     if most <= 1:
-        return list(found[-most:]) if most else []
-    return [found[round(place * (len(found) - 1) / (most - 1))] for place in range(most)]
+        return list(folders[-most:]) if most else []
+    return [folders[round(place * (len(folders) - 1) / (most - 1))] for place in range(most)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -214,18 +214,21 @@ _HEAD = (("held-out coverage", "coverage"), ("held-out accuracy", "accuracy"), (
 
 
 def _figures(metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> list[tuple[str, str]]:
-    found = []
+    figures = []
     for title, name in _HEAD:
         values = [line[f"eval/{name}"] for line in evaluations if f"eval/{name}" in line]
         if values:
-            found.append((title, f"{values[0]:.1%} → {values[-1]:.1%}" if len(values) > 1 else f"{values[0]:.1%}"))
+            figures.append((title, f"{values[0]:.1%} → {values[-1]:.1%}" if len(values) > 1 else f"{values[0]:.1%}"))
     rewards = [line["reward/total"] for line in metrics if "reward/total" in line]
     if rewards:
-        found.append(("mean reward, last 10 steps", f"{statistics.mean(rewards[-10:]):.2f}"))
+        figures.append(("mean reward, last 10 steps", f"{statistics.mean(rewards[-10:]):.2f}"))
     seconds = [line["time/step_s"] for line in metrics if "time/step_s" in line]
     if seconds:
-        found += [("median step", f"{statistics.median(seconds):.2f} s"), ("all steps", f"{sum(seconds) / 60:.1f} min")]
-    return found
+        figures += [
+            ("median step", f"{statistics.median(seconds):.2f} s"),
+            ("all steps", f"{sum(seconds) / 60:.1f} min"),
+        ]
+    return figures
 
 
 _PLOTS: tuple[tuple[str, str, str, bool, tuple[tuple[str, str], ...]], ...] = (
@@ -321,13 +324,13 @@ _PLOTS: tuple[tuple[str, str, str, bool, tuple[tuple[str, str], ...]], ...] = (
 
 def _plots(metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> list[Plot]:
     """The plots that have any curve; the throughput follows the times."""
-    found = []
+    plots = []
     for title, unit, about, log, wanted in _PLOTS:
         curves = [_curve(label, name, metrics, evaluations) for label, name in wanted]
-        found.append(Plot(title, unit, about, [curve for curve in curves if curve.points], log))
+        plots.append(Plot(title, unit, about, [curve for curve in curves if curve.points], log))
         if title == "Times":
-            found.append(_throughput(metrics))
-    return [plot for plot in found if plot.curves]
+            plots.append(_throughput(metrics))
+    return [plot for plot in plots if plot.curves]
 
 
 def _curve(label: str, name: str, metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> PlotCurve:
@@ -349,7 +352,7 @@ def _throughput(metrics: Sequence[Metrics]) -> Plot:
 
 
 def _points(pairs: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    found = [(step, value) for step, value in pairs if math.isfinite(value)]
-    size = math.ceil(len(found) / _MOST_POINTS) or 1
-    bins = [found[start : start + size] for start in range(0, len(found), size)]
+    finite = [(step, value) for step, value in pairs if math.isfinite(value)]
+    size = math.ceil(len(finite) / _MOST_POINTS) or 1
+    bins = [finite[start : start + size] for start in range(0, len(finite), size)]
     return [(statistics.mean(s for s, _ in pairs), statistics.mean(v for _, v in pairs)) for pairs in bins]

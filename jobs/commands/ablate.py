@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Progress(*columns, console=console) as progress:
             failed = asyncio.run(run_all(runs, max(1, options.at_once), progress))
     curves = {row: [curve for run in runs if run.row == row and (curve := run.curve())] for row in plan.rows}
-    told = " ".join(["ergo-rl ablate", options.plan, *options.overrides])
-    for path in write_report(options.out, told, plan.rows, curves, len(plan.seeds)):
+    command_line = " ".join(["ergo-rl ablate", options.plan, *options.overrides])
+    for path in write_report(options.out, command_line, plan.rows, curves, len(plan.seeds)):
         console.print(f"wrote {path}")
     for run in failed:
         log = run.folder / f"seed-{run.seed}.log"
