@@ -107,3 +107,10 @@ def test_errors_for_users_derive_from_ergo_error() -> None:
                     module = ".".join(["ergo_rl", *path.relative_to(ROOT).with_suffix("").parts])
                     found[node.name] = getattr(importlib.import_module(module), node.name)
     assert found.keys() == wanted and all(issubclass(error, ErgoError) for error in found.values())
+
+
+def test_only_the_commands_know_argparse() -> None:
+    """Whatever stands behind them can be called from Python."""
+    elsewhere = [path for path in (ROOT / "jobs").rglob("*.py") if "commands" not in path.parts]
+    knowing = {path.name for path in elsewhere if "argparse" in path.read_text()}
+    assert knowing - {"train.py", "pretrain.py"} == {"cli_common.py"}
