@@ -68,10 +68,11 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str] | 
     argparse alone gives an override behind an option of several values (``--modes direct seed=3``) to that option. So
     overrides are taken out first: every ``key=value`` that is not the value of an option of exactly one value."""
     given = list(sys.argv[1:] if argv is None else argv)
-    single = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+    single = [name for action in parser._actions if action.nargs is None for name in action.option_strings]
     overrides, rest, before = list[str](), list[str](), ""
     for argument in given:
-        if _OVERRIDE.match(argument) and before not in single:
+        is_value = before.startswith("--") and any(name.startswith(before) for name in single)  # may be abbreviated
+        if _OVERRIDE.match(argument) and not is_value:
             overrides.append(argument)
         else:
             rest.append(argument)

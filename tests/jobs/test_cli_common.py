@@ -35,9 +35,11 @@ def test_overrides_stand_anywhere_and_keep_their_order() -> None:
 
 
 def test_values_of_single_options_and_paths_are_not_overrides() -> None:
-    given = ["runs/a=b/config.yaml", "--env", "NAME=VALUE", "--env=OTHER=1", "seed=3"]
+    given = ["runs/a=b/config.yaml", "--env", "NAME=VALUE", "--env=OTHER=1", "seed=3", "--en", "THIRD=2"]
     options = parse_with_overrides(parser(), given)
-    assert recipe_of(options) == (Path("runs/a=b/config.yaml"), ["seed=3"]) and options.env == ["NAME=VALUE", "OTHER=1"]
+    assert recipe_of(options) == (Path("runs/a=b/config.yaml"), ["seed=3"]) and options.env == [
+        "NAME=VALUE", "OTHER=1", "THIRD=2",
+    ]  # fmt: skip
     assert recipe_of(parse_with_overrides(parser(), ["my.yaml", "seed", "3"]))[1] == ["seed", "3"], "refused by name"
 
 
