@@ -68,18 +68,6 @@ def evaluate(
         result = evaluate(load_config(Path("configs/panels.yaml")), budgets=[16, 36])
         print(result.figures[0]["accuracy"])
     """
-    config = config_for(config, model, questions)
-    prepare_embedded(config.embedded, console)
-    work = run_benchmark(
-        config, heldout_questions(config, hide_target), [Mode(mode) for mode in modes], budgets,
-        hide_target=hide_target, url=url, served_model=served_model, family=family, out=Path(out),
-        console=console or Console(quiet=True),
-    )  # fmt: skip
-    return run_blocking(work)
-
-
-def config_for(config: TrainConfig, model: str, questions: int | None = None) -> TrainConfig:
-    """The configuration with another policy and number of questions."""
     if model:
         engine = replace(config.rollout.engine, model=model)
         config = replace(
@@ -87,7 +75,13 @@ def config_for(config: TrainConfig, model: str, questions: int | None = None) ->
         )
     if questions is not None:
         config = replace(config, evaluation=replace(config.evaluation, questions=questions))
-    return config
+    prepare_embedded(config.embedded, console)
+    work = run_benchmark(
+        config, heldout_questions(config, hide_target), [Mode(mode) for mode in modes], budgets,
+        hide_target=hide_target, url=url, served_model=served_model, family=family, out=Path(out),
+        console=console or Console(quiet=True),
+    )  # fmt: skip
+    return run_blocking(work)
 
 
 def heldout_questions(config: TrainConfig, hide_target: bool = False) -> list[Question]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ergo_rl.jobs.benchmark import config_for, heldout_questions, run_benchmark
+from ergo_rl.jobs.benchmark import heldout_questions, run_benchmark
 from ergo_rl.jobs.benchmark_grid import Mode
 from ergo_rl.jobs.cli_common import add_endpoint, add_recipe, command, parse_with_overrides, recipe_of
 from ergo_rl.jobs.config import load_config
@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (options.budgets or options.url) and not options.modes:
         parser.error("--budgets and --url are for --modes; try --modes direct two-stage oracle")
     console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width: 80 would break the table
-    config = config_for(load_config(*recipe_of(options)), options.model, options.questions)
+    recipe, overrides = recipe_of(options)
+    models = [f"rollout.engine.model={options.model}", f"learner.model={options.model}"] if options.model else []
+    config = load_config(recipe, [*overrides, *models, f"evaluation.questions={options.questions}"])
     prepare_embedded(config.embedded)
     questions = heldout_questions(config, options.hide_target)
     if options.modes:
