@@ -14,13 +14,13 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("plan", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shipped_plans_load_row_by_row(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_plan_shipped_plans_load(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     loaded = load_plan(plan, ["total_steps=3"])
     assert len(loaded.seeds) >= 3 and len(loaded.rows) >= 3 and loaded.overrides[-1] == "total_steps=3"
 
 
-def test_a_misspelt_key_is_named_with_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_plan_names_a_misspelt_key_with_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = tmp_path / "plan.yaml"
     plan.write_text("recipe: configs/panels.yaml\nrows: {good: [], bad: [reward.alhpa=1]}\n")
@@ -33,7 +33,7 @@ def test_a_misspelt_key_is_named_with_its_row(tmp_path: Path, monkeypatch: pytes
         load_plan(tmp_path / "none.yaml", [])
 
 
-def test_runs_go_row_by_row_and_finished_ones_count_with_their_settings_only(tmp_path: Path) -> None:
+def test_runs_count_as_finished_only_with_their_settings(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("a: 0\nc: 3\n")
     plan = AblationPlan(str(recipe), ["a=1"], [0, 1], {"region + box": ["b=2"], "full": []})
@@ -62,7 +62,7 @@ def curve(seed: int, after: float) -> Curve:
     return Curve(seed, steps, 90.0)
 
 
-def test_the_table_by_hand(tmp_path: Path) -> None:
+def test_report_table_by_hand(tmp_path: Path) -> None:
     """Coverage 50 and 70 %: mean 60, sample deviation 14.1. A row without all its seeds says so."""
     rows = {"full": [], "region only": ["reward.beta=0"], "none yet": []}
     curves = {"full": [curve(0, 0.5), curve(1, 0.7)], "region only": [curve(1, 0.4)], "none yet": []}
@@ -77,7 +77,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ablation.json").read_text())["evaluations"]["full"]["1"][1]["eval/coverage"] == 0.7
 
 
-def test_a_report_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablate_report_only_writes_a_report_without_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert main(["configs/ablations/panels.yaml", "--report-only", "--out", str(tmp_path)]) == 0
     assert "(0 of 3 seeds)" in (tmp_path / "ablation.md").read_text()

@@ -27,8 +27,8 @@ from tests.jobs.conftest import LOOK, READ, Server, question
 WORDS = {"type": "text", "text": "Which mark?"}
 
 
-def data_url(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+def data_url(encoded: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(encoded).decode()
 
 
 def image(url: str = "data:image/png;base64,YWJj") -> dict[str, Any]:
@@ -46,7 +46,7 @@ def read(request: Any) -> ChatQuestion:
 # --- what parses ------------------------------------------------------------------------------------------------------
 
 
-def test_one_question_about_one_picture() -> None:
+def test_read_chat_takes_one_question_about_one_image() -> None:
     assert read(chat()) == ChatQuestion("Which mark?", "data:image/png;base64,YWJj")
     assert read(chat(image("u"), WORDS, {"type": "text", "text": "The red one?"})) == ChatQuestion(
         "Which mark?\nThe red one?", "u"
@@ -82,7 +82,7 @@ def test_one_question_about_one_picture() -> None:
         (chat() | {"model": "gpt"}, "the model 'tiny' only", "model"),
     ],
 )
-def test_what_cannot_be_done_as_asked_is_refused(request_: Any, sentence: str, param: str | None) -> None:
+def test_read_chat_refuses_what_it_cannot_do_with_a_sentence(request_: Any, sentence: str, param: str | None) -> None:
     with pytest.raises(ChatError, match=sentence) as refused:
         read(request_)
     assert refused.value.body["error"].keys() == {"message", "type", "param", "code"}
@@ -108,7 +108,7 @@ requests = st.fixed_dictionaries(
 
 
 @given(st.binary(max_size=64) | (json_values | requests).map(lambda value: json.dumps(value).encode()))
-def test_a_body_is_a_question_or_a_refusal(body: bytes) -> None:
+def test_read_chat_any_body_gives_a_question_or_a_4xx(body: bytes) -> None:
     try:
         asked = read_chat(body, "tiny", 112)
     except ChatError as refused:
@@ -118,19 +118,19 @@ def test_a_body_is_a_question_or_a_refusal(body: bytes) -> None:
         assert asked.text.strip().encode() and isinstance(asked.image_url, str)
 
 
-def test_a_body_of_brackets_is_refused() -> None:
+def test_read_chat_deeply_nested_body_is_refused() -> None:
     with pytest.raises(ChatError, match="not JSON"):
         read_chat(b"[" * 200_000, "tiny", 112)
 
 
 @given(st.text(min_size=1).filter(str.strip), st.binary())
-def test_words_and_picture_arrive_as_they_were_sent(text: str, picture: bytes) -> None:
-    asked = read(chat({"type": "text", "text": text}, image(data_url(picture))))
-    assert asked.text == text.strip() and read_data_url(asked.image_url) == picture
+def test_read_chat_keeps_text_and_image_unchanged(text: str, encoded: bytes) -> None:
+    asked = read(chat({"type": "text", "text": text}, image(data_url(encoded))))
+    assert asked.text == text.strip() and read_data_url(asked.image_url) == encoded
 
 
 @given(st.text() | st.text().map("data:image/png;base64,".__add__))
-def test_a_url_is_a_picture_or_a_refusal(url: str) -> None:
+def test_read_data_url_any_text_gives_bytes_or_invalid_image(url: str) -> None:
     try:
         read_data_url(url)
     except ChatError as refused:
@@ -147,7 +147,7 @@ def ask(
     quick = [f"reward.verifier.endpoint.{key}" for key in ("retries=0", "timeout_s=20")]
     config: TrainConfig = load_config(ROOT / "configs" / "panels.yaml", [*quick, *overrides])
 
-    async def story() -> list[httpx.Response]:
+    async def request_all() -> list[httpx.Response]:
         client = EndpointClient(config, await endpoint_at(server.url, "tiny", config), FAMILY)
         service = chat_server.ChatService(client, config, chat_server.ServeConfig("tiny", **how))
         app = chat_server.chat_app(service)
@@ -159,14 +159,14 @@ def ask(
         await client.close()
         return list(replies)
 
-    return asyncio.run(story())
+    return asyncio.run(request_all())
 
 
 def post(*bodies: Any) -> list[tuple[str, str, Any]]:
     return [("POST", "/v1/chat/completions", body) for body in bodies]
 
 
-def test_both_turns_behind_one_request(server: Server) -> None:
+def test_chat_completion_runs_both_turns_and_reports_them(server: Server) -> None:
     good = chat(WORDS, image(data_url(question().image)))  # type: ignore[arg-type]
     replies = ask(server, [*post(*[good] * 6), ("GET", "/v1/models", None), ("GET", "/health", None)])
     assert [reply.status_code for reply in replies] == [200] * 8 and len(server.bodies) == 12
@@ -190,7 +190,7 @@ def test_both_turns_behind_one_request(server: Server) -> None:
     assert len({reply.json()["id"] for reply in replies[:6]}) == 6
 
 
-def test_a_reply_without_a_box(server: Server) -> None:
+def test_chat_completion_without_a_box_follows_the_recipe(server: Server) -> None:
     """The recipe says whether the episode ends there, or goes on with the whole image."""
     say = server.say
     server.say = lambda messages: "nowhere" if (said := say(messages)) == LOOK else said
@@ -211,7 +211,7 @@ async def drip() -> AsyncIterator[bytes]:
         yield b" " * 1024
 
 
-def test_refusals_say_why(server: Server) -> None:
+def test_server_refusals_have_status_and_reason(server: Server) -> None:
     encoded: bytes = question().image  # type: ignore[assignment]
     calls = [
         *post(chat(WORDS, image(data_url(encoded)))),
@@ -237,20 +237,20 @@ def test_refusals_say_why(server: Server) -> None:
     assert reserved.status_code == 400 and "special token <|im_end|>" in reserved.json()["error"]["message"]
 
 
-def test_a_body_is_given_up_when_it_is_too_large(server: Server) -> None:
+def test_server_stops_reading_a_body_above_the_limit(server: Server) -> None:
     for body in (chat({"type": "text", "text": "x" * 5000}, image()), drip()):
         (reply,) = ask(server, post(body), max_body_bytes=4096)
         assert reply.status_code == 413 and "more than 4096 bytes" in reply.json()["error"]["message"]
 
 
-def test_an_endpoint_that_is_down_is_no_fault_of_the_request(server: Server) -> None:
+def test_server_answers_503_when_the_endpoint_is_down(server: Server) -> None:
     server.say = lambda messages: 500
     (reply,) = ask(server, post(chat(WORDS, image(data_url(question().image)))))  # type: ignore[arg-type]
     assert reply.status_code == 503 and reply.json()["error"]["type"] == "server_error"
     assert "status 500" in reply.json()["error"]["message"] and "try again" in reply.json()["error"]["message"]
 
 
-def test_pictures_are_fetched_where_that_was_asked_for(server: Server) -> None:
+def test_server_fetches_images_only_when_allowed(server: Server) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and never listens
         gone = f"http://127.0.0.1:{nobody.getsockname()[1]}/x.png"
@@ -266,6 +266,6 @@ def test_pictures_are_fetched_where_that_was_asked_for(server: Server) -> None:
     assert large.status_code == 413 and "the image has more than 1000 bytes" in large.json()["error"]["message"]
 
 
-def test_a_port_that_is_taken_is_said_before_anything_starts() -> None:
+def test_check_port_refuses_a_taken_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="not free to listen on"):
         chat_server.check_port("127.0.0.1", taken.getsockname()[1])

@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("which", "step", "more"), [("", 20, 2.0), ("best", 10, 1.0), ("step-000010", 10, 1.0)])
-def test_transformers_loads_the_weights_of_the_checkpoint(
+def test_export_of_a_checkpoint_loads_in_transformers(
     run: Path, tmp_path: Path, which: str, step: int, more: float
 ) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -69,7 +69,7 @@ def test_transformers_loads_the_weights_of_the_checkpoint(
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in out.iterdir())
 
 
-def test_the_finished_policy_comes_first(run: Path, tmp_path: Path) -> None:
+def test_export_prefers_the_finished_policy(run: Path, tmp_path: Path) -> None:
     policy = run / "policy"
     policy.mkdir()
     try:
@@ -81,7 +81,7 @@ def test_the_finished_policy_comes_first(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"the last weights"
 
 
-def test_the_card_says_what_the_policy_is(run: Path, tmp_path: Path) -> None:
+def test_model_card_describes_policy_scores_and_prompts(run: Path, tmp_path: Path) -> None:
     export.export(run, tmp_path / "out", "best")
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
@@ -98,7 +98,7 @@ def test_the_card_says_what_the_policy_is(run: Path, tmp_path: Path) -> None:
     assert "The run has no evaluation of step 10." in export.model_card(config, 10, [])
 
 
-def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refusals_leave_nothing_behind(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NotARunFolder, match="has no checkpoint 'step-000015'; it has: step-000010, step-000020"):
         export.export(run, tmp_path / "out", "step-000015")
     with pytest.raises(NotARunFolder, match=r"it has no config\.yaml"):

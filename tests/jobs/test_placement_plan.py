@@ -54,12 +54,12 @@ def recipe(*overrides: str) -> TrainConfig:
         ("Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696, 576_388_336),
     ],
 )
-def test_parameters_of_the_published_models(model: str, parameters: int, vision: int) -> None:
+def test_model_spec_counts_published_models(model: str, parameters: int, vision: int) -> None:
     shape = model_spec(model)
     assert (shape.parameters, shape.vision) == (parameters, vision)
 
 
-def test_a_local_folder_is_counted_as_its_file_is() -> None:
+def test_model_spec_of_a_local_folder_equals_its_file() -> None:
     from safetensors import safe_open
 
     shape = model_spec("models/panels-policy")
@@ -74,12 +74,12 @@ def test_a_local_folder_is_counted_as_its_file_is() -> None:
     assert shape.parameters == count
 
 
-def test_a_model_of_unknown_size_is_named() -> None:
+def test_model_spec_unknown_model_is_named() -> None:
     with pytest.raises(ConfigError, match=r"the size of \./no/such is not known.*Qwen/Qwen2\.5-VL-7B-Instruct"):
         model_spec("./no/such")
 
 
-def test_zero_stages_shard_what_they_say() -> None:
+def test_learner_parts_are_sharded_by_zero_stage() -> None:
     """8e9 parameters in bfloat16 on 4 ranks, gigabytes."""
     found = {}
     for stage in (1, 2, 3):
@@ -91,13 +91,13 @@ def test_zero_stages_shard_what_they_say() -> None:
     assert whole["at the start"] == 16 * BILLION + 2 * GIB
 
 
-def test_in_float32_everything_is_four_bytes() -> None:
+def test_learner_parts_in_float32_take_four_bytes() -> None:
     config = recipe("learner.ranks=2", "learner.zero_stage=2", "learner.dtype=FLOAT32")
     parts = sizes(learner_parts(ROUND, config, on_gpu=True))
     assert [parts[name] / BILLION for name in ("weights", "gradients", "optimiser")] == [32, 16, 48]
 
 
-def test_offloading_moves_the_optimiser_into_main_memory() -> None:
+def test_learner_parts_offloaded_optimiser_moves_to_main_memory() -> None:
     config = recipe("learner.ranks=4", "learner.offload_optimizer=true")
     assert "optimiser" not in sizes(learner_parts(ROUND, config, on_gpu=True))
     host = sizes(learner_host_parts(ROUND, config))
@@ -105,7 +105,7 @@ def test_offloading_moves_the_optimiser_into_main_memory() -> None:
     assert sizes(learner_parts(ROUND, config, on_gpu=False))["optimiser"] == 24 * BILLION, "it is there already"
 
 
-def test_frozen_parameters_have_no_gradient() -> None:
+def test_trained_leaves_out_frozen_parameters() -> None:
     config = recipe("learner.freeze_vision=true", "learner.ranks=1", "learner.zero_stage=2").learner
     assert trained(ROUND, config) == 7 * BILLION
     lora = replace(config, lora=LoraConfig(rank=8, targets=["q_proj", "up_proj"]))
@@ -114,12 +114,12 @@ def test_frozen_parameters_have_no_gradient() -> None:
     assert parts["weights"] == 2 * (8 * BILLION + 56_000) and parts["optimiser"] == 12 * 56_000
 
 
-def test_a_kl_term_holds_a_second_policy_on_every_rank() -> None:
+def test_learner_parts_with_kl_hold_a_second_policy() -> None:
     with_it, without = (learner_parts(ROUND, recipe(f"learner.loss.kl={kl}"), on_gpu=True) for kl in (0.1, 0))
     assert total(with_it) - total(without) == 16 * BILLION
 
 
-def test_activations_with_and_without_checkpointing() -> None:
+def test_learner_parts_activations_with_and_without_checkpointing() -> None:
     """A block keeps 11 x 1000 + 3 x 500 + 4 x 4000 = 28,500 numbers a token, one of the tower 14 x 100 + 4 x 400 =
     3,000 a patch. 2,560 tokens of the longest trajectory are 1,280 of text and as many of pictures: half of
     8,192 x 4."""
@@ -134,18 +134,18 @@ def test_activations_with_and_without_checkpointing() -> None:
     assert frozen["activations, tower"] == 2 * 16_384 * 3_000, "one block at a time, nothing is kept"
 
 
-def test_logits_are_chunks_and_one_gradient() -> None:
+def test_learner_parts_logits_are_chunks_and_one_gradient() -> None:
     parts = sizes(learner_parts(ROUND, recipe(), on_gpu=True))
     assert parts["logits"] == 3 * 64 * 2**20 + 2 * 100_000 * 1000
     assert parts["weights to be synced"] == 256 * 2**20
 
 
-def test_the_start_counts_only_where_it_is_more() -> None:
+def test_total_counts_the_start_only_where_it_is_more() -> None:
     parts = [MemoryItem("a", 3, ""), MemoryItem("b", 4, ""), MemoryItem("start", 6, "", held=False)]
     assert total(parts) == 7 and total([*parts, MemoryItem("more", 2, "", held=False)]) == 8
 
 
-def test_kv_cache_of_an_engine() -> None:
+def test_engine_memory_computes_the_kv_cache() -> None:
     """2 (key, value) x 10 layers x 500 x 2 bytes = 20,000 bytes a token, 20 MB for 1,000 tokens."""
     engine = EngineConfig("m", "bfloat16", max_model_len=1000, max_num_seqs=10, gpu_memory_utilization=0.5)
     needs = engine_memory(ROUND, engine, tokens=100, gpu_memory=80 * BILLION)
@@ -166,14 +166,14 @@ def processes(*wanted: tuple[str, float]) -> list[Process]:
     return [Process(role, number, gpus, (), 0.0) for number, (role, gpus) in enumerate(wanted)]
 
 
-def test_whole_gpus_are_taken_on_one_node_and_shares_together() -> None:
+def test_place_puts_whole_gpus_on_one_node_and_shares_together() -> None:
     gpus, missing = place(processes(("rollout", 0.4), ("reward", 2), ("learner", 0.6), ("learner", 1)), 2, 2)
     assert [[one.title for one in there] for there in gpus] == [
         ["rollout 0", "learner 2"], ["learner 3"], ["reward 1"], ["reward 1"]]  # fmt: skip
     assert missing == []
 
 
-def test_roles_that_take_turns_on_a_gpu_need_it_one_at_a_time() -> None:
+def test_phases_of_sleeping_engines_count_one_role_at_a_time() -> None:
     """50 of an engine, 2 of them while it sleeps; 40 of a learner, 10 of them between steps: 60 is the most."""
     engine, learner = (
         Process("rollout", 0, 0.4, (), 50, resting=2), Process("learner", 0, 0.6, (), 40, resting=10)
@@ -183,7 +183,7 @@ def test_roles_that_take_turns_on_a_gpu_need_it_one_at_a_time() -> None:
     assert phases(sleeping, [engine, learner]) == [[50, 10], [2, 40]]
 
 
-def test_an_engine_that_sleeps_leaves_its_context_alone_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_sleeping_engine_keeps_only_its_context_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """3B on one GPU: 0.7 of it for the engine is too much beside a learner at work, and not beside one that rests."""
     large = ["rollout.engine.gpu_memory_utilization=0.7"]
     path = ROOT / "configs/ergo-3b.yaml"
@@ -200,7 +200,7 @@ def test_an_engine_that_sleeps_leaves_its_context_alone_on_the_gpu(capsys: pytes
     assert sizes(list(engine.host_parts))["weights of an engine that sleeps"] == weights, "in main memory meanwhile"
 
 
-def test_what_finds_no_place_is_named() -> None:
+def test_place_names_processes_without_a_gpu() -> None:
     _, missing = place(processes(("learner", 1), ("reward", 2)), 1, 2)
     assert missing == ["no place for reward 1, which asks for 2 GPUs; free then: 0, 1"]
     _, missing = place(processes(("learner", 0.5), ("learner", 0.5)), 1, 2)
@@ -210,12 +210,12 @@ def test_what_finds_no_place_is_named() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_fits_its_hardware(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shipped_recipes_fit_their_hardware(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(path)]) == 0
     assert "does not fit" not in capsys.readouterr().out
 
 
-def test_the_papers_recipe_prints_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_the_7b_recipe_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(ROOT / "configs/ergo-7b.yaml")]) == 0
     said = capsys.readouterr().out
     plan = make_plan(recipe())
@@ -234,7 +234,7 @@ def test_the_papers_recipe_prints_and_adds_up(capsys: pytest.CaptureFixture[str]
         assert text in said
 
 
-def test_it_refuses_four_gpus_of_24_gib(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_refuses_four_gpus_of_24_gib(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(ROOT / "configs/ergo-7b.yaml"), "hardware.gpu_memory_gib=24"]) == DOES_NOT_FIT
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
     assert said == ["does not fit: GPU 1, 2, 3: learner 58.1 = 58.1 GiB, and a GPU has 24"]
@@ -250,14 +250,14 @@ def test_it_refuses_four_gpus_of_24_gib(capsys: pytest.CaptureFixture[str]) -> N
         (["learner.resources.gpus=0.5"], "GPU 1 would hold 2 learner ranks"),
     ],
 )
-def test_it_refuses_with_the_numbers(overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_refusals_name_the_numbers(overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     import re
 
     assert main([str(ROOT / "configs/ergo-7b.yaml"), *overrides]) == DOES_NOT_FIT
     assert re.search(message, capsys.readouterr().out)
 
 
-def test_the_paces_of_a_step() -> None:
+def test_throughput_estimate_by_hand() -> None:
     """256 trajectories of 1,280 + 256 + 512 tokens; 7e9 parameters of text 8 times, 1e9 of the tower 8 times for 4
     patches a token, on 3 GPUs at 35 % of 989e12."""
     assert recipe().learner.dtype is Dtype.BFLOAT16
@@ -273,7 +273,7 @@ def test_the_paces_of_a_step() -> None:
     assert in_turn.step == found.rollout + found.learn + 8.0
 
 
-def test_a_recipe_that_is_wrong_is_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_wrong_recipe_exits_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(ROOT / "configs/ergo-7b.yaml"), "learner.model=./gone", "rollout.engine.model=./gone"]) == 1
     assert "the size of ./gone is not known" in capsys.readouterr().err
     assert main([str(ROOT / "configs/ergo-7b.yaml"), "hardware.nodes=0"]) == 1

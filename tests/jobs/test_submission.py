@@ -36,7 +36,7 @@ SECRETS = ("REWARD_KEY", "HF_TOKEN")
 OPTIONS = ManifestOptions("registry/ergo:1", "runs-claim", SECRETS, "12:00:00", "/home/me/ergo rl", (("A", "b c"),))
 
 
-def test_a_job_is_the_checkout_the_recipe_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_holds_checkout_and_recipe_but_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_KEY", "sk-very-secret")
     requirements = tmp_path / "needs.txt"
     requirements.write_text("# engines\nvllm==0.26.0\n\nray[default]==2.60.0  # as the cluster\n")
@@ -53,7 +53,7 @@ def test_a_job_is_the_checkout_the_recipe_and_no_secret(tmp_path: Path, monkeypa
     assert "pip" not in make_job(PAPER, ELSEWHERE, ROOT, None, []).runtime_env()
 
 
-def test_the_panels_job_makes_its_own_data() -> None:
+def test_job_of_the_panels_may_use_relative_data_paths() -> None:
     job = make_job(PANELS, ["runs_dir=/shared/runs"], ROOT, None, [])
     assert job.config.questions.paths == ["data/panels/train.parquet"]
 
@@ -69,7 +69,7 @@ def test_the_panels_job_makes_its_own_data() -> None:
         (PAPER, [*ELSEWHERE, "total_step=3"], [], "did you mean 'total_steps'"),
     ],
 )
-def test_what_could_not_work_is_said_before_it_travels(
+def test_make_job_refuses_what_could_not_work(
     recipe: Path, overrides: list[str], environment: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -84,14 +84,14 @@ def mine(tmp_path: Path) -> Path:
     return tmp_path / "recipes" / "mine.yaml"
 
 
-def test_a_recipe_outside_of_the_checkout_is_refused(mine: Path) -> None:
+def test_make_job_refuses_a_recipe_outside_of_the_checkout(mine: Path) -> None:
     with pytest.raises(ConfigError, match=r"mine\.yaml is not below .*copy it there"):
         make_job(mine, ELSEWHERE, ROOT, None, [])
     with pytest.raises(ConfigError, match="is no checkout of ergo-rl"):
         make_job(mine, ELSEWHERE, mine.parent.parent, None, [])
 
 
-def test_installed_ships_the_folder_of_the_recipe(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_job_installed_ships_the_folder_of_the_recipe(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself the current folder; the entrypoint is the same as in a checkout."""
     monkeypatch.chdir(mine.parent.parent)
     for job in (
@@ -105,7 +105,7 @@ def test_installed_ships_the_folder_of_the_recipe(mine: Path, monkeypatch: pytes
     assert not make_job(PAPER, ELSEWHERE, ROOT, installed=True).installed, "a checkout is used where it travels"
 
 
-def test_requirements_that_install_ergo_rl_are_enough(mine: Path) -> None:
+def test_make_job_needs_no_checkout_when_requirements_install_ergo_rl(mine: Path) -> None:
     needs = mine.parent / "needs.txt"
     for line, enough in {
         "ergo-rl[gpu]==0.1.0": True,
@@ -120,7 +120,7 @@ def test_requirements_that_install_ergo_rl_are_enough(mine: Path) -> None:
                 make_job(mine, ELSEWHERE, mine.parent, needs)
 
 
-def test_a_program_from_a_wheel_ships_the_current_folder(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_job_from_a_wheel_ships_the_current_folder(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``ROOT`` is then a folder of site-packages."""
     monkeypatch.setattr(submission, "ROOT", Path(pytest.__file__).parent)
     monkeypatch.chdir(mine.parent)
@@ -128,12 +128,12 @@ def test_a_program_from_a_wheel_ships_the_current_folder(mine: Path, monkeypatch
     assert job.installed and job.recipe == Path("mine.yaml") and job.working_dir == mine.parent.resolve()
 
 
-def test_a_url_for_checkpoints_takes_the_place_of_a_disk() -> None:
+def test_make_job_accepts_relative_runs_dir_with_checkpoint_url() -> None:
     overrides = [*ELSEWHERE[1:], "checkpoint.url=s3://bucket/runs"]
     assert make_job(PAPER, overrides, ROOT, None, []).config.runs_dir == "runs"
 
 
-def test_what_travels_is_small_and_holds_the_code(tmp_path: Path) -> None:
+def test_package_of_the_checkout_is_small_and_holds_the_code(tmp_path: Path) -> None:
     """By Ray's own packaging."""
     from ray._private.runtime_env.packaging import create_package
 
@@ -152,7 +152,7 @@ def test_what_travels_is_small_and_holds_the_code(tmp_path: Path) -> None:
     assert package.stat().st_size < 30 * 2**20
 
 
-def test_a_job_server_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_server_unreachable_is_named_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SubmitError, match=r"no job server answers at http://127\.0\.0\.1:9"):
         JobServer("http://127.0.0.1:9")
     assert main(["--status", "run", "--address", "http://127.0.0.1:9"]) == 1
@@ -166,7 +166,7 @@ def manifest(*overrides: str, options: ManifestOptions = OPTIONS) -> dict[str, A
     return dict(yaml.safe_load(text))
 
 
-def test_a_ray_job_for_kubernetes() -> None:
+def test_kuberay_manifest_asks_for_the_hardware_of_the_recipe() -> None:
     found = manifest("hardware.nodes=2")
     assert (found["apiVersion"], found["kind"], found["metadata"]["name"]) == ("ray.io/v1", "RayJob", "ergo-7b")
     spec = found["spec"]
@@ -190,7 +190,7 @@ def test_a_ray_job_for_kubernetes() -> None:
     assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
 
 
-def test_manifests_are_those_of_the_committed_files() -> None:
+def test_manifests_equal_the_committed_files() -> None:
     """The Slurm script letter by letter, the RayJob as YAML, the environment in it as YAML too."""
     config = load_config(PAPER, [*ELSEWHERE, "hardware.nodes=2"])
     entrypoint = "python -m ergo_rl.jobs train configs/ergo-7b.yaml 'name=two words'"
@@ -209,7 +209,7 @@ def test_manifests_are_those_of_the_committed_files() -> None:
 HOSTILE = 'a: b # c "d" {e} [f] & *g\n- h \\ \N{SNOWMAN}'
 
 
-def test_values_cannot_break_out_of_a_manifest() -> None:
+def test_manifests_quote_hostile_values() -> None:
     options = ManifestOptions("reg/x:1", HOSTILE, ("KEY",), "1:00:00", "/x y/$(z)", (("A", HOSTILE),))
     config = load_config(PAPER, ELSEWHERE)
     config.runs_dir = f"/shared/{HOSTILE}"
@@ -222,7 +222,7 @@ def test_values_cannot_break_out_of_a_manifest() -> None:
     assert "cd '/x y/$(z)'\n" in slurm(config, "driver", options)
 
 
-def test_a_pods_disk_is_not_enough() -> None:
+def test_kuberay_without_claim_or_url_is_refused() -> None:
     bare = ManifestOptions("image", "", ("REWARD_KEY",), "1:00:00", "/x")
     with pytest.raises(ConfigError, match="--claim PVC is mounted at runs_dir"):
         manifest(options=bare)
@@ -235,11 +235,13 @@ def test_a_pods_disk_is_not_enough() -> None:
     ("name", "plain"),
     [("ergo-7b", "ergo-7b"), ("Run_1.5 (new)", "run-1-5--new"), ("x" * 60, "x" * 47), ("—", "ergo-rl")],
 )
-def test_names_for_kubernetes(name: str, plain: str) -> None:
+def test_dns_name_is_valid_for_kubernetes(name: str, plain: str) -> None:
     assert dns_name(name) == plain
 
 
-def test_a_script_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_script_asks_for_the_hardware_and_holds_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REWARD_KEY", "sk-very-secret")
     config = load_config(PAPER, [*ELSEWHERE, "hardware.nodes=2"])
     text = slurm(config, "python -m ergo_rl.jobs train configs/ergo-7b.yaml 'name=two words'", OPTIONS)
@@ -254,7 +256,7 @@ def test_a_script_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
 
 
-def test_the_script_runs_as_slurm_would_run_it(tmp_path: Path) -> None:
+def test_slurm_script_starts_nodes_and_driver_in_order(tmp_path: Path) -> None:
     """With stand-ins for Slurm's and Ray's commands, because there is no Slurm here: what is started where, in which
     order, with which environment, and that the token's file is private and goes."""
     bin_folder, checkout = tmp_path / "bin", tmp_path / "check out"
@@ -291,7 +293,7 @@ def test_the_script_runs_as_slurm_would_run_it(tmp_path: Path) -> None:
     assert not list((checkout / "runs").iterdir()), "the token is gone"
 
 
-def test_dry_runs_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_dry_runs_print_the_manifests(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(PAPER), *ELSEWHERE, "--dry-run"]
     assert main([*arguments, "kuberay", "--claim", "c", "--secret", "HF_TOKEN"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["kind"] == "RayJob"
