@@ -18,6 +18,7 @@ from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.pool import on_one_line
 from ergo_rl.episodes.types import FloatArray, Trajectory
+from ergo_rl.errors import ErgoError
 from ergo_rl.learners.config import LearnerConfig
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ AHEAD = 2
 """Files of a state that are made before the first of them is taken."""
 
 
-class LearnerFailed(RuntimeError):
+class LearnerFailed(ErgoError, RuntimeError):
     """A learner rank failed or died; the others were stopped, because they would wait for it for ever."""
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 from ergo_rl.cluster.pool import WorkerDied
 from ergo_rl.episodes.families import ModelFamily
 from ergo_rl.episodes.types import Question, View
+from ergo_rl.errors import ErgoError
 
 
-class VerifierUnavailable(RuntimeError):
+class VerifierUnavailable(ErgoError, RuntimeError):
     """The reward model gave no answer to this question; the message says why. Never a reward of 0."""
 
 

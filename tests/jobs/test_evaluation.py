@@ -11,7 +11,7 @@ from PIL import Image
 from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts, Unplayable
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Outcome, Question, Score
-from ergo_rl.jobs.measuring.evaluation import BoxSource, Evaluation, EvaluationConfig, choose_box, wilson
+from ergo_rl.jobs.evaluation import BoxSource, Evaluation, EvaluationConfig, choose_box, wilson
 from ergo_rl.jobs.metrics import MetricsConfig
 
 TARGET = Box(10, 20, 30, 40)
@@ -27,11 +27,11 @@ def question(name: str = "q", boxes: tuple[Box, ...] = (TARGET,)) -> Question:
     ("hits", "count", "low", "high"),
     [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (81, 100, 0.7222, 0.8749), (0, 0, 0.0, 1.0)],
 )
-def test_wilson_intervals_as_published_tables_have_them(hits: int, count: int, low: float, high: float) -> None:
+def test_wilson_intervals_equal_published_tables(hits: int, count: int, low: float, high: float) -> None:
     assert wilson(hits, count) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_the_boxes_of_the_baselines() -> None:
+def test_choose_box_gives_the_boxes_of_the_baselines() -> None:
     config = EvaluationConfig(oracle_margin=1.0, random_area=0.25)
     assert choose_box(question(), BoxSource.POLICY, config) is None
     assert choose_box(question(), BoxSource.WHOLE, config) == Box(0, 0, 200, 100)
@@ -46,7 +46,7 @@ def test_the_boxes_of_the_baselines() -> None:
         choose_box(question(boxes=()), BoxSource.ORACLE, config)
 
 
-def test_agreement_of_the_region_reward_with_coverage() -> None:
+def test_evaluation_metrics_compare_region_reward_with_coverage() -> None:
     """Four crops: covered and paid, covered and not paid, not covered and paid, neither."""
 
     def group(covered: bool, paid: bool) -> Group:
@@ -66,7 +66,7 @@ def test_agreement_of_the_region_reward_with_coverage() -> None:
     assert Evaluation((), (Unplayable("bad", "no picture"),)).metrics(MetricsConfig()) == {"eval/unplayable": 1.0}
 
 
-def test_when_it_is_due() -> None:
+def test_evaluation_is_due_at_its_interval() -> None:
     config = EvaluationConfig(paths=["heldout.parquet"], every=4)
     assert [step for step in range(11) if config.due(step, 10)] == [0, 4, 8, 10]
     assert not any(EvaluationConfig(paths=["heldout.parquet"]).due(step, 10) for step in range(11))

@@ -12,8 +12,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from ergo_rl.jobs import export
+from ergo_rl.jobs.commands.export import main
 from ergo_rl.jobs.config import ConfigError, load_config
-from ergo_rl.jobs.pages.report_data import NoRun
+from ergo_rl.jobs.report_data import NotARunFolder
 from ergo_rl.jobs.saving.checkpoints import DamagedCheckpoint, Shelf
 from ergo_rl.learners.checkpoint import COUNTERS
 from ergo_rl.learners.policy import Policy
@@ -51,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("which", "step", "more"), [("", 20, 2.0), ("best", 10, 1.0), ("step-000010", 10, 1.0)])
-def test_transformers_loads_the_weights_of_the_checkpoint(
+def test_export_of_a_checkpoint_loads_in_transformers(
     run: Path, tmp_path: Path, which: str, step: int, more: float
 ) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -68,7 +69,7 @@ def test_transformers_loads_the_weights_of_the_checkpoint(
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in out.iterdir())
 
 
-def test_the_finished_policy_comes_first(run: Path, tmp_path: Path) -> None:
+def test_export_prefers_the_finished_policy(run: Path, tmp_path: Path) -> None:
     policy = run / "policy"
     policy.mkdir()
     try:
@@ -80,7 +81,7 @@ def test_the_finished_policy_comes_first(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"the last weights"
 
 
-def test_the_card_says_what_the_policy_is(run: Path, tmp_path: Path) -> None:
+def test_model_card_describes_policy_scores_and_prompts(run: Path, tmp_path: Path) -> None:
     export.export(run, tmp_path / "out", "best")
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
@@ -97,12 +98,12 @@ def test_the_card_says_what_the_policy_is(run: Path, tmp_path: Path) -> None:
     assert "The run has no evaluation of step 10." in export.model_card(config, 10, [])
 
 
-def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(NoRun, match="has no checkpoint 'step-000015'; it has: step-000010, step-000020"):
+def test_export_refusals_leave_nothing_behind(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(NotARunFolder, match="has no checkpoint 'step-000015'; it has: step-000010, step-000020"):
         export.export(run, tmp_path / "out", "step-000015")
-    with pytest.raises(NoRun, match=r"it has no config\.yaml"):
+    with pytest.raises(NotARunFolder, match=r"it has no config\.yaml"):
         export.export(tmp_path, tmp_path / "out")
-    with pytest.raises(ConfigError, match="is there already; name another folder with --out"):
+    with pytest.raises(ConfigError, match="already exists; name another folder with --out"):
         export.export(run, tmp_path)
     weights = run / "checkpoints" / "step-000010" / "learner-00000.safetensors"
     content = weights.read_bytes()
@@ -111,4 +112,4 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         export.export(run, tmp_path / "out", "step-000010")
     weights.write_bytes(content)
     assert not list(tmp_path.iterdir())
-    assert export.main([str(tmp_path)]) == 1 and "ergo-rl export: " in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1 and "ergo-rl export: " in capsys.readouterr().err

@@ -18,9 +18,10 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from ergo_rl.actors.rollout_worker import Played, facts_of
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
+from ergo_rl.jobs import report
+from ergo_rl.jobs.commands.report import main
 from ergo_rl.jobs.layout import SAMPLES, folder_of
-from ergo_rl.jobs.pages import report
-from ergo_rl.jobs.pages.report_data import NoRun, read_group, read_run
+from ergo_rl.jobs.report_data import NotARunFolder, read_group, read_run
 from ergo_rl.jobs.samples import write_group
 from scripts.fetch_chromium import chromium
 from tests.factories import trajectory, view
@@ -71,7 +72,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 
-def test_what_the_folder_says(run_folder: Path) -> None:
+def test_read_run_reads_figures_plots_and_groups(run_folder: Path) -> None:
     run = read_run(run_folder, most_groups=4)
     assert (run.name, run.steps, run.total_steps, run.groups_there) == ("story <b>", 30, 40, 15), (
         "the 31st line is not there yet"
@@ -88,7 +89,7 @@ def test_what_the_folder_says(run_folder: Path) -> None:
     assert plots["Coverage"].curves[1].points == [(0, 0.25), (15, 0.4), (30, 0.55)] and plots["Coverage"].curves[1].dots
 
 
-def test_what_a_group_says(run_folder: Path) -> None:
+def test_read_group_reads_trajectories(run_folder: Path) -> None:
     group = read_group(run_folder / SAMPLES / folder_of(10))
     assert group is not None and group.size == [840, 560] and group.targets == [[110, 110, 190, 190]]
     first, second, third = group.attempts
@@ -103,7 +104,7 @@ def test_what_a_group_says(run_folder: Path) -> None:
     assert third.unscored == "the reward model timed out"
 
 
-def test_a_group_that_is_being_written_is_not_there_yet_and_one_of_an_older_run_is(tmp_path: Path) -> None:
+def test_read_group_skips_unfinished_groups_and_reads_old_ones(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run") / SAMPLES / folder_of(0)
     (folder / "group.json").unlink()
     assert read_group(folder) is None
@@ -114,28 +115,28 @@ def test_a_group_that_is_being_written_is_not_there_yet_and_one_of_an_older_run_
     )
 
 
-def test_long_curves_are_averaged_in_bins(tmp_path: Path) -> None:
+def test_read_run_averages_long_curves_in_bins(tmp_path: Path) -> None:
     lines = [json.dumps({"step": n, "reward/total": float(n % 2)}) for n in range(1200)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (plot,) = [plot for plot in read_run(tmp_path, 1).plots if plot.title == "Reward"]
     assert len(plot.curves[0].points) == 600 and plot.curves[0].points[:2] == [(0.5, 0.5), (2.5, 0.5)]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(NoRun, match=r"is not a run's folder: it has no metrics\.jsonl"):
+def test_report_refuses_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(NotARunFolder, match=r"is not a run's folder: it has no metrics\.jsonl"):
         read_run(tmp_path, 1)
-    assert report.main([str(tmp_path)]) == 1 and "is not a run's folder" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1 and "is not a run's folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "and nothing is left behind"
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.recursive(st.text() | st.floats(allow_nan=False, allow_infinity=False) | st.none(), st.lists))
-def test_no_text_can_leave_its_script_element(value: Any) -> None:
+def test_as_json_any_text_stays_in_the_script_element(value: Any) -> None:
     written = report.as_json({"value": value})
     assert not set(written) & set("<>&\u2028\u2029") and json.loads(written) == {"value": value}
 
 
-def test_a_page_is_replaced_as_a_whole(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_replaces_the_page_atomically(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "page.html"
     report.build(run_folder, out, 2)
     first = out.read_text()
@@ -147,13 +148,13 @@ def test_a_page_is_replaced_as_a_whole(run_folder: Path, tmp_path: Path, monkeyp
     assert seen[0][0].endswith("</html>\n") and seen[0][1] == out
 
 
-def test_follow_builds_until_the_run_has_ended(tmp_path: Path) -> None:
+def test_follow_rebuilds_until_the_run_ends(tmp_path: Path) -> None:
     folder, out = write_run(tmp_path / "run"), tmp_path / "page.html"
     follower = threading.Thread(target=report.follow, args=(folder, out, 1, 0.05), daemon=True)
     follower.start()
     while not out.exists():
         assert follower.is_alive()
-    assert '"renew_s":0.05' in out.read_text() and "going on, or cut off" in out.read_text()
+    assert '"renew_s":0.05' in out.read_text() and "running, or cut off" in out.read_text()
     (folder / "ended.json").write_text('{"done": true, "why": "all steps are done"}')
     follower.join(20)
     assert not follower.is_alive() and '"renew_s":0.0' in out.read_text() and "40 steps · done" in out.read_text()
@@ -173,7 +174,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def html(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page") / "report.html"
-    assert report.main([str(run_folder), "--out", str(out)]) == 0
+    assert main([str(run_folder), "--out", str(out)]) == 0
     return out
 
 
@@ -190,7 +191,7 @@ def page(browser: Browser, html: Path) -> Iterator[Page]:
     assert complaints == []
 
 
-def test_every_plot_is_drawn_and_every_picture_loaded(page: Page, tmp_path: Path) -> None:
+def test_page_draws_every_plot_and_loads_every_image(page: Page, tmp_path: Path) -> None:
     titles = ["Reward", "Reward parts", "Coverage", "Area", "Mismatch", "Times", "Throughput"]
     assert page.locator(".plot").count() == len(titles)
     for title, plot in zip(titles, page.locator(".plot").all(), strict=True):
@@ -208,7 +209,7 @@ def test_every_plot_is_drawn_and_every_picture_loaded(page: Page, tmp_path: Path
     assert (tmp_path / "report.png").stat().st_size > 20_000, "not an empty page"
 
 
-def test_a_question_stays_text(page: Page) -> None:
+def test_page_shows_a_hostile_question_as_text(page: Page) -> None:
     assert page.title() == "story <b> · ergo-rl" and page.locator("h1").inner_text() == "story <b>"
     assert HOSTILE in str(page.locator("#step-5 h3").text_content())
     assert page.locator("#step-5 img[src='x']").count() == 0
@@ -219,7 +220,7 @@ def test_a_question_stays_text(page: Page) -> None:
     [("from", "50", 5, 15), ("to", "9", 2, 6), ("outcome", "bad_box", 15, 15), ("low", "1.5", 15, 20),
      ("high", "0", 14, 14), ("words", "step 70", 1, 3), ("words", "no such words", 0, 0)],
 )  # fmt: skip
-def test_filters(page: Page, field: str, value: str, groups: int, attempts: int) -> None:
+def test_page_filters_groups_and_trajectories(page: Page, field: str, value: str, groups: int, attempts: int) -> None:
     """45 attempts: totals 3.5, 1 + step / 100 and 0 of each step; one is unscored."""
     assert page.locator("#count").inner_text() == "15 groups with 45 fitting attempts"
     control = page.locator(f"[name={field}]")
@@ -235,7 +236,7 @@ def test_filters(page: Page, field: str, value: str, groups: int, attempts: int)
     assert page.locator("#count").inner_text().startswith("15 groups with 45")
 
 
-def test_winners_and_losers_lead_to_their_groups(page: Page) -> None:
+def test_page_links_winners_and_losers_to_their_groups(page: Page) -> None:
     assert "advantage +1.07" in page.locator("#winners .attempt").first.inner_text()
     assert "advantage \N{MINUS SIGN}1.07" in page.locator("#losers .attempt").first.inner_text()
     page.locator("[name=to]").fill("5")
@@ -243,7 +244,7 @@ def test_winners_and_losers_lead_to_their_groups(page: Page) -> None:
     assert page.evaluate("document.activeElement.id") == "step-70", "filters that hide it are taken back"
 
 
-def test_by_keyboard(page: Page) -> None:
+def test_page_works_by_keyboard(page: Page) -> None:
     for expected in ("step-0", "step-5", "step-10"):
         page.keyboard.press("j")
         assert page.evaluate("document.activeElement.id") == expected
@@ -263,7 +264,7 @@ def test_by_keyboard(page: Page) -> None:
     assert hide.get_attribute("aria-pressed") == "false" and plot.locator("path").count() == 0
 
 
-def test_on_a_phone_and_in_the_dark(browser: Browser, html: Path) -> None:
+def test_page_on_a_phone_and_in_dark_mode(browser: Browser, html: Path) -> None:
     backs = {}
     for scheme in ("light", "dark"):
         page = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from ergo_rl.episodes.types import Box, Question
-from ergo_rl.jobs.prepare import main
+from ergo_rl.jobs.commands.prepare import main
 from ergo_rl.questions.dataset import OnBadRow, QuestionsConfig, QuestionStream
 from tests.conftest import ROOT
 
@@ -187,7 +187,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
         (tmp_path / f"{count}.jsonl").write_text(line * count)
     measured = (
         "import functools, resource\n"
-        "from ergo_rl.jobs import prepare\n"
+        "from ergo_rl.jobs.commands import prepare\n"
         "from ergo_rl.questions import prepare as library\n"
         "library.write_questions = functools.partial(library.write_questions, group_bytes=8 << 20)\n"
         "def peak(count):\n"

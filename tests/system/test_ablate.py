@@ -25,7 +25,7 @@ def ablate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(TIMEOUT_S + 60)
-def test_a_row_is_trained_once_and_a_learning_rate_of_0_changes_nothing(tmp_path: Path) -> None:
+def test_ablate_trains_a_row_once_and_learning_rate_0_changes_nothing(tmp_path: Path) -> None:
     data, out = tmp_path / "questions.parquet", tmp_path / "out"
     write_questions(data, (question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(8)))
     plan = tmp_path / "plan.yaml"

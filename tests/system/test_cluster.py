@@ -1,5 +1,6 @@
 """A real cluster of two nodes with a job server: a run is submitted over HTTP, followed, given a worker on the second
-node, loses that node, is stopped, and goes on when the same name is submitted again."""
+node, loses that node, is stopped, and resumes when the same name is submitted again; and a run without a checkout, on
+nodes that have the wheel installed."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ from ray.job_submission import JobSubmissionClient
 
 from benchmarks.lives import descendants, lines_of, small_run, still
 from tests.conftest import ROOT
+from tests.system.installed import build_wheel, dependencies_only, install
 
 pytestmark = pytest.mark.system
 MANY = 5000
@@ -47,6 +49,10 @@ class TwoNodes:
     address: str
     server: str
     environment: dict[str, str]
+    python: Path
+    """Interpreter of the nodes, of their jobs and of the commands."""
+    cwd: Path = ROOT
+    """Where commands are called."""
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def add(self, *arguments: str) -> None:
@@ -57,7 +63,7 @@ class TwoNodes:
         the working directory anew while processes of the first stand in it (``overwrite=True`` of Ray's working_dir
         plugin), and those then find no files."""
         command = [
-            str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--num-gpus=0",
+            str(self.python), "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--num-gpus=0",
             f"--object-store-memory={500 * 2**20}", "--disable-usage-stats", *arguments,
         ]  # fmt: skip
         wanted, log = len(self.nodes) + 1, self.folder / f"node-{len(self.nodes)}.log"
@@ -103,15 +109,15 @@ class TwoNodes:
 
     def command(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "ergo_rl.jobs", *arguments], cwd=ROOT, env=self.environment, capture_output=True,
-            text=True, timeout=400, **options,
+            [str(self.python), "-m", "ergo_rl.jobs", *arguments], cwd=self.cwd, env=self.environment,
+            capture_output=True, text=True, timeout=400, **options,
         )  # fmt: skip
 
     @contextmanager
     def following(self, log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ergo_rl.jobs", *arguments], cwd=ROOT, env=self.environment, stdout=file,
+                [str(self.python), "-m", "ergo_rl.jobs", *arguments], cwd=self.cwd, env=self.environment, stdout=file,
                 stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:
@@ -124,6 +130,25 @@ class TwoNodes:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[TwoNodes]:
+    """On the nodes nothing of this project is installed: what they run is the checkout that travels with the job."""
+    with two_nodes(tmp_path, dependencies_only(tmp_path / "environment")) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def cluster_with_wheel(tmp_path: Path) -> Iterator[TwoNodes]:
+    """The wheel is installed on the nodes and where commands are called, a folder that holds a recipe only."""
+    python = dependencies_only(tmp_path / "environment")
+    install(python, build_wheel(tmp_path / "wheel"))
+    (mine := tmp_path / "mine").mkdir()
+    shutil.copyfile(ROOT / "configs" / "panels.yaml", mine / "mine.yaml")
+    with two_nodes(tmp_path, python) as nodes:
+        nodes.cwd = mine
+        yield nodes
+
+
+@contextmanager
+def two_nodes(folder: Path, python: Path) -> Iterator[TwoNodes]:
     """The head with one CPU, and a second node with one that has the resource ``second``."""
     home = Path(tempfile.mkdtemp(prefix="ergo-ray-", dir="/tmp"))  # Ray's sockets have short names
     port, dashboard = free_port(), free_port()
@@ -131,11 +156,12 @@ def cluster(tmp_path: Path) -> Iterator[TwoNodes]:
     # A token of its own, in the environment alone: what a job is sent must not hold it.
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     # A job's entrypoint says `python`, as it does on a cluster whose image has the environment on its PATH.
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    tools = (python.parent, Path(sys.executable).parent)  # DeepSpeed looks for ninja
+    environment["PATH"] = os.pathsep.join([*map(str, tools), os.environ.get("PATH", os.defpath)])
     # Asked of a fresh process: here a Ray of other tests may have made it 127.0.0.1, and nodes must have one address.
     asked = "from ray.util import get_node_ip_address; print(get_node_ip_address())"
     address = subprocess.check_output([sys.executable, "-c", asked], env=environment, text=True).strip()
-    nodes = TwoNodes(tmp_path, home, f"{address}:{port}", f"http://{address}:{dashboard}", environment)
+    nodes = TwoNodes(folder, home, f"{address}:{port}", f"http://{address}:{dashboard}", environment, python)
     started = time.monotonic()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
@@ -160,7 +186,7 @@ def wait_for(what: str, happened: Callable[[], bool], timeout_s: float, log: Cal
 
 
 @pytest.mark.timeout(1500)
-def test_a_job_survives_the_loss_of_a_node_and_is_gone_on_with(cluster: TwoNodes, tmp_path: Path) -> None:
+def test_a_job_survives_the_loss_of_a_node_and_resumes(cluster: TwoNodes, tmp_path: Path) -> None:
     settings = {"rollout.resources.cpus": 0.5, "learner.optimizer.total_steps": MANY, "checkpoint.every": MANY}
     overrides = small_run(tmp_path, MANY, **settings)
     submit = ["submit", "configs/panels.yaml", *overrides, "--address", cluster.server]
@@ -222,3 +248,23 @@ def test_a_job_survives_the_loss_of_a_node_and_is_gone_on_with(cluster: TwoNodes
     with urllib.request.urlopen(known, timeout=10) as answer:
         table = answer.read().decode()
     assert "run-2" in table and cluster.environment["RAY_AUTH_TOKEN"] not in table
+
+
+@pytest.mark.timeout(900)
+def test_a_job_without_a_checkout_runs_where_the_wheel_is_installed(
+    cluster_with_wheel: TwoNodes, tmp_path: Path
+) -> None:
+    cluster = cluster_with_wheel
+    models = [f"{key}={ROOT / 'models' / 'panels-policy'}" for key in ("learner.model", "rollout.engine.model")]
+    models.append(f"reward.verifier.engine.model={ROOT / 'models' / 'panels-reward'}")
+    overrides = small_run(tmp_path, 2, **{"rollout.resources.cpus": 0.5})
+    done = cluster.command("submit", "mine.yaml", *overrides, *models, "--address", cluster.server)
+    assert done.returncode == 0 and "run-1: SUCCEEDED" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "No checkout travels with this job" in done.stdout
+    assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    where = 'python -c "import ergo_rl.jobs.cli as cli; print(cli.__file__)"'
+    bearer = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
+    client: Any = JobSubmissionClient(cluster.server, headers=bearer)
+    job = client.submit_job(entrypoint=where)
+    wait_for("the answer of a job", lambda: client.get_job_status(job).is_terminal(), 60, str)
+    assert str(tmp_path / "environment") in client.get_job_logs(job), "the code was the wheel's"

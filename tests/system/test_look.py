@@ -53,7 +53,7 @@ def evaluate(out: Path, paths: list[str], *arguments: str) -> list[dict[str, Any
     command = [
         sys.executable,
         "-m",
-        "ergo_rl.jobs.measuring.evaluate",
+        "ergo_rl.jobs.commands.evaluate",
         "configs/panels.yaml",
         "embedded.panels=null",
         *paths,
@@ -125,7 +125,7 @@ def inside(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
 
 
 @pytest.mark.timeout(3 * TIMEOUT_S)
-def test_served_by_vllm_it_answers_as_in_the_job(inside: Inside, exported: Path, tmp_path: Path) -> None:
+def test_evaluate_behind_vllm_serve_equals_engines_of_the_job(inside: Inside, exported: Path, tmp_path: Path) -> None:
     assert len(inside.records) == 3 * 2 * QUESTIONS and not any(one["failure"] for one in inside.records)
     report = json.loads((inside.folder / "evaluation.json").read_text())
     at = {(one["mode"], one["budget"]): one for one in report["figures"]}
@@ -250,7 +250,7 @@ def test_ergo_rl_serve_answers_the_openai_client(service: Service, inside: Insid
 
 
 @pytest.mark.timeout(TIMEOUT_S)
-def test_answer_plays_on_an_engine_of_its_own(inside: Inside, exported: Path, tmp_path: Path) -> None:
+def test_answer_replies_equal_those_of_evaluate(inside: Inside, exported: Path, tmp_path: Path) -> None:
     one = inside.questions[0]
     (tmp_path / "scene.png").write_bytes(one.image)  # type: ignore[arg-type]
     command = [sys.executable, "-m", "ergo_rl.jobs.cli", "answer", str(tmp_path / "scene.png"), one.text]
