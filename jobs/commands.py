@@ -16,8 +16,8 @@ from ergo_rl.jobs.proof import WeightsDiffer
 from ergo_rl.jobs.saving.checkpoints import DamagedCheckpoint
 from ergo_rl.learners.learner_group import LearnerFailed
 from ergo_rl.rewards.config import Backend
-from ergo_rl.rewards.reward_pool import RewardPool
-from ergo_rl.rewards.verifier import VerifierUnavailable
+from ergo_rl.rewards.endpoint import VerifierUnavailable
+from ergo_rl.rewards.pool import RewardPool
 
 DEFAULT_RECIPE = "configs/panels.yaml"
 EXPECTED = (

@@ -34,7 +34,7 @@ from ergo_rl.jobs.metrics import MetricsConfig
 from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.rewards.config import Backend, RewardConfig
-from ergo_rl.rewards.tce import terms_of, weights_of
+from ergo_rl.rewards.terms import load_terms, term_weights
 
 _SHOWN = 400
 """Characters of a value or a reason that a message shows."""
@@ -228,7 +228,7 @@ def check(config: TrainConfig) -> None:
     problems += [(True, message) for message in out_of_range(config)]
     try:
         config.weights.for_roles(learner.resources, rollout.resources)
-        terms_of(config.reward), weights_of(config.reward)
+        load_terms(config.reward), term_weights(config.reward)
         for own in filter(None, (episode.family, config.reward.verifier.family)):
             imported(own, ModelFamily)
         if is_path(learner.loss.objective):

@@ -29,7 +29,7 @@ from ergo_rl.cluster.compat import join_with_token, keep_ray_local
 from ergo_rl.jobs.commands import EXPECTED, explain
 from ergo_rl.jobs.config import ConfigError
 from ergo_rl.jobs.run import Run
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ergo_rl.episodes import images
 from ergo_rl.episodes.questions import DatasetError
 from ergo_rl.episodes.types import Box, Question, Score
 from ergo_rl.jobs.metrics import Metrics, MetricsConfig, covered_and_paid, reward_metrics, rollout_metrics
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 
 Z = 1.959964
 """Of a 95 % interval."""

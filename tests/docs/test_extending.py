@@ -25,9 +25,8 @@ from ergo_rl.learners.batch import Batcher, Sample
 from ergo_rl.learners.config import LearnerConfig, LossConfig
 from ergo_rl.learners.objectives import Objective, objective_named
 from ergo_rl.learners.policy import Policy
-from ergo_rl.rewards.base import RewardTerm
 from ergo_rl.rewards.config import RewardConfig
-from ergo_rl.rewards.tce import TotalReward
+from ergo_rl.rewards.terms import RewardTerm, TotalReward
 from tests.conftest import ROOT
 from tests.episodes.test_coarse_to_fine import QUESTION, READ
 from tests.factories import tiny_model
@@ -164,11 +163,11 @@ def test_an_own_family_is_for_its_own_type_of_model(tmp_path: Path) -> None:
         (
             "my_terms:Short",
             RewardTerm,
-            "my_terms has nothing of that name; it must be a subclass of ergo_rl.rewards.base.Rew",
+            "my_terms has nothing of that name; it must be a subclass of ergo_rl.rewards.terms.Rew",
         ),
-        ("my_terms:LIMIT", RewardTerm, "my_terms has 40; it must be a subclass of ergo_rl.rewards.base.RewardTerm"),
+        ("my_terms:LIMIT", RewardTerm, "my_terms has 40; it must be a subclass of ergo_rl.rewards.terms.RewardTerm"),
         ("my_terms:ShortThought", Objective, "it must be a subclass of ergo_rl.learners.objectives.Objective"),
-        ("ergo_rl.rewards.base:RewardTerm", RewardTerm, "leaves out __call__ of ergo_rl.rewards.base.RewardTerm"),
+        ("ergo_rl.rewards.terms:RewardTerm", RewardTerm, "leaves out __call__ of ergo_rl.rewards.terms.RewardTerm"),
         ("my_broken:Term", RewardTerm, "my_broken:Term cannot be imported: ZeroDivisionError: division by zero"),
         ("my_needy:Term", RewardTerm, "my_needy:Term cannot be imported: ModuleNotFoundError: .*'no_such_package'$"),
     ],

@@ -25,7 +25,7 @@ from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.learners.learner_group import LearnerGroup
 from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 from tests.conftest import ROOT
 
 START_S = 300
