@@ -253,8 +253,9 @@ def named_terms(terms: Mapping[str, TermSource] | Iterable[TermSource]) -> dict[
 def _build(source: TermSource, config: RewardConfig) -> RewardTerm:
     if isinstance(source, RewardTerm):
         return source
-    if isinstance(source, type) and issubclass(source, RewardTerm):
-        return source(config)
+    if isinstance(source, type):
+        term: RewardTerm = source(config)
+        return term
     return FunctionTerm(config, source)
 
 
