@@ -232,7 +232,7 @@ def check(config: TrainConfig) -> None:
         for own in filter(None, (episode.family, config.reward.verifier.family)):
             imported(own, ModelFamily)
         if is_path(learner.loss.objective):
-            from ergo_rl.learners.objectives import objective_named  # loads torch
+            from ergo_rl.learners.losses import objective_named  # loads torch
 
             objective_named(learner.loss.objective)
         for prompts in (episode.prompts, config.reward.verifier.prompts):

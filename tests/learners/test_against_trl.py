@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from ergo_rl.learners.config import LossConfig, ObjectiveName
-from ergo_rl.learners.losses import TokenBatch, policy_loss
-from ergo_rl.learners.objectives import OBJECTIVES
+from ergo_rl.learners.losses import OBJECTIVES, TokenBatch, policy_loss
 
 TrlLoss = Callable[[SimpleNamespace, None, dict[str, torch.Tensor]], torch.Tensor]
 NAMES = {
@@ -82,7 +81,7 @@ def by_trl(trl_loss: TrlLoss, batch: TokenBatch, config: LossConfig) -> tuple[to
 
 @pytest.mark.parametrize("width", [0.01, 0.5], ids=["near", "far"])
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradient(trl_loss: TrlLoss, name: ObjectiveName, width: float) -> None:
+def test_loss_and_gradient_equal_trls(trl_loss: TrlLoss, name: ObjectiveName, width: float) -> None:
     for seed in range(5):
         batch = batch_of(seed, width)
         config = LossConfig(objective=name, clip_low=0.2, clip_high=0.28, longest_reply=16)
@@ -94,7 +93,7 @@ def test_loss_and_gradient(trl_loss: TrlLoss, name: ObjectiveName, width: float)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name is not ObjectiveName.CISPO])
-def test_dual_clip(trl_loss: TrlLoss, name: ObjectiveName) -> None:
+def test_dual_clip_equals_trls(trl_loss: TrlLoss, name: ObjectiveName) -> None:
     batch, denominator = batch_of(1, 0.5), OBJECTIVES[name].denominator(LENGTHS)
     config = LossConfig(objective=name, dual_clip=1.22)
     ours, unbounded = (policy_loss(batch, one)[0].item() / denominator for one in (config, LossConfig(objective=name)))
@@ -103,7 +102,7 @@ def test_dual_clip(trl_loss: TrlLoss, name: ObjectiveName) -> None:
 
 
 @pytest.mark.parametrize("name", [ObjectiveName.DAPO, ObjectiveName.GRPO])
-def test_divergence_has_the_gradient_of_the_corrected_estimator(trl_loss: TrlLoss, name: ObjectiveName) -> None:
+def test_kl_has_the_gradient_of_trls_corrected_estimator(trl_loss: TrlLoss, name: ObjectiveName) -> None:
     """TRL's differentiable ratio x k3 (DeepSeek-V3.2) has another value than our detached ratio x k2, and exactly the
     same gradient; its value is the one that we report."""
     batch, config = batch_of(2, 0.4), LossConfig(objective=name, kl=0.3, mismatch_low=0.0, mismatch_high=1e9)
@@ -117,7 +116,7 @@ def test_divergence_has_the_gradient_of_the_corrected_estimator(trl_loss: TrlLos
     assert found.entropy == pytest.approx(metrics["entropy"][0], abs=1e-6)
 
 
-def test_the_clip_share_is_theirs(trl_loss: TrlLoss) -> None:
+def test_clip_share_equals_trls(trl_loss: TrlLoss) -> None:
     batch = batch_of(3, 0.4)
     found = policy_loss(batch, LossConfig())[1].means()
     assert found is not None and 0.1 < found.clip_share < 0.9

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ergo_rl.episodes.types import Trajectory
-from ergo_rl.learners.batch import Batcher, Sample, end_to_end, expand, side_by_side
+from ergo_rl.learners.batch import Batcher, Sample, expand, pack_bins, pad_bins
 from ergo_rl.learners.config import Packing
 from tests.factories import FAMILY, IDS, IMAGE_PAD, shared_view, trajectory, view
 
@@ -26,7 +26,7 @@ def batcher(tiny: Path) -> Batcher:
     return Batcher(FAMILY, AutoImageProcessor.from_pretrained(tiny), IMAGE_PAD, IDS["<|im_end|>"], 120, Packing.NONE)
 
 
-def test_placeholders_are_expanded_once() -> None:
+def test_expand_repeats_placeholders_once() -> None:
     one = trajectory(replies=(5, 7), coarse=view(3, 2), crop=view(2, 4))
     row = expand(Sample(one, (1.0,)), FAMILY, IMAGE_PAD)
     # turn 1: 3 + 1 + (3 x 2) + 1 + 4 = 15 prompt tokens, then 5; turn 2: 4 + 1 + (2 x 4) + 1 + 4 = 18, then 7
@@ -41,7 +41,7 @@ def test_placeholders_are_expanded_once() -> None:
     assert row.turns[row.loss_mask].tolist() == [1] * 5 + [2] * 7 and not row.turns[~row.loss_mask].any()
 
 
-def test_a_sampled_placeholder_is_refused() -> None:
+def test_expand_refuses_a_sampled_placeholder() -> None:
     one = trajectory(name="odd")
     turn = one.turns[0]
     sampled = replace(turn, completion_ids=np.array([IMAGE_PAD, *turn.completion_ids[1:]], np.int32))
@@ -54,7 +54,9 @@ def with_engine_length(one: Trajectory, length: int) -> Trajectory:
     return replace(one, turns=(*one.turns[:-1], replace(one.turns[-1], engine_prompt_length=length)))
 
 
-def test_another_length_in_the_engine_leaves_the_loss(batcher: Batcher, caplog: pytest.LogCaptureFixture) -> None:
+def test_plan_drops_a_trajectory_with_another_length_in_the_engine(
+    batcher: Batcher, caplog: pytest.LogCaptureFixture
+) -> None:
     good, bad = trajectory("good"), with_engine_length(trajectory("bad", 3), 39)
     with caplog.at_level(logging.WARNING):
         plan = batcher.plan([Sample(good, (1.0,)), Sample(bad, (1.0,))])
@@ -63,13 +65,13 @@ def test_another_length_in_the_engine_leaves_the_loss(batcher: Batcher, caplog: 
     assert "'bad', sample 3" in caplog.text and "(15, 39)" in caplog.text and "(15, 38)" in caplog.text
 
 
-def test_unscored_trajectories_leave_the_loss(batcher: Batcher) -> None:
+def test_plan_drops_unscored_trajectories(batcher: Batcher) -> None:
     plan = batcher.plan([Sample(trajectory(), (math.nan,)), Sample(trajectory(sample=1), (0.5,))])
     (row,) = plan.rows
     assert set(row.advantages[row.loss_mask].tolist()) == {0.5}
 
 
-def test_each_turn_has_its_own_advantage() -> None:
+def test_expand_gives_each_turn_its_own_advantage() -> None:
     one = trajectory()
     row = expand(Sample(one, (0.5, -2.0)), FAMILY, IMAGE_PAD)
     replies = [len(turn.completion_ids) for turn in one.turns]
@@ -79,13 +81,13 @@ def test_each_turn_has_its_own_advantage() -> None:
         Sample(one, (1.0, 2.0, 3.0))
 
 
-def test_a_rank_with_nothing_scored_keeps_one_silent_row(batcher: Batcher) -> None:
+def test_plan_keeps_one_row_without_loss_when_nothing_is_scored(batcher: Batcher) -> None:
     plan = batcher.plan([Sample(trajectory(sample=place), (math.nan,)) for place in range(3)])
     (batch,) = batcher.batches(plan)
     assert plan.lengths == [0] and not batch.loss_mask.any() and batch.input_ids.shape[0] == 1
 
 
-def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
+def test_batches_hold_every_token_and_image(batcher: Batcher) -> None:
     shared = shared_view(3, 2, 9)
     some = [
         trajectory(f"q{n}", n, replies=(4 + n, 3) if n % 2 else (6 + n,), coarse=shared, crop=view(2 + n, 2, n))
@@ -115,7 +117,7 @@ def test_micro_batches_hold_every_token_and_image(batcher: Batcher) -> None:
     assert sum(batch.input_ids.numel() for batch in batches) == plan.passed_tokens
 
 
-def test_a_shared_view_is_processed_once(batcher: Batcher) -> None:
+def test_batches_process_a_shared_view_once(batcher: Batcher) -> None:
     processed: list[int] = []
 
     class Counting:
@@ -130,10 +132,10 @@ def test_a_shared_view_is_processed_once(batcher: Batcher) -> None:
     assert len(processed) == 1 + 5
     assert sum(len(batch.image_grid_thw) for batch in batches) == 10
     for members, batch in zip(counting.plan([Sample(one, (1.0,)) for one in some]).bins, batches, strict=True):
-        assert len(batch.view_grids) == 1 + len(members) and batch.shown.tolist()[::2] == [0] * len(members)
+        assert len(batch.view_grids) == 1 + len(members) and batch.view_index.tolist()[::2] == [0] * len(members)
 
 
-def test_silent_batches_fill_up(batcher: Batcher) -> None:
+def test_batches_without_loss_fill_up_to_the_count(batcher: Batcher) -> None:
     plan = batcher.plan([Sample(trajectory(), (1.0,))])
     first, *others = batcher.batches(plan, 3)
     assert [bool(batch.loss_mask.any()) for batch in (first, *others)] == [True, False, False]
@@ -150,23 +152,23 @@ def test_micro_batch_refuses_unequal_lengths(batcher: Batcher) -> None:
         replace(batch, advantages=torch.zeros(1))
 
 
-def test_side_by_side_by_hand() -> None:
+def test_pad_bins_by_hand() -> None:
     # longest first: 9 | 6 5 (2 x 6 = 12) | 4 3 3 (3 x 4 = 12) | 2
-    assert side_by_side([3, 9, 4, 6, 2, 5, 3], 12) == ((1,), (3, 5), (2, 0, 6), (4,))
-    assert side_by_side([50], 12) == ((0,),)
+    assert pad_bins([3, 9, 4, 6, 2, 5, 3], 12) == ((1,), (3, 5), (2, 0, 6), (4,))
+    assert pad_bins([50], 12) == ((0,),)
 
 
-def test_end_to_end_by_hand() -> None:
+def test_pack_bins_by_hand() -> None:
     # in their order: 3 + 9 = 12 | 4 + 6 + 2 = 12 | 5 + 3
-    assert end_to_end([3, 9, 4, 6, 2, 5, 3], 12) == ((0, 1), (2, 3, 4), (5, 6))
-    assert end_to_end([50, 5], 12) == ((0,), (1,))
+    assert pack_bins([3, 9, 4, 6, 2, 5, 3], 12) == ((0, 1), (2, 3, 4), (5, 6))
+    assert pack_bins([50, 5], 12) == ((0,), (1,))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 200))
-def test_everything_is_shared_out_within_the_budget(lengths: list[int], budget: int) -> None:
+def test_bins_hold_every_row_within_the_budget(lengths: list[int], budget: int) -> None:
     for bins, tokens in (
-        (side_by_side(lengths, budget), lambda members: len(members) * max(lengths[index] for index in members)),
-        (end_to_end(lengths, budget), lambda members: sum(lengths[index] for index in members)),
+        (pad_bins(lengths, budget), lambda members: len(members) * max(lengths[index] for index in members)),
+        (pack_bins(lengths, budget), lambda members: sum(lengths[index] for index in members)),
     ):
         assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
         assert all(len(members) == 1 or tokens(members) <= budget for members in bins)

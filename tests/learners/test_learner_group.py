@@ -18,7 +18,14 @@ from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.resources import Resources
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
-from ergo_rl.learners.learner_group import LearnerFailed, LearnerGroup, Share, TrainingGroup, assign, cut
+from ergo_rl.learners.learner_group import (
+    LearnerFailed,
+    LearnerGroup,
+    RankBatch,
+    TrainingGroup,
+    balanced_split,
+    shard_groups,
+)
 from tests.factories import trajectory, view
 
 
@@ -27,35 +34,35 @@ def group(name: str, advantages: tuple[float, ...], tokens: tuple[int, ...]) -> 
     return TrainingGroup(name, f"reference to {name}", by_turn, tokens)  # type: ignore[arg-type]
 
 
-def test_ranks_share_the_cost() -> None:
+def test_shard_groups_balances_the_cost() -> None:
     groups = [group("a", (1.0, 2.0), (10, 10)), group("b", (3.0, 4.0, 5.0), (20, 15, 10))]
-    assert assign(groups, 2) == [
-        [Share("reference to a", (0, 1), ((1.0,), (2.0,))), Share("reference to b", (0,), ((3.0,),))],
-        [Share("reference to b", (1, 2), ((4.0,), (5.0,)))],
+    assert shard_groups(groups, 2) == [
+        [RankBatch("reference to a", (0, 1), ((1.0,), (2.0,))), RankBatch("reference to b", (0,), ((3.0,),))],
+        [RankBatch("reference to b", (1, 2), ((4.0,), (5.0,)))],
     ]
 
 
-def test_what_is_not_scored_costs_nothing() -> None:
-    shares = assign([group("a", (math.nan, math.nan, 1.0, 2.0), (500, 500, 10, 10))], 2)
+def test_shard_groups_counts_unscored_trajectories_as_free() -> None:
+    shares = shard_groups([group("a", (math.nan, math.nan, 1.0, 2.0), (500, 500, 10, 10))], 2)
     assert [share.members for rank in shares for share in rank] == [(0, 1, 2), (3,)]
 
 
-def test_a_rank_without_work_still_has_something_to_run() -> None:
-    first, second = assign([group("a", (1.0,), (10,))], 2)
+def test_shard_groups_gives_an_idle_rank_one_trajectory_without_loss() -> None:
+    first, second = shard_groups([group("a", (1.0,), (10,))], 2)
     working, idle = sorted([first[0], second[0]], key=lambda share: math.isnan(share.advantages[0][0]))
     assert working.advantages == ((1.0,),) and math.isnan(idle.advantages[0][0]) and idle.members == (0,)
 
 
-def test_groups_must_be_whole() -> None:
+def test_group_with_unequal_lengths_is_refused() -> None:
     with pytest.raises(ValueError, match="'a': 2 advantages, 1 lengths"):
         group("a", (1.0, 2.0), (10,))
     with pytest.raises(ValueError, match="no trajectories"):
-        assign([], 2)
+        shard_groups([], 2)
 
 
 @given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 8))
-def test_cut_loses_nothing_and_is_balanced(costs: list[int], parts: int) -> None:
-    pieces = cut(costs, parts)
+def test_balanced_split_loses_nothing_and_is_balanced(costs: list[int], parts: int) -> None:
+    pieces = balanced_split(costs, parts)
     assert len(pieces) == parts
     assert [index for piece in pieces for index in piece] == list(range(len(costs)))
     share = sum(costs) / parts
@@ -83,10 +90,10 @@ def logprobs_of(
     from transformers import AutoImageProcessor
 
     from ergo_rl.learners.batch import Batcher, Sample
-    from ergo_rl.learners.policy import Policy
+    from ergo_rl.learners.model import PolicyModel
     from tests.factories import FAMILY, IDS, IMAGE_PAD
 
-    policy = Policy(LearnerConfig(model=str(model)))
+    policy = PolicyModel(LearnerConfig(model=str(model)))
     if weights is not None:
         policy.vlm.load_state_dict(weights)
     batcher = Batcher(FAMILY, AutoImageProcessor.from_pretrained(model), IMAGE_PAD, IDS["<|im_end|>"], 1)
@@ -105,7 +112,7 @@ def furthest(some: list[np.ndarray], others: list[np.ndarray]) -> float:
 
 @pytest.mark.system
 @pytest.mark.timeout(600)
-def test_two_ranks_of_zero_3(
+def test_two_zero3_ranks_update_save_restore_and_fail(
     ray_cluster: Cluster, tiny: Path, tmp_path: Path, played: list[tuple[Trajectory, ...]]
 ) -> None:
     """Update, log-probs, weights, export, state and restore, and the death of a rank: one story, because starting two
@@ -144,12 +151,12 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
     await learners.export(folder / "export")
     state = await state_of(learners)
     at_save = await learners.update(groups)
-    moved = await weights_of(learners)
+    moved = await all_weights(learners)
     assert await learners.restore(state) == 1
     assert furthest(await learners.logprobs(references[0]), after) == 0.0
     again = await learners.update(groups)  # the optimiser's moments were restored, too
     assert again["learner/loss"] == at_save["learner/loss"]
-    assert bitwise(await weights_of(learners), moved)
+    assert bitwise(await all_weights(learners), moved)
 
     ray.kill(learners._actors[1])
     with pytest.raises(LearnerFailed, match="learner rank 1 died in update"):
@@ -159,9 +166,9 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
     for ranks, stage in ((2, 3), (1, 2)):
         other = await LearnerGroup.launch(cluster, replace(config, ranks=ranks, zero_stage=stage))
         assert await other.restore(state) == 1
-        assert bitwise(await weights_of(other), await files_of(buckets))
+        assert bitwise(await all_weights(other), await files_of(buckets))
         await other.update(groups)
-        found = await weights_of(other)
+        found = await all_weights(other)
         assert bitwise(found, moved) or (ranks == 1 and close(found, moved))
         await other.close()
 
@@ -194,7 +201,7 @@ async def files_of(references: Sequence[ray.ObjectRef]) -> dict[str, torch.Tenso
     return tensors
 
 
-async def weights_of(learners: LearnerGroup) -> dict[str, torch.Tensor]:
+async def all_weights(learners: LearnerGroup) -> dict[str, torch.Tensor]:
     return await files_of(await learners.weights())
 
 
@@ -209,7 +216,7 @@ def close(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.mark.system
-def test_a_failure_names_rank_and_cause(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_failed_start_names_rank_and_cause(ray_cluster: Cluster, tmp_path: Path) -> None:
     config = LearnerConfig(model=str(tmp_path / "nothing-here"), resources=Resources(cpus=0.1))
     with pytest.raises(LearnerFailed, match=r"(?s)learner rank 0 failed in start: .*nothing-here"):
         asyncio.run(LearnerGroup.launch(ray_cluster, config))

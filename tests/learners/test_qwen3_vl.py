@@ -14,7 +14,7 @@ from ergo_rl.episodes.families import Qwen3VL, family_of
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.learners.batch import Batcher, MicroBatch, Sample
 from ergo_rl.learners.config import LearnerConfig, Packing
-from ergo_rl.learners.policy import Policy
+from ergo_rl.learners.model import PolicyModel
 from ergo_rl.learners.tiny import TinyConfig, make_model, make_processor, save_folder
 from tests.factories import IDS, IMAGE_PAD, trajectory, view
 
@@ -65,17 +65,19 @@ def batch_of(batcher: Batcher, some: list[Trajectory]) -> MicroBatch:
     return batch
 
 
-def test_the_folder_is_of_its_family_and_the_tower_feeds_two_layers(folder: Path) -> None:
+def test_folder_is_of_its_family_and_the_tower_feeds_two_layers(folder: Path) -> None:
     assert isinstance(family_of(str(folder)), Qwen3VL)
-    policy = Policy(LearnerConfig(model=str(folder)))
+    policy = PolicyModel(LearnerConfig(model=str(folder)))
     assert len(policy.vlm.model.visual.deepstack_merger_list) == 2
     assert policy.vlm.config.text_config.rope_parameters["mrope_interleaved"]
 
 
 @torch.no_grad()
-def test_logprobs_are_those_of_transformers_own_forward(folder: Path, batcher: Batcher, some: list[Trajectory]) -> None:
+def test_logprobs_equal_those_of_transformers_own_forward(
+    folder: Path, batcher: Batcher, some: list[Trajectory]
+) -> None:
     """From full logits of each unpadded row, its own pixels given to transformers' own forward pass."""
-    policy = Policy(LearnerConfig(model=str(folder), packing=Packing.NONE))
+    policy = PolicyModel(LearnerConfig(model=str(folder), packing=Packing.NONE))
     for one in some:
         batch = batch_of(batcher, [one])
         states = policy.vlm.model(
@@ -92,17 +94,17 @@ def test_logprobs_are_those_of_transformers_own_forward(folder: Path, batcher: B
         )
 
 
-def test_packed_and_padded_rows_with_shared_views_have_one_gradient(
+def test_gradient_is_the_same_packed_and_padded_with_shared_views(
     folder: Path, batcher: Batcher, some: list[Trajectory]
 ) -> None:
     batch = batch_of(batcher, some)
-    assert (batch.attention_mask == 0).any() and len(batch.view_grids) == 6 < len(batch.shown) == 8
+    assert (batch.attention_mask == 0).any() and len(batch.view_grids) == 6 < len(batch.view_index) == 8
     outcomes = []
     for packing in Packing:
-        policy = Policy(LearnerConfig(model=str(folder), packing=packing))
+        policy = PolicyModel(LearnerConfig(model=str(folder), packing=packing))
         logprobs, _ = policy(batch, 1.0, ())
         (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
-        gradients = {name: weight.grad for name, weight in policy.named_weights()}
+        gradients = {name: weight.grad for name, weight in policy.vlm.named_parameters()}
         missing = [name for name, gradient in gradients.items() if gradient is None]
         assert not missing
         outcomes.append((logprobs.detach(), torch.cat([one.double().flatten() for one in gradients.values()])))
@@ -111,8 +113,8 @@ def test_packed_and_padded_rows_with_shared_views_have_one_gradient(
     assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-def test_a_silent_batch_reaches_every_parameter(folder: Path, batcher: Batcher, some: list[Trajectory]) -> None:
-    policy = Policy(LearnerConfig(model=str(folder)))
-    policy(batch_of(batcher, some).silent(), 1.0, ())[0].sum().backward()
-    for name, weight in policy.named_weights():
+def test_batch_without_loss_reaches_every_parameter(folder: Path, batcher: Batcher, some: list[Trajectory]) -> None:
+    policy = PolicyModel(LearnerConfig(model=str(folder)))
+    policy(batch_of(batcher, some).without_loss(), 1.0, ())[0].sum().backward()
+    for name, weight in policy.vlm.named_parameters():
         assert weight.grad is not None and not weight.grad.any(), name

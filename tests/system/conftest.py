@@ -52,7 +52,7 @@ class Stack:
 
         def on_learner(rank: Any) -> int:
             generator = torch.Generator().manual_seed(seed)
-            weights = dict(rank._learner.policy.named_weights())
+            weights = dict(rank._learner.policy.vlm.named_parameters())
             with torch.no_grad():
                 for weight in weights.values():
                     spread = float(weight.std()) if weight.numel() > 1 else 0.0
@@ -66,7 +66,7 @@ class Stack:
         """Have the learner keep a copy of its weights."""
 
         def on_learner(rank: Any) -> None:
-            rank.kept = {name: weight.detach().clone() for name, weight in rank._learner.policy.named_weights()}
+            rank.kept = {name: weight.detach().clone() for name, weight in rank._learner.policy.vlm.named_parameters()}
 
         await self.learners._actors[0].__ray_call__.remote(on_learner)
 
@@ -75,7 +75,7 @@ class Stack:
 
         def on_learner(rank: Any) -> None:
             with torch.no_grad():
-                for name, weight in rank._learner.policy.named_weights():
+                for name, weight in rank._learner.policy.vlm.named_parameters():
                     now = weight.detach().clone()
                     weight.copy_(rank.kept[name])
                     rank.kept[name] = now

@@ -17,10 +17,8 @@ import numpy as np
 import torch
 
 from ergo_rl.episodes.types import Trajectory
-from ergo_rl.learners import zero
-from ergo_rl.learners.adapters import weights_of
-from ergo_rl.learners.attention import implementation
-from ergo_rl.learners.batch import Plan, Sample
+from ergo_rl.learners import deepspeed_engine
+from ergo_rl.learners.batch import MicroBatchPlan, Sample
 from ergo_rl.learners.config import (
     Dtype,
     LearnerConfig,
@@ -31,6 +29,8 @@ from ergo_rl.learners.config import (
     Packing,
 )
 from ergo_rl.learners.learner import Learner, Rank
+from ergo_rl.learners.lora import named_weights
+from ergo_rl.learners.model import attn_implementation
 from tests.factories import trajectory, view
 
 ADVANTAGES = (1.5, -0.5, 0.25, -1.0, 0.0, 2.0, -0.75, math.nan, 0.5, -1.5)
@@ -64,13 +64,15 @@ def share(place: Rank) -> list[Sample]:
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
-    return {name: safe_get_full_grad(parameter).clone() for name, parameter in learner.policy.named_weights()}
+    parameters = learner.policy.vlm.named_parameters()
+    return {name: safe_get_full_grad(parameter).clone() for name, parameter in parameters}
 
 
 def masters(learner: Learner) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in learner.policy.named_weights()}
+    parameters = learner.policy.vlm.named_parameters()
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in parameters}
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
@@ -87,11 +89,11 @@ def config_of(model: str, place: Rank, **changes: Any) -> LearnerConfig:
 
 def lay(learner: Learner, packing: Packing) -> None:
     """Rows end to end or side by side, from now on."""
-    learner.policy.vlm.set_attn_implementation(implementation(replace(learner.config, packing=packing)))
+    learner.policy.vlm.set_attn_implementation(attn_implementation(replace(learner.config, packing=packing)))
     learner.policy.packing, learner.batcher = packing, replace(learner.batcher, packing=packing)
 
 
-def split(plan: Plan, count: int, packing: Packing) -> Plan:
+def split(plan: MicroBatchPlan, count: int, packing: Packing) -> MicroBatchPlan:
     """The same rows in so many micro-batches, or as many as there are rows."""
     pieces = np.array_split(np.arange(len(plan.rows)), min(count, len(plan.rows)))
     return replace(plan, bins=tuple(tuple(piece.tolist()) for piece in pieces), packing=packing)
@@ -166,10 +168,10 @@ def adapted(model: str, place: Rank, budget: int, out: Path) -> dict[str, Any]:
         learner.update(share(place))
     found["published"] = weights(learner)
     found["adapters"] = {}
-    for weight in weights_of(learner.policy.vlm):
+    for weight in named_weights(learner.policy.vlm):
         if weight.adapter is not None:
             down, up, scale = weight.adapter
-            with zero.gathered([down, up], 3):
+            with deepspeed_engine.gather_params([down, up], 3):
                 found["adapters"][weight.name] = down.detach().clone(), up.detach().clone(), scale
     scored = [one.trajectory for one in samples() if not math.isnan(one.advantages[0])]
     found["logprobs"] = [torch.from_numpy(one) for one in learner.logprobs(scored)]

@@ -1,4 +1,5 @@
-"""Log-probs of the policy against transformers' own full-sequence logits, and padding against none."""
+"""Log-probs of the policy against transformers' own full-sequence logits, rows padded against rows end to end, and the
+head's hand-written gradient against autograd's."""
 
 import math
 from dataclasses import replace
@@ -8,24 +9,23 @@ import pytest
 import torch
 
 from ergo_rl.episodes.types import Trajectory, View
-from ergo_rl.learners import head as head_module
-from ergo_rl.learners.attention import boundaries
-from ergo_rl.learners.batch import Batcher, Plan, Sample, expand
+from ergo_rl.learners import model as module
+from ergo_rl.learners.batch import Batcher, MicroBatchPlan, Sample, expand
 from ergo_rl.learners.config import Attention, Dtype, LearnerConfig, Packing
-from ergo_rl.learners.policy import Policy
+from ergo_rl.learners.model import LogProbHead, PolicyModel, varlen_kwargs
 from tests.factories import FAMILY, IDS, IMAGE_PAD, trajectory, view
 
 BANNED = tuple(sorted(IDS[token] for token in FAMILY.vision_tokens))
 
 
 @pytest.fixture(scope="module")
-def policy(tiny: Path) -> Policy:
+def policy(tiny: Path) -> PolicyModel:
     """Rows padded: the plain way, which packing is compared with."""
-    return Policy(LearnerConfig(model=str(tiny), packing=Packing.NONE))
+    return PolicyModel(LearnerConfig(model=str(tiny), packing=Packing.NONE))
 
 
 @pytest.fixture(scope="module")
-def batcher(tiny: Path, policy: Policy) -> Batcher:
+def batcher(tiny: Path, policy: PolicyModel) -> Batcher:
     from transformers import AutoImageProcessor
 
     return Batcher(FAMILY, AutoImageProcessor.from_pretrained(tiny), IMAGE_PAD, IDS["<|im_end|>"], 4096, Packing.NONE)
@@ -47,12 +47,12 @@ def some() -> list[Trajectory]:
     ]
 
 
-def alone(batcher: Batcher, one: Trajectory) -> Plan:
+def alone(batcher: Batcher, one: Trajectory) -> MicroBatchPlan:
     return batcher.plan([Sample(one, (1.0,))])
 
 
 def reference(
-    policy: Policy, batcher: Batcher, one: Trajectory, temperature: float
+    policy: PolicyModel, batcher: Batcher, one: Trajectory, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs, entropy) of the sampled tokens from the full logits of an unpadded sequence, without our shift."""
     (batch,) = batcher.batches(alone(batcher, one))
@@ -72,8 +72,8 @@ def reference(
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_the_sampled_distribution(
-    policy: Policy, batcher: Batcher, some: list[Trajectory], temperature: float
+def test_logprobs_equal_those_of_full_logits(
+    policy: PolicyModel, batcher: Batcher, some: list[Trajectory], temperature: float
 ) -> None:
     for one in some[:3]:
         (batch,) = batcher.batches(alone(batcher, one))
@@ -85,7 +85,9 @@ def test_logprobs_are_those_of_the_sampled_distribution(
 
 
 @torch.no_grad()
-def test_padding_changes_nothing(policy: Policy, batcher: Batcher, some: list[Trajectory]) -> None:
+def test_logprobs_are_the_same_with_and_without_padding(
+    policy: PolicyModel, batcher: Batcher, some: list[Trajectory]
+) -> None:
     plan = batcher.plan([Sample(one, (1.0,)) for one in some])
     (batch,) = batcher.batches(plan)
     assert (batch.attention_mask == 0).any()
@@ -97,7 +99,7 @@ def test_padding_changes_nothing(policy: Policy, batcher: Batcher, some: list[Tr
 
 
 @torch.no_grad()
-def test_both_images_and_their_places_matter(policy: Policy, batcher: Batcher) -> None:
+def test_logprobs_change_when_an_image_or_its_shape_changes(policy: PolicyModel, batcher: Batcher) -> None:
     """The fixture would hide mistakes if the model did not look: other pixels or another shape change log-probs."""
     changed = [
         trajectory(coarse=view(3, 2, 1), crop=view(2, 4, 2)),
@@ -115,7 +117,7 @@ def test_both_images_and_their_places_matter(policy: Policy, batcher: Batcher) -
 
 
 @torch.no_grad()
-def test_positions_are_transformers_own_for_the_full_ids(policy: Policy, batcher: Batcher) -> None:
+def test_positions_equal_mrope_by_hand(policy: PolicyModel, batcher: Batcher) -> None:
     """mRoPE by hand for a 3 x 2 and a 2 x 4 image: an image takes max(columns, rows) positions."""
     one = trajectory(replies=(5, 7), coarse=view(3, 2), crop=view(2, 4))
     (batch,) = batcher.batches(alone(batcher, one))
@@ -138,17 +140,17 @@ def test_positions_are_transformers_own_for_the_full_ids(policy: Policy, batcher
 
 
 @pytest.fixture(scope="module")
-def packed(tiny: Path) -> Policy:
-    return Policy(LearnerConfig(model=str(tiny), packing=Packing.SEQUENCES))
+def packed(tiny: Path) -> PolicyModel:
+    return PolicyModel(LearnerConfig(model=str(tiny), packing=Packing.SEQUENCES))
 
 
 @torch.no_grad()
-def test_packed_rows_have_the_positions_they_have_alone(
-    packed: Policy, policy: Policy, batcher: Batcher, some: list[Trajectory]
+def test_positions_of_packed_rows_equal_those_alone(
+    packed: PolicyModel, policy: PolicyModel, batcher: Batcher, some: list[Trajectory]
 ) -> None:
     """The rows of a padded batch end to end: each starts at 0 and has its own mRoPE; no padding in between."""
 
-    def positions(network: Policy, some: list[Trajectory]) -> torch.Tensor:
+    def positions(network: PolicyModel, some: list[Trajectory]) -> torch.Tensor:
         (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
         seen: list[torch.Tensor] = []
         hook = network.vlm.model.language_model.register_forward_pre_hook(
@@ -164,8 +166,8 @@ def test_packed_rows_have_the_positions_they_have_alone(
     assert torch.equal(positions(packed, some), wanted)
 
 
-def test_packed_and_padded_rows_have_one_gradient(
-    packed: Policy, policy: Policy, batcher: Batcher, some: list[Trajectory]
+def test_gradient_is_the_same_packed_and_padded(
+    packed: PolicyModel, policy: PolicyModel, batcher: Batcher, some: list[Trajectory]
 ) -> None:
     (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
     assert (batch.attention_mask == 0).any()
@@ -174,7 +176,7 @@ def test_packed_and_padded_rows_have_one_gradient(
         network.zero_grad()
         logprobs, entropy = network(batch, 1.0, BANNED)
         (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
-        gradient = torch.cat([parameter.grad.double().flatten() for _, parameter in network.named_weights()])
+        gradient = torch.cat([parameter.grad.double().flatten() for _, parameter in network.vlm.named_parameters()])
         outcomes.append((logprobs.detach(), entropy.detach(), gradient))
     (logprobs, entropy, gradient), (packed_logprobs, packed_entropy, packed_gradient) = outcomes
     torch.testing.assert_close(packed_logprobs, logprobs, atol=1e-5, rtol=0)
@@ -183,7 +185,7 @@ def test_packed_and_padded_rows_have_one_gradient(
 
 
 @torch.no_grad()
-def test_a_packed_row_sees_no_other(packed: Policy, batcher: Batcher, some: list[Trajectory]) -> None:
+def test_packed_row_does_not_depend_on_another(packed: PolicyModel, batcher: Batcher, some: list[Trajectory]) -> None:
     """Another first row changes nothing of the second, exactly: it is not in its sums at all."""
 
     def second(first: Trajectory) -> torch.Tensor:
@@ -197,19 +199,19 @@ def test_a_packed_row_sees_no_other(packed: Policy, batcher: Batcher, some: list
     )
 
 
-def test_flash_attention_is_told_the_boundaries() -> None:
-    told = boundaries(torch.tensor([3, 5, 2]), Attention.FLASH)
+def test_flash_attention_is_told_the_varlen_kwargs() -> None:
+    told = varlen_kwargs(torch.tensor([3, 5, 2]), Attention.FLASH)
     assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 8, 10]
     assert told["cu_seq_lens_q"].dtype == torch.int32 and told["max_length_q"] == told["max_length_k"] == 5
 
 
-def test_flash_attention_must_be_installed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_refused_when_not_installed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
     with pytest.raises(ValueError, match="needs a GPU and the package flash-attn"):
-        Policy(LearnerConfig(model=str(tiny), attention=Attention.FLASH, dtype=Dtype.BFLOAT16))
+        PolicyModel(LearnerConfig(model=str(tiny), attention=Attention.FLASH, dtype=Dtype.BFLOAT16))
 
 
-def test_a_shared_view_sees_and_learns_what_its_copies_do(policy: Policy, batcher: Batcher) -> None:
+def test_shared_view_gives_the_same_gradient_as_copies(policy: PolicyModel, batcher: Batcher) -> None:
     """Three trajectories of one coarse view, as one view and as three equal ones: the same log-probs and gradients."""
     shared = view(3, 2)
 
@@ -219,7 +221,7 @@ def test_a_shared_view_sees_and_learns_what_its_copies_do(policy: Policy, batche
         policy.zero_grad()
         logprobs, _ = policy(batch, 1.0, BANNED)
         logprobs.sum().backward()
-        gradients = {name: parameter.grad.clone() for name, parameter in policy.named_weights()}
+        gradients = {name: parameter.grad.clone() for name, parameter in policy.vlm.named_parameters()}
         return logprobs.detach(), gradients, len(batch.view_grids)
 
     one, grads, views = outcome([shared] * 3)
@@ -231,8 +233,8 @@ def test_a_shared_view_sees_and_learns_what_its_copies_do(policy: Policy, batche
         assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
 
 
-def test_chunks_change_neither_logprobs_nor_gradients(
-    policy: Policy, batcher: Batcher, some: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+def test_head_chunks_change_neither_logprobs_nor_gradients(
+    policy: PolicyModel, batcher: Batcher, some: list[Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
 
@@ -243,37 +245,37 @@ def test_chunks_change_neither_logprobs_nor_gradients(
         return logprobs.detach(), policy.vlm.lm_head.weight.grad.clone()
 
     whole, gradient = run()
-    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 5 * policy.vlm.lm_head.out_features)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 5 * policy.vlm.lm_head.out_features)
     chunked, chunked_gradient = run()
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(chunked_gradient, gradient, atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_masked_gives_a_gradient_of_exactly_zero_everywhere(policy: Policy, batcher: Batcher) -> None:
-    """ZeRO's ranks stay in step only if a silent batch still reaches every parameter."""
+def test_batch_without_loss_has_zero_gradients_everywhere(policy: PolicyModel, batcher: Batcher) -> None:
+    """ZeRO's ranks stay in step only if a batch without loss still reaches every parameter."""
     (batch,) = batcher.batches(alone(batcher, trajectory()))
     policy.zero_grad()
-    logprobs, _ = policy(batch.silent(), 1.0, BANNED)
+    logprobs, _ = policy(batch.without_loss(), 1.0, BANNED)
     logprobs.sum().backward()
-    for name, parameter in policy.named_weights():
+    for name, parameter in policy.vlm.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     from tests.factories import tiny_model
 
-    tied = Policy(LearnerConfig(model=str(tiny_model(tmp_path, tied=True))))
+    tied = PolicyModel(LearnerConfig(model=str(tiny_model(tmp_path, tied=True))))
     assert tied.vlm.lm_head.weight is tied.vlm.model.language_model.embed_tokens.weight
-    assert "lm_head.weight" not in dict(tied.named_weights())
+    assert "lm_head.weight" not in dict(tied.vlm.named_parameters())
 
 
-def test_a_frozen_vision_tower_has_no_gradient(tiny: Path) -> None:
-    frozen = Policy(LearnerConfig(model=str(tiny), freeze_vision=True))
-    trained = [name for name, parameter in frozen.named_weights() if parameter.requires_grad]
+def test_frozen_vision_tower_is_not_trained(tiny: Path) -> None:
+    frozen = PolicyModel(LearnerConfig(model=str(tiny), freeze_vision=True))
+    trained = [name for name, parameter in frozen.vlm.named_parameters() if parameter.requires_grad]
     assert trained and not any(name.startswith("model.visual.") for name in trained)
 
 
-def test_expanded_lengths_are_what_the_processor_would_make(batcher: Batcher, some: list[Trajectory]) -> None:
+def test_expanded_lengths_equal_the_processors(batcher: Batcher, some: list[Trajectory]) -> None:
     for one in some:
         row = expand(Sample(one, (1.0,)), FAMILY, IMAGE_PAD)
         (batch,) = batcher.batches(alone(batcher, one))
@@ -281,15 +283,66 @@ def test_expanded_lengths_are_what_the_processor_would_make(batcher: Batcher, so
 
 
 def test_gradient_checkpointing_changes_no_gradient(
-    tiny: Path, policy: Policy, batcher: Batcher, some: list[Trajectory]
+    tiny: Path, policy: PolicyModel, batcher: Batcher, some: list[Trajectory]
 ) -> None:
     (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
-    recomputing = Policy(LearnerConfig(model=str(tiny), gradient_checkpointing=True))
+    recomputing = PolicyModel(LearnerConfig(model=str(tiny), gradient_checkpointing=True))
     gradients = []
     for network in (policy.train(), recomputing.train()):
         network.zero_grad()
         network(batch, 1.0, BANNED)[0].sum().backward()
-        gradients.append({name: parameter.grad for name, parameter in network.named_weights()})
+        gradients.append({name: parameter.grad for name, parameter in network.vlm.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5)
     assert recomputing.vlm.is_gradient_checkpointing
+
+
+# --- the head -----------------------------------------------------------------------------------------------------
+
+HEAD_BANNED = (2, 5)
+
+
+def plain(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = (hidden @ weight.T).index_fill(-1, torch.tensor(HEAD_BANNED), -torch.inf) / temperature
+    chosen = torch.log_softmax(logits, -1)[torch.arange(len(targets)), targets]
+    return chosen, torch.distributions.Categorical(logits=logits).entropy()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_head_gradient_equals_autograds(chunk: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * 11)
+    generator = torch.Generator().manual_seed(0)
+    values, slopes = torch.randn(7, 4, generator=generator), torch.randn(7, generator=generator)
+    targets = torch.tensor([0, 1, 3, 4, 6, 10, 10])
+    outcomes = []
+    for way in (plain, None):
+        head = torch.nn.Linear(4, 11, bias=False)
+        head.weight.data = torch.linspace(-2, 2, 44).view(11, 4).sin()
+        hidden = values.clone().requires_grad_()
+        if way is not None:
+            logprobs, entropy = way(hidden, head.weight, targets, temperature)
+        else:
+            logprobs, entropy = LogProbHead.adopt(head)(hidden, targets, temperature, HEAD_BANNED)
+            assert not entropy.requires_grad
+        (logprobs * slopes).sum().backward()
+        outcomes.append((logprobs.detach(), entropy.detach(), hidden.grad, head.weight.grad))
+    for ours, theirs in zip(outcomes[1], outcomes[0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_head_gives_zero_gradient_for_no_tokens() -> None:
+    head = LogProbHead.adopt(torch.nn.Linear(4, 11, bias=False))
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    logprobs, _ = head(hidden, torch.zeros(0, dtype=torch.int64), 1.0, HEAD_BANNED)
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,) and head.weight.grad is not None and not head.weight.grad.any()
+
+
+def test_frozen_head_passes_the_gradient_on() -> None:
+    head = LogProbHead.adopt(torch.nn.Linear(4, 11, bias=False).requires_grad_(False))
+    hidden = torch.ones(2, 4, requires_grad=True)
+    head(hidden, torch.tensor([0, 1]), 1.0, HEAD_BANNED)[0].sum().backward()
+    assert hidden.grad is not None and hidden.grad.any() and head.weight.grad is None
