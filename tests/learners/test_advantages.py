@@ -52,8 +52,8 @@ def test_any_equal_rewards_give_exactly_zero(size: int, reward: float, normalisa
 
 def test_normalisation_none_is_reward_minus_mean() -> None:
     """Dr. GRPO: reward - mean, in reward units."""
-    found = group_advantages([0.0, 0.0, 0.0, 4.0, None], AdvantageConfig(normalisation=Normalisation.NONE))
-    assert found[:4] == (-1.0, -1.0, -1.0, 3.0) and math.isnan(found[4])
+    result = group_advantages([0.0, 0.0, 0.0, 4.0, None], AdvantageConfig(normalisation=Normalisation.NONE))
+    assert result[:4] == (-1.0, -1.0, -1.0, 3.0) and math.isnan(result[4])
 
 
 def test_single_scored_member_has_advantage_zero() -> None:
@@ -80,10 +80,10 @@ def test_any_group_has_finite_centred_advantages(rewards: list[float | None]) ->
 def test_turn_advantages_by_hand() -> None:
     """Three members: (1, 0) and (3, 2) played two turns, (2,) only the first; a fourth could not be scored. Turn 1:
     rewards 1, 3, 2, so -1, 1, 0. Turn 2: rewards 0, 2 with a sample deviation of sqrt 2, so -1/sqrt 2 and 1/sqrt 2."""
-    found = turn_advantages([(1.0, 0.0), (3.0, 2.0), (2.0,), None], EXACT)
-    assert found[0] == pytest.approx((-1.0, -math.sqrt(0.5)))
-    assert found[1] == pytest.approx((1.0, math.sqrt(0.5)))
-    assert found[2] == (0.0,) and math.isnan(found[3][0]) and len(found[3]) == 1
+    result = turn_advantages([(1.0, 0.0), (3.0, 2.0), (2.0,), None], EXACT)
+    assert result[0] == pytest.approx((-1.0, -math.sqrt(0.5)))
+    assert result[1] == pytest.approx((1.0, math.sqrt(0.5)))
+    assert result[2] == (0.0,) and math.isnan(result[3][0]) and len(result[3]) == 1
 
 
 def test_turn_advantages_are_nan_when_nothing_is_scored() -> None:
@@ -97,9 +97,9 @@ DECOUPLED = AdvantageConfig(terms=Terms.NORMALISE_THEN_SUM, epsilon=0.0)
 def test_term_advantages_by_hand() -> None:
     """region 1, 0: mean 1/2, sample deviation sqrt(1/2), so +- sqrt(1/2); box 1, 1: equal, so 0. The third member could
     not be scored."""
-    found = term_advantages([{"region": 1.0, "box": 1.0}, {"region": 0.0, "box": 1.0}, None], WEIGHTS, DECOUPLED)
-    assert found[:2] == (pytest.approx((math.sqrt(0.5),)), pytest.approx((-math.sqrt(0.5),)))
-    assert math.isnan(found[2][0])
+    result = term_advantages([{"region": 1.0, "box": 1.0}, {"region": 0.0, "box": 1.0}, None], WEIGHTS, DECOUPLED)
+    assert result[:2] == (pytest.approx((math.sqrt(0.5),)), pytest.approx((-math.sqrt(0.5),)))
+    assert math.isnan(result[2][0])
 
 
 def test_term_advantages_tell_unlike_terms_with_equal_sums_apart() -> None:

@@ -96,7 +96,9 @@ def test_loss_and_gradient_equal_trls(trl_loss: TrlLoss, name: ObjectiveName, wi
 def test_dual_clip_equals_trls(trl_loss: TrlLoss, name: ObjectiveName) -> None:
     batch, denominator = batch_of(1, 0.5), OBJECTIVES[name].denominator(LENGTHS)
     config = LossConfig(objective=name, dual_clip=1.22)
-    ours, unbounded = (policy_loss(batch, one)[0].item() / denominator for one in (config, LossConfig(objective=name)))
+    ours, unbounded = (
+        policy_loss(batch, settings)[0].item() / denominator for settings in (config, LossConfig(objective=name))
+    )
     assert ours == pytest.approx(by_trl(trl_loss, batch, config)[0].item(), abs=1e-6)
     assert abs(unbounded - ours) > 1e-3, "the fixture must reach the bound"
 
@@ -111,13 +113,13 @@ def test_kl_has_the_gradient_of_trls_corrected_estimator(trl_loss: TrlLoss, name
     ours = ours / OBJECTIVES[name].denominator(LENGTHS)
     slopes, wanted = (torch.autograd.grad(loss, batch.logprobs)[0] for loss in (ours, theirs))
     torch.testing.assert_close(slopes, wanted, atol=1e-6, rtol=0)
-    found = sums.means(with_kl=True)
-    assert found is not None and found.kl == pytest.approx(metrics["kl"][0], abs=1e-6)
-    assert found.entropy == pytest.approx(metrics["entropy"][0], abs=1e-6)
+    result = sums.means(with_kl=True)
+    assert result is not None and result.kl == pytest.approx(metrics["kl"][0], abs=1e-6)
+    assert result.entropy == pytest.approx(metrics["entropy"][0], abs=1e-6)
 
 
 def test_clip_share_equals_trls(trl_loss: TrlLoss) -> None:
     batch = batch_of(3, 0.4)
-    found = policy_loss(batch, LossConfig())[1].means()
-    assert found is not None and 0.1 < found.clip_share < 0.9
-    assert found.clip_share == pytest.approx(by_trl(trl_loss, batch, LossConfig())[1]["clip_ratio/region_mean"][0])
+    result = policy_loss(batch, LossConfig())[1].means()
+    assert result is not None and 0.1 < result.clip_share < 0.9
+    assert result.clip_share == pytest.approx(by_trl(trl_loss, batch, LossConfig())[1]["clip_ratio/region_mean"][0])

@@ -74,17 +74,17 @@ def test_balanced_split_loses_nothing_and_is_balanced(costs: list[int], parts: i
 def played() -> list[tuple[Trajectory, ...]]:
     """Two groups of four, each with one coarse view; one- and two-turn."""
 
-    def one(question: int, sample: int, coarse: Any) -> Trajectory:
+    def make(question: int, sample: int, coarse: Any) -> Trajectory:
         replies = (4 + sample,) if sample == 2 else (3 + sample, 6 - question)
         crop = view(2 + sample, 3, sample)
         return trajectory(f"q{question}", sample, replies=replies, coarse=coarse, crop=crop, seed=question)
 
     scenes = [view(3 + question, 3, question) for question in range(2)]
-    return [tuple(one(question, sample, scene) for sample in range(4)) for question, scene in enumerate(scenes)]
+    return [tuple(make(question, sample, scene) for sample in range(4)) for question, scene in enumerate(scenes)]
 
 
 def logprobs_of(
-    model: Path | str, weights: dict[str, torch.Tensor] | None, some: tuple[Trajectory, ...]
+    model: Path | str, weights: dict[str, torch.Tensor] | None, episodes: tuple[Trajectory, ...]
 ) -> list[np.ndarray]:
     """The same by a policy in this process, with other weights if given."""
     from transformers import AutoImageProcessor
@@ -97,17 +97,17 @@ def logprobs_of(
     if weights is not None:
         policy.vlm.load_state_dict(weights)
     batcher = Batcher(FAMILY, AutoImageProcessor.from_pretrained(model), IMAGE_PAD, IDS["<|im_end|>"], 1)
-    found = []
-    for one in some:
-        (batch,) = batcher.batches(batcher.plan([Sample(one, (0.0,))]))
+    result = []
+    for episode in episodes:
+        (batch,) = batcher.batches(batcher.plan([Sample(episode, (0.0,))]))
         with torch.no_grad():
             logprobs, _ = policy(batch, 1.0, [IDS[token] for token in FAMILY.vision_tokens])
-        found.append(logprobs[batch.loss_mask].numpy())
-    return found
+        result.append(logprobs[batch.loss_mask].numpy())
+    return result
 
 
-def furthest(some: list[np.ndarray], others: list[np.ndarray]) -> float:
-    return max(float(np.abs(one - other).max()) for one, other in zip(some, others, strict=True))
+def furthest(these: list[np.ndarray], those: list[np.ndarray]) -> float:
+    return max(float(np.abs(this - that).max()) for this, that in zip(these, those, strict=True))
 
 
 @pytest.mark.system
@@ -140,7 +140,7 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
     assert furthest(before, logprobs_of(config.model, None, played[0])) < 1e-5
 
     report = await learners.update(groups)
-    sampled = sum(int(one.loss_mask.sum()) for group in played for n, one in enumerate(group) if n != 2)
+    sampled = sum(int(episode.loss_mask.sum()) for group in played for n, episode in enumerate(group) if n != 2)
     assert report["learner/tokens"] == sampled
     assert report["learner/trajectories"] == 6 and report["learner/length_mismatches"] == 0
     assert report["learner/lr"] == 1e-3 and report["learner/grad_norm"] > 0
@@ -168,8 +168,8 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
         assert await other.restore(state) == 1
         assert bitwise(await all_weights(other), await files_of(buckets))
         await other.update(groups)
-        found = await all_weights(other)
-        assert bitwise(found, moved) or (ranks == 1 and close(found, moved))
+        result = await all_weights(other)
+        assert bitwise(result, moved) or (ranks == 1 and close(result, moved))
         await other.close()
 
     assert len(buckets) > 2  # and they outlive the ranks
@@ -205,14 +205,14 @@ async def all_weights(learners: LearnerGroup) -> dict[str, torch.Tensor]:
     return await files_of(await learners.weights())
 
 
-def bitwise(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
-    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+def bitwise(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
+    return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
 
 
-def close(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+def close(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
     """Sums over ranks are in another order; Adam makes a whole step of a gradient that is nearly 0."""
-    off = [float(((some[name] - others[name]).abs() > 1e-5).float().mean()) for name in some]
-    return some.keys() == others.keys() and max(off) < 0.05
+    off = [float(((these[name] - those[name]).abs() > 1e-5).float().mean()) for name in these]
+    return these.keys() == those.keys() and max(off) < 0.05
 
 
 @pytest.mark.system

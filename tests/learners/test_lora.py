@@ -70,16 +70,16 @@ def test_every_rank_draws_the_same_adapters(tiny: Path) -> None:
         torch.manual_seed(seed)
         policy = PolicyModel(LearnerConfig(model=str(tiny), lora=LORA))
         draws.append([weight.adapter[0] for weight in named_weights(policy.vlm) if weight.adapter])
-    assert all(torch.equal(one, other) for one, other in zip(*draws, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(*draws, strict=True))
 
 
 def test_merged_weights_have_the_logprobs_of_the_policy(adapted: PolicyModel, batcher: Batcher, tiny: Path) -> None:
     """After three steps of AdamW on the adapters each weight is base + alpha / rank x up x down, and a plain model
     with these weights has the policy's log-probs."""
-    some = [Sample(trajectory(sample=n, crop=view(2, 3 + n), seed=n), (1.0,)) for n in range(3)]
-    (batch,) = batcher.batches(batcher.plan(some))
+    samples = [Sample(trajectory(sample=n, crop=view(2, 3 + n), seed=n), (1.0,)) for n in range(3)]
+    (batch,) = batcher.batches(batcher.plan(samples))
     frozen = {weight.name: weight.base.detach().clone() for weight in named_weights(adapted.vlm)}
-    optimizer = torch.optim.AdamW([one for one in adapted.parameters() if one.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([parameter for parameter in adapted.parameters() if parameter.requires_grad], lr=1e-2)
     with torch.no_grad():
         before, _ = adapted(batch, 1.0, BANNED)
     for _ in range(3):

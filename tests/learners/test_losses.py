@@ -29,15 +29,15 @@ def two_rows() -> TokenBatch:
 
 
 def means(sums: TokenSums, turn: int | None = None, **options: bool) -> TokenMeans:
-    found = sums.means(turn, **options)
-    assert found is not None
-    return found
+    result = sums.means(turn, **options)
+    assert result is not None
+    return result
 
 
 def gradient(batch: TokenBatch, config: LossConfig) -> torch.Tensor:
     loss, _ = policy_loss(batch, config)
-    (found,) = torch.autograd.grad(loss, batch.logprobs)
-    return found
+    (result,) = torch.autograd.grad(loss, batch.logprobs)
+    return result
 
 
 def test_policy_loss_by_hand() -> None:
@@ -45,15 +45,15 @@ def test_policy_loss_by_hand() -> None:
     # row 0: -(1 * 2) - min(2 * 2, 1.2 * 2) = -4.4; row 1: 0.8 (clipped) + 1 + 2 (an unclipped ratio is worse) = 3.8
     assert loss.item() == pytest.approx(-4.4 + 3.8, abs=1e-6)
     assert sums.total("loss") == pytest.approx(-0.6, abs=1e-6)
-    found = means(sums)
-    assert found.tokens == 5
-    assert found.clip_share == 2 / 5 and found.masked_share == 0
-    assert found.ratio == pytest.approx((1 + 2 + 0.5 + 1 + 2) / 5, abs=1e-6)
-    assert found.ess == pytest.approx(6.5**2 / (5 * (1 + 4 + 0.25 + 1 + 4)), abs=1e-6)
-    assert found.mismatch_mean == pytest.approx(3 * math.log(2) / 5, abs=1e-6)
-    assert found.mismatch_max == pytest.approx(math.log(2), abs=1e-6)
-    assert found.entropy == (1 + 2 + 3 + 4 + 5) / 5
-    assert found.kl is None
+    result = means(sums)
+    assert result.tokens == 5
+    assert result.clip_share == 2 / 5 and result.masked_share == 0
+    assert result.ratio == pytest.approx((1 + 2 + 0.5 + 1 + 2) / 5, abs=1e-6)
+    assert result.ess == pytest.approx(6.5**2 / (5 * (1 + 4 + 0.25 + 1 + 4)), abs=1e-6)
+    assert result.mismatch_mean == pytest.approx(3 * math.log(2) / 5, abs=1e-6)
+    assert result.mismatch_max == pytest.approx(math.log(2), abs=1e-6)
+    assert result.entropy == (1 + 2 + 3 + 4 + 5) / 5
+    assert result.kl is None
 
 
 def test_metrics_by_turn_by_hand() -> None:
@@ -155,7 +155,7 @@ def test_kl_gradient_is_unbiased() -> None:
     logits.requires_grad_()
     policy = logits.log_softmax(-1)
     (wanted,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
-    found = torch.zeros(5, dtype=torch.float64)
+    result = torch.zeros(5, dtype=torch.float64)
     value = 0.0
     for token in range(5):
         batch = TokenBatch(
@@ -164,9 +164,9 @@ def test_kl_gradient_is_unbiased() -> None:
             reference_logprobs=reference[token].view(1, 1),
         )  # fmt: skip
         loss, sums = policy_loss(batch, LossConfig(kl=1.0, mismatch_low=0.0, mismatch_high=math.inf))
-        found += engine[token].exp() * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        result += engine[token].exp() * torch.autograd.grad(loss, logits, retain_graph=True)[0]
         value += float(engine[token].exp()) * sums.total("kl")
-    torch.testing.assert_close(found, wanted, atol=1e-7, rtol=0)
+    torch.testing.assert_close(result, wanted, atol=1e-7, rtol=0)
     exact = (policy.exp() * (policy - reference)).sum().item()
     assert value == pytest.approx(exact, abs=1e-7)
 
@@ -249,9 +249,9 @@ def test_every_objective_name_has_its_class() -> None:
 def test_clip_share_counts_tokens_on_which_the_clip_acted() -> None:
     shares = {}
     for name in OBJECTIVES:
-        found = policy_loss(two_rows(), LossConfig(objective=name))[1].means()
-        assert found is not None
-        shares[name.value] = round(found.clip_share * 5)
+        result = policy_loss(two_rows(), LossConfig(objective=name))[1].means()
+        assert result is not None
+        shares[name.value] = round(result.clip_share * 5)
     assert shares == {"dapo": 2, "grpo": 2, "dr_grpo": 2, "gspo": 2, "cispo": 2}
 
 
@@ -259,8 +259,8 @@ def test_gspo_keeps_the_advantage_of_each_turn() -> None:
     """Trajectory 1 (ratio 1) with advantages -1, -1 in turn 1 and 3 in turn 2: each token's gradient is its own
     advantage, not the mean of all; weight 1/3."""
     advantages = torch.tensor([[2.0, 2.0, 2.0], [-1.0, -1.0, 3.0]])
-    found = gradient(replace(two_rows(), advantages=advantages), LossConfig(objective=ObjectiveName.GSPO))
-    torch.testing.assert_close(found[1], torch.tensor([1 / 3, 1 / 3, -1.0]), atol=1e-6, rtol=0)
+    result = gradient(replace(two_rows(), advantages=advantages), LossConfig(objective=ObjectiveName.GSPO))
+    torch.testing.assert_close(result[1], torch.tensor([1 / 3, 1 / 3, -1.0]), atol=1e-6, rtol=0)
 
 
 def test_denominator_leaves_out_rows_without_tokens() -> None:
@@ -292,7 +292,7 @@ def test_packing_changes_no_gradient(data: st.DataObject, rows: list[list[tuple[
     loss, _ = policy_loss(batch, config)
     alone = torch.stack([policy_loss(rows_of(batch, row), config)[0] for row in range(len(rows))]).sum()
     assert loss.item() == pytest.approx(alone.item(), abs=1e-4)
-    whole, parts = (torch.autograd.grad(one, batch.logprobs, retain_graph=True)[0] for one in (loss, alone))
+    whole, parts = (torch.autograd.grad(total, batch.logprobs, retain_graph=True)[0] for total in (loss, alone))
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
 
 

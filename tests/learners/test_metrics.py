@@ -41,10 +41,10 @@ def test_percentile_is_at_most_an_eighth_too_high(mismatches: list[float], parts
     added = TokenSums.zero(torch.device("cpu"))
     for part in np.array_split(np.array(mismatches), parts):
         added = added.plus(sums_of(part.tolist()))
-    found = added.means()
+    result = added.means()
     exact = float(np.quantile(mismatches, 0.99, method="inverted_cdf"))
-    assert found is not None and found.tokens == len(mismatches)
-    assert exact * (1 - 1e-9) <= found.mismatch_p99 <= min(exact * 1.123, found.mismatch_max * (1 + 1e-9))
+    assert result is not None and result.tokens == len(mismatches)
+    assert exact * (1 - 1e-9) <= result.mismatch_p99 <= min(exact * 1.123, result.mismatch_max * (1 + 1e-9))
 
 
 def test_histogram_takes_values_beyond_its_ends() -> None:

@@ -32,7 +32,7 @@ def batcher(tiny: Path, policy: PolicyModel) -> Batcher:
 
 
 @pytest.fixture(scope="module")
-def some() -> list[Trajectory]:
+def episodes() -> list[Trajectory]:
     """One and two turns, views of many shapes, lengths from 15 to 70 tokens."""
     return [
         trajectory(
@@ -47,15 +47,15 @@ def some() -> list[Trajectory]:
     ]
 
 
-def alone(batcher: Batcher, one: Trajectory) -> MicroBatchPlan:
-    return batcher.plan([Sample(one, (1.0,))])
+def alone(batcher: Batcher, episode: Trajectory) -> MicroBatchPlan:
+    return batcher.plan([Sample(episode, (1.0,))])
 
 
 def reference(
-    policy: PolicyModel, batcher: Batcher, one: Trajectory, temperature: float
+    policy: PolicyModel, batcher: Batcher, episode: Trajectory, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs, entropy) of the sampled tokens from the full logits of an unpadded sequence, without our shift."""
-    (batch,) = batcher.batches(alone(batcher, one))
+    (batch,) = batcher.batches(alone(batcher, episode))
     output = policy.vlm.model(
         input_ids=batch.input_ids, mm_token_type_ids=batch.mm_token_type_ids,
         pixel_values=batch.pixel_values, image_grid_thw=batch.image_grid_thw,
@@ -73,12 +73,12 @@ def reference(
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_those_of_full_logits(
-    policy: PolicyModel, batcher: Batcher, some: list[Trajectory], temperature: float
+    policy: PolicyModel, batcher: Batcher, episodes: list[Trajectory], temperature: float
 ) -> None:
-    for one in some[:3]:
-        (batch,) = batcher.batches(alone(batcher, one))
+    for episode in episodes[:3]:
+        (batch,) = batcher.batches(alone(batcher, episode))
         logprobs, entropy = policy(batch, temperature, BANNED)
-        wanted, uncertainty = reference(policy, batcher, one, temperature)
+        wanted, uncertainty = reference(policy, batcher, episode, temperature)
         torch.testing.assert_close(logprobs[batch.loss_mask], wanted, atol=1e-5, rtol=0)
         torch.testing.assert_close(entropy[batch.loss_mask], uncertainty, atol=1e-4, rtol=0)
         assert not logprobs[~batch.loss_mask].any() and not entropy[~batch.loss_mask].any()
@@ -86,14 +86,14 @@ def test_logprobs_equal_those_of_full_logits(
 
 @torch.no_grad()
 def test_logprobs_are_the_same_with_and_without_padding(
-    policy: PolicyModel, batcher: Batcher, some: list[Trajectory]
+    policy: PolicyModel, batcher: Batcher, episodes: list[Trajectory]
 ) -> None:
-    plan = batcher.plan([Sample(one, (1.0,)) for one in some])
+    plan = batcher.plan([Sample(episode, (1.0,)) for episode in episodes])
     (batch,) = batcher.batches(plan)
     assert (batch.attention_mask == 0).any()
     padded, _ = policy(batch, 1.0, BANNED)
     for place, member in enumerate(plan.bins[0]):
-        (single,) = batcher.batches(alone(batcher, some[member]))
+        (single,) = batcher.batches(alone(batcher, episodes[member]))
         logprobs, _ = policy(single, 1.0, BANNED)
         torch.testing.assert_close(padded[place][batch.loss_mask[place]], logprobs[single.loss_mask], atol=1e-5, rtol=0)
 
@@ -109,8 +109,8 @@ def test_logprobs_change_when_an_image_or_its_shape_changes(policy: PolicyModel,
         trajectory(coarse=view(3, 2, 1), crop=view(4, 2, 2)),
     ]
     outcomes = []
-    for one in changed:
-        (batch,) = batcher.batches(alone(batcher, one))
+    for episode in changed:
+        (batch,) = batcher.batches(alone(batcher, episode))
         outcomes.append(policy(batch, 1.0, BANNED)[0][batch.loss_mask])
     for other in outcomes[1:]:
         assert (outcomes[0] - other).abs().max() > 1e-3
@@ -119,8 +119,8 @@ def test_logprobs_change_when_an_image_or_its_shape_changes(policy: PolicyModel,
 @torch.no_grad()
 def test_positions_equal_mrope_by_hand(policy: PolicyModel, batcher: Batcher) -> None:
     """mRoPE by hand for a 3 x 2 and a 2 x 4 image: an image takes max(columns, rows) positions."""
-    one = trajectory(replies=(5, 7), coarse=view(3, 2), crop=view(2, 4))
-    (batch,) = batcher.batches(alone(batcher, one))
+    episode = trajectory(replies=(5, 7), coarse=view(3, 2), crop=view(2, 4))
+    (batch,) = batcher.batches(alone(batcher, episode))
     seen: list[torch.Tensor] = []
     hook = policy.vlm.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
@@ -146,12 +146,12 @@ def packed(tiny: Path) -> PolicyModel:
 
 @torch.no_grad()
 def test_positions_of_packed_rows_equal_those_alone(
-    packed: PolicyModel, policy: PolicyModel, batcher: Batcher, some: list[Trajectory]
+    packed: PolicyModel, policy: PolicyModel, batcher: Batcher, episodes: list[Trajectory]
 ) -> None:
     """The rows of a padded batch end to end: each starts at 0 and has its own mRoPE; no padding in between."""
 
-    def positions(network: PolicyModel, some: list[Trajectory]) -> torch.Tensor:
-        (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
+    def positions(network: PolicyModel, episodes: list[Trajectory]) -> torch.Tensor:
+        (batch,) = batcher.batches(batcher.plan([Sample(episode, (1.0,)) for episode in episodes]))
         seen: list[torch.Tensor] = []
         hook = network.vlm.model.language_model.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
@@ -160,16 +160,16 @@ def test_positions_of_packed_rows_equal_those_alone(
         hook.remove()
         return seen[0]
 
-    plan = batcher.plan([Sample(one, (1.0,)) for one in some])
-    wanted = torch.cat([positions(policy, [some[member]]) for member in plan.bins[0]], dim=-1)
+    plan = batcher.plan([Sample(episode, (1.0,)) for episode in episodes])
+    wanted = torch.cat([positions(policy, [episodes[member]]) for member in plan.bins[0]], dim=-1)
     assert wanted.shape == (3, 1, plan.real_tokens)
-    assert torch.equal(positions(packed, some), wanted)
+    assert torch.equal(positions(packed, episodes), wanted)
 
 
 def test_gradient_is_the_same_packed_and_padded(
-    packed: PolicyModel, policy: PolicyModel, batcher: Batcher, some: list[Trajectory]
+    packed: PolicyModel, policy: PolicyModel, batcher: Batcher, episodes: list[Trajectory]
 ) -> None:
-    (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
+    (batch,) = batcher.batches(batcher.plan([Sample(episode, (1.0,)) for episode in episodes]))
     assert (batch.attention_mask == 0).any()
     outcomes = []
     for network in (policy, packed):
@@ -185,17 +185,20 @@ def test_gradient_is_the_same_packed_and_padded(
 
 
 @torch.no_grad()
-def test_packed_row_does_not_depend_on_another(packed: PolicyModel, batcher: Batcher, some: list[Trajectory]) -> None:
+def test_packed_row_does_not_depend_on_another(
+    packed: PolicyModel, batcher: Batcher, episodes: list[Trajectory]
+) -> None:
     """Another first row changes nothing of the second, exactly: it is not in its sums at all."""
 
     def second(first: Trajectory) -> torch.Tensor:
         (batch,) = replace(batcher, packing=Packing.SEQUENCES).batches(
-            replace(batcher, packing=Packing.SEQUENCES).plan([Sample(first, (1.0,)), Sample(some[1], (1.0,))])
+            replace(batcher, packing=Packing.SEQUENCES).plan([Sample(first, (1.0,)), Sample(episodes[1], (1.0,))])
         )
         return packed(batch, 1.0, BANNED)[0][1][batch.loss_mask[1]]
 
     assert torch.equal(
-        second(some[4]), second(replace(some[4], sample=1, turns=some[4].turns[:1], views=some[4].views[:1]))
+        second(episodes[4]),
+        second(replace(episodes[4], sample=1, turns=episodes[4].turns[:1], views=episodes[4].views[:1])),
     )
 
 
@@ -216,27 +219,27 @@ def test_shared_view_gives_the_same_gradient_as_copies(policy: PolicyModel, batc
     shared = view(3, 2)
 
     def outcome(coarse: list[View]) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-        some = [trajectory("q", n, coarse=coarse[n], crop=view(2, 4, n), seed=n) for n in range(3)]
-        (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
+        episodes = [trajectory("q", n, coarse=coarse[n], crop=view(2, 4, n), seed=n) for n in range(3)]
+        (batch,) = batcher.batches(batcher.plan([Sample(episode, (1.0,)) for episode in episodes]))
         policy.zero_grad()
         logprobs, _ = policy(batch, 1.0, BANNED)
         logprobs.sum().backward()
         gradients = {name: parameter.grad.clone() for name, parameter in policy.vlm.named_parameters()}
         return logprobs.detach(), gradients, len(batch.view_grids)
 
-    one, grads, views = outcome([shared] * 3)
-    three, wanted, copies = outcome([View(shared.box, shared.pixels.copy()) for _ in range(3)])
+    logprobs, grads, views = outcome([shared] * 3)
+    separate, wanted, copies = outcome([View(shared.box, shared.pixels.copy()) for _ in range(3)])
     assert (views, copies) == (4, 6)
-    assert (one - three).abs().max() < 1e-6
+    assert (logprobs - separate).abs().max() < 1e-6
     assert any("visual" in name for name in grads)
     for name, gradient in grads.items():
         assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
 
 
 def test_head_chunks_change_neither_logprobs_nor_gradients(
-    policy: PolicyModel, batcher: Batcher, some: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+    policy: PolicyModel, batcher: Batcher, episodes: list[Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
+    (batch,) = batcher.batches(batcher.plan([Sample(episode, (1.0,)) for episode in episodes]))
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         policy.zero_grad()
@@ -275,17 +278,17 @@ def test_frozen_vision_tower_is_not_trained(tiny: Path) -> None:
     assert trained and not any(name.startswith("model.visual.") for name in trained)
 
 
-def test_expanded_lengths_equal_the_processors(batcher: Batcher, some: list[Trajectory]) -> None:
-    for one in some:
-        row = expand(Sample(one, (1.0,)), FAMILY, IMAGE_PAD)
-        (batch,) = batcher.batches(alone(batcher, one))
+def test_expanded_lengths_equal_the_processors(batcher: Batcher, episodes: list[Trajectory]) -> None:
+    for episode in episodes:
+        row = expand(Sample(episode, (1.0,)), FAMILY, IMAGE_PAD)
+        (batch,) = batcher.batches(alone(batcher, episode))
         assert int(row.image_mask.sum()) == int(batch.image_grid_thw.prod(-1).sum()) // FAMILY.merge_size**2
 
 
 def test_gradient_checkpointing_changes_no_gradient(
-    tiny: Path, policy: PolicyModel, batcher: Batcher, some: list[Trajectory]
+    tiny: Path, policy: PolicyModel, batcher: Batcher, episodes: list[Trajectory]
 ) -> None:
-    (batch,) = batcher.batches(batcher.plan([Sample(one, (1.0,)) for one in some]))
+    (batch,) = batcher.batches(batcher.plan([Sample(episode, (1.0,)) for episode in episodes]))
     recomputing = PolicyModel(LearnerConfig(model=str(tiny), gradient_checkpointing=True))
     gradients = []
     for network in (policy.train(), recomputing.train()):

@@ -33,14 +33,14 @@ def configured(url: str, **changes: Any) -> RewardConfig:
 
 
 def ask(url: str, crop: View | None = None, **changes: Any) -> str:
-    async def one() -> str:
+    async def run() -> str:
         verifier = EndpointVerifier(configured(url, **changes).verifier)
         try:
             return await verifier.answer(strip_for_verifier(QUESTION), crop or view(GOOD_BOX))
         finally:
             await verifier.close()
 
-    return asyncio.run(one())
+    return asyncio.run(run())
 
 
 def score(url: str, *trajectories: Trajectory, **changes: Any) -> tuple[Verdict, ...]:
@@ -53,14 +53,14 @@ def score(url: str, *trajectories: Trajectory, **changes: Any) -> tuple[Verdict,
 
 
 def images_in(body: dict[str, Any]) -> list[np.ndarray]:
-    found = []
+    images = []
     for message in body["messages"]:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image_url":
                 kind, _, data = part["image_url"]["url"].partition(",")
                 assert kind == "data:image/png;base64"
-                found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
-    return found
+                images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+    return images
 
 
 def test_answer_returns_the_reply_unchanged(endpoint: Endpoint) -> None:
@@ -90,12 +90,12 @@ def test_strip_for_verifier_removes_answer_original_and_boxes() -> None:
 
 
 def test_request_lacks_the_ground_truth(endpoint: Endpoint) -> None:
-    async def one() -> None:
+    async def run() -> None:
         worker = RewardWorker(configured(endpoint.url))
         await worker.start()
         await worker.score(Question("q", b"the original", "How many?", "forty-two"), (played(),))
 
-    asyncio.run(one())
+    asyncio.run(run())
     assert "How many?" in json.dumps(endpoint.bodies[-1])
     assert "forty-two" not in json.dumps(endpoint.bodies[-1])
 
