@@ -34,7 +34,7 @@ from ergo_rl.jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.questions.dataset import Cursor, OnBadRow
 from ergo_rl.rewards.config import RewardConfig
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 
 MOST_MS, LEAST_LINEAR = 1.0, 0.95
 LEARNER = Crediting(LearnerConfig(), {"region": 1.0, "box": 0.5})

@@ -180,7 +180,7 @@ class Ours:
         from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
         from ergo_rl.learners.learner_group import LearnerGroup
         from ergo_rl.rewards.config import RewardConfig
-        from ergo_rl.rewards.reward_pool import RewardPool
+        from ergo_rl.rewards.pool import RewardPool
 
         how = self._settings
         rollout = RolloutConfig(

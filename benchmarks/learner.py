@@ -33,9 +33,9 @@ import torch
 from benchmarks.reporting import parser_of, report
 from ergo_rl.episodes.families import ModelFamily, family_of, load_tokenizer
 from ergo_rl.episodes.types import Box, Finish, Outcome, Trajectory, Turn, View
-from ergo_rl.learners.batch import Batcher, Row, Sample
+from ergo_rl.learners.batch import Batcher, ModelInput, Sample
 from ergo_rl.learners.config import LearnerConfig, Packing
-from ergo_rl.learners.policy import Policy
+from ergo_rl.learners.model import PolicyModel
 
 PADDING_LIMIT, LEAST_SPEED = 0.1, 0.95
 WAYS = {
@@ -143,13 +143,13 @@ def prepared(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], None
     samples = [Sample(one, (1.0,)) for one in played]
     banned, steps, passed, tokens = family.banned_ids(tokenizer), {}, {}, 0
     for way, (packing, bounded) in WAYS.items():
-        policy = Policy(LearnerConfig(model=model, packing=packing, freeze_vision=arguments.freeze_vision))
+        policy = PolicyModel(LearnerConfig(model=model, packing=packing, freeze_vision=arguments.freeze_vision))
         budget = round(arguments.budget * arguments.scale) if bounded else sys.maxsize
         batcher = Batcher(family, AutoImageProcessor.from_pretrained(model), pad, end, budget, packing)
         plan = batcher.plan(samples)
         passed[way], tokens = plan.passed_tokens, plan.real_tokens
 
-        def step(policy: Policy = policy, batcher: Batcher = batcher, plan: Any = plan) -> None:
+        def step(policy: PolicyModel = policy, batcher: Batcher = batcher, plan: Any = plan) -> None:
             for batch in batcher.batches(plan):
                 logprobs, _ = policy(batch, 1.0, banned)
                 logprobs.sum().backward()
@@ -190,7 +190,7 @@ def updates(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], None]
 class PlainLoop:
     """transformers and DeepSpeed, and nothing of ours but the trajectories."""
 
-    def __init__(self, config: LearnerConfig, rows: Sequence[Row], pad: int) -> None:
+    def __init__(self, config: LearnerConfig, rows: Sequence[ModelInput], pad: int) -> None:
         import deepspeed
         from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
@@ -218,7 +218,7 @@ class PlainLoop:
             self._engine.backward(self._loss(rows), scale_wrt_gas=False)
         self._engine.step()
 
-    def _loss(self, rows: Sequence[Row]) -> torch.Tensor:
+    def _loss(self, rows: Sequence[ModelInput]) -> torch.Tensor:
         """PPO's clipped loss over the sampled tokens, from logits of every position."""
 
         def padded(values: Sequence[Any], fill: float) -> torch.Tensor:

@@ -71,7 +71,7 @@ def measure(way: str, shape: Shape) -> float:
     import torch
 
     from ergo_rl.cluster.compat import repair_torchvision
-    from ergo_rl.learners.head import LogProbHead
+    from ergo_rl.learners.model import LogProbHead
 
     repair_torchvision()
     from transformers import Qwen2_5_VLTextConfig

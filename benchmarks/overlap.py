@@ -33,7 +33,7 @@ from ergo_rl.jobs.flow import Flow, flowing
 from ergo_rl.learners.learner_group import LearnerGroup
 from ergo_rl.questions.dataset import OnBadRow, QuestionStream
 from ergo_rl.questions.prepare import prepare_embedded
-from ergo_rl.rewards.tce import weights_of
+from ergo_rl.rewards.terms import term_weights
 
 TARGET = 1.10
 
@@ -43,7 +43,7 @@ class Loop:
 
     def __init__(self, config: TrainConfig, rollouts: Any, rewards: Any, learners: LearnerGroup) -> None:
         self._config, self._rollouts, self._rewards, self._learners = config, rollouts, rewards, learners
-        self._credit = Crediting(config.learner, weights_of(config.reward))
+        self._credit = Crediting(config.learner, term_weights(config.reward))
         self._weights = WeightChannel(learners, rollouts)
         self._version, self._questions = 0, QuestionStream(config.questions)
 

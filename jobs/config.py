@@ -35,7 +35,7 @@ from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.questions.dataset import QuestionsConfig
 from ergo_rl.rewards.config import Backend, RewardConfig
-from ergo_rl.rewards.tce import terms_of, weights_of
+from ergo_rl.rewards.terms import load_terms, term_weights
 
 _SHOWN = 400
 """Characters of a value or a reason that a message shows."""
@@ -229,11 +229,11 @@ def check(config: TrainConfig) -> None:
     problems += [(True, message) for message in out_of_range(config)]
     try:
         config.weights.for_roles(learner.resources, rollout.resources)
-        terms_of(config.reward), weights_of(config.reward)
+        load_terms(config.reward), term_weights(config.reward)
         for own in filter(None, (episode.family, config.reward.verifier.family)):
             import_class(own, ModelFamily)
         if is_import_path(learner.loss.objective):
-            from ergo_rl.learners.objectives import objective_named  # loads torch
+            from ergo_rl.learners.losses import objective_named  # loads torch
 
             objective_named(learner.loss.objective)
         for prompts in (episode.prompts, config.reward.verifier.prompts):

@@ -10,7 +10,7 @@ from itertools import islice
 
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Outcome, Unscored
-from ergo_rl.learners.advantages import Credit, Terms, over_step, term_advantages, turn_advantages
+from ergo_rl.learners.advantages import Credit, Terms, normalise_over_step, term_advantages, turn_advantages
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.learners.learner_group import TrainingGroup
 
@@ -31,7 +31,7 @@ class Crediting:
         """The scored groups of a step as the learner takes them; ``oldest``: the first version that is not too old."""
         advantages: list[Advantages] = [self.advantages(group) for group in groups]
         if self.config.advantages.terms is Terms.NORMALISE_THEN_SUM:
-            advantages = list(over_step(advantages, self.config.advantages))
+            advantages = list(normalise_over_step(advantages, self.config.advantages))
         return [
             TrainingGroup(
                 question_id=group.question.id,

@@ -23,7 +23,7 @@ from ergo_rl.episodes.types import Box, Question, Score
 from ergo_rl.jobs.metrics import Metrics, MetricsConfig, covered_and_paid, reward_metrics, rollout_metrics
 from ergo_rl.questions.dataset import DatasetError, QuestionStream
 from ergo_rl.rewards.config import Backend
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,7 +15,7 @@ from ergo_rl.actors.trajectory_store import Group, TrajectoryStore
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.questions.dataset import BadRow, Cursor, OnBadRow, QuestionStream
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 
 logger = logging.getLogger(__name__)
 

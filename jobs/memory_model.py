@@ -13,7 +13,7 @@ from ergo_rl.episodes.episode import EpisodeConfig
 from ergo_rl.jobs.config import TrainConfig
 from ergo_rl.jobs.model_shapes import ModelSpec
 from ergo_rl.learners.config import Dtype, LearnerConfig
-from ergo_rl.learners.head import CHUNK_LOGITS
+from ergo_rl.learners.model import CHUNK_LOGITS
 
 GIB = 2**30
 REDUCE_BUCKET = 500_000_000

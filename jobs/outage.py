@@ -14,7 +14,7 @@ from ergo_rl.episodes.types import Unscored
 from ergo_rl.errors import ErgoError
 from ergo_rl.jobs.view import View
 from ergo_rl.rewards.config import RewardConfig
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 
 logger = logging.getLogger(__name__)
 

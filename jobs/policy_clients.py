@@ -30,8 +30,7 @@ from ergo_rl.episodes.types import Box, Question, Trajectory, View
 from ergo_rl.errors import ErgoError
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.rewards.config import EndpointConfig
-from ergo_rl.rewards.endpoint_verifier import ChatEndpoint, ChatReply, png_url
-from ergo_rl.rewards.verifier import VerifierUnavailable
+from ergo_rl.rewards.endpoint import ChatEndpoint, ChatReply, VerifierUnavailable, png_url
 
 
 @dataclass(frozen=True, slots=True)

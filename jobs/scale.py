@@ -26,7 +26,7 @@ from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.jobs.cli_common import explain
 from ergo_rl.jobs.config import ConfigError
 from ergo_rl.jobs.run import Run
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 
 logger = logging.getLogger(__name__)
 

@@ -36,8 +36,8 @@ from ergo_rl.jobs.view import View
 from ergo_rl.learners.learner_group import LearnerFailed, LearnerGroup
 from ergo_rl.questions.dataset import QuestionStream
 from ergo_rl.questions.prepare import prepare_embedded
-from ergo_rl.rewards.reward_pool import RewardPool
-from ergo_rl.rewards.tce import weights_of
+from ergo_rl.rewards.pool import RewardPool
+from ergo_rl.rewards.terms import term_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ async def live(
     rollouts, rewards, learners = crew.rollouts, crew.rewards, crew.learners
     transport = config.weights.for_roles(config.learner.resources, config.rollout.resources)
     weights = WeightChannel(learners, rollouts, transport)
-    credit = Crediting(config.learner, weights_of(config.reward), config.stale_weight)
+    credit = Crediting(config.learner, term_weights(config.reward), config.stale_weight)
     state = await run.restore(learners, rows=len(questions))
     bad_rows, keep_stale = config.questions.on_bad_row, config.stale_weight > 0
     flow = Flow(questions, rollouts, rewards, config.seed, bad_rows, state.flow, keep_stale)

@@ -1,15 +1,14 @@
-"""Trajectories -> micro-batches: expand placeholders once, add pixels, pad on the right (``Policy`` takes the padding
-out again where rows go end to end).
+"""Trajectories -> micro-batches: expand image placeholders, add pixels, pad on the right.
 
-A trajectory holds one placeholder per image, as it was sent to the engine, which expanded it. Here it is
-expanded for the learner, the only other place; the lengths of both are compared for every trajectory
-(OpenRLHF #1220 and TRL #6294 expanded twice, without an error).
-"""
+A trajectory holds one placeholder per image, as it was sent to the engine, which expanded it to the image's visual
+tokens. Here it is expanded for the learner, and nowhere else; both lengths are compared for every trajectory, because
+expanding twice goes unnoticed otherwise (OpenRLHF #1220 and TRL #6294).
+
+Padding is for tensors' sake only: with ``learner.packing: sequences`` the model takes it out again."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ergo_rl.episodes.families import ModelFamily
 from ergo_rl.episodes.types import BoolArray, FloatArray, Trajectory, View
+from ergo_rl.learners.advantages import TurnAdvantages, is_scored
 from ergo_rl.learners.config import Packing
 
 log = logging.getLogger(__name__)
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A trajectory and the advantage of each of its turns, or one for all of it; NaN leaves the loss."""
+    """A trajectory and its advantages."""
 
     trajectory: Trajectory
-    advantages: tuple[float, ...]
+    advantages: TurnAdvantages
 
     def __post_init__(self) -> None:
         if len(self.advantages) not in (1, len(self.trajectory.turns)):
@@ -40,46 +40,62 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Row:
-    """A trajectory of S tokens as the model sees it, every placeholder expanded.
-
-    token_ids int64[S]; image_mask, loss_mask bool[S]; rollout_logprobs, advantages float32[S] and turns int8[S] (1, 2),
-    0 outside the loss mask; scored: False leaves the loss; prompt_lengths: of the whole prompt of each turn."""
+class ModelInput:
+    """A trajectory of S tokens as the model reads it, every placeholder expanded: one row of a micro-batch."""
 
     views: tuple[View, ...]
     token_ids: NDArray[np.int64]
+    """int64[S]."""
     image_mask: BoolArray
+    """bool[S]: visual tokens."""
     loss_mask: BoolArray
+    """bool[S]: sampled tokens."""
     rollout_logprobs: FloatArray
+    """float32[S], nats, of the engine that sampled; 0 outside the loss mask."""
     advantages: FloatArray
+    """float32[S]; 0 outside the loss mask."""
     turns: NDArray[np.int8]
+    """int8[S]: 1 or 2; 0 outside the loss mask."""
     scored: bool
+    """False leaves the loss."""
     prompt_lengths: tuple[int, ...]
+    """For each turn the length of its whole prompt."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def without_loss(self) -> ModelInput:
+        """Return the same row with no token in the loss."""
+        return replace(self, loss_mask=np.zeros_like(self.loss_mask))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """B right-padded rows of S tokens. Images come in row order, the coarse view of a row before its crop; a view that
-    several rows show (the coarse view of a group) is there once.
+    """B right-padded rows of S tokens.
 
-    input_ids int64[B, S]; attention_mask, mm_token_type_ids int64[B, S] (1 over image tokens: transformers
-    computes mRoPE from it, from all grids and from the full ids); pixel_values float[patches, channels] and
-    view_grids int64[views, 3] of the distinct views; shown int64[images], which of them each image is; loss_mask
-    bool[B, S]; rollout_logprobs, advantages float32[B, S]; turns int8[B, S]."""
+    Images come in row order, the coarse view of a row before its crop. A view that several rows show (the coarse view
+    of a group) is in ``pixel_values`` once."""
 
     input_ids: Tensor
+    """int64[B, S]."""
     attention_mask: Tensor
+    """int64[B, S]: 1 over tokens, 0 over padding."""
     mm_token_type_ids: Tensor
+    """int64[B, S]: 1 over image tokens; transformers computes mRoPE from it, from all grids and from the full ids."""
     pixel_values: Tensor
+    """float[patches, channels] of the distinct views."""
     view_grids: Tensor
-    shown: Tensor
+    """int64[views, 3] of the distinct views: time, height, width in patches."""
+    view_index: Tensor
+    """int64[images]: for each image its place among the distinct views."""
     loss_mask: Tensor
+    """bool[B, S]: sampled tokens."""
     rollout_logprobs: Tensor
+    """float32[B, S], nats."""
     advantages: Tensor
+    """float32[B, S]."""
     turns: Tensor
+    """int8[B, S]: the turn of each sampled token, from 1."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -94,10 +110,10 @@ class MicroBatch:
     @property
     def image_grid_thw(self) -> Tensor:
         """int64[images, 3]: time, height, width in patches."""
-        return self.view_grids[self.shown]
+        return self.view_grids[self.view_index]
 
-    def silent(self) -> MicroBatch:
-        """The same batch with no token in the loss: gradient exactly 0."""
+    def without_loss(self) -> MicroBatch:
+        """Return the same batch with no token in the loss: its gradient is exactly 0."""
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -105,13 +121,16 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """Which rows share a micro-batch: ``bins`` of indices into ``rows``; ``packing``: how they go through the model."""
+class MicroBatchPlan:
+    """Which rows share a micro-batch."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ModelInput, ...]
     bins: tuple[tuple[int, ...], ...]
+    """For each micro-batch the indices of its rows."""
     length_mismatches: int
+    """Trajectories left out because the engine's prompts had another length."""
     packing: Packing
+    """How rows go through the model."""
 
     @property
     def lengths(self) -> list[int]:
@@ -120,11 +139,12 @@ class Plan:
 
     @property
     def real_tokens(self) -> int:
+        """Tokens of all rows, without padding."""
         return sum(len(row) for row in self.rows)
 
     @property
     def passed_tokens(self) -> int:
-        """Through the model, padding included."""
+        """Tokens that pass through the model, padding included."""
         if self.packing is Packing.SEQUENCES:
             return self.real_tokens
         return sum(len(members) * max(len(self.rows[member]) for member in members) for members in self.bins)
@@ -134,51 +154,64 @@ class Plan:
 class Batcher:
     """Makes micro-batches for one model family.
 
-    image_processor: the model's own Hugging Face image processor. image_pad, pad: token ids. token_budget:
-    tokens of a micro-batch with its padding, if it has any; a longer row gets one of its own."""
+    Example::
+
+        plan = batcher.plan(samples)
+        for batch in batcher.batches(plan):
+            logprobs, entropy = policy(batch, temperature, banned_ids)
+    """
 
     family: ModelFamily
     image_processor: Any
+    """The model's own Hugging Face image processor."""
     image_pad: int
+    """Token id of the placeholder."""
     pad: int
+    """Token id for padding."""
     token_budget: int
+    """Most tokens of a micro-batch, padding included; a longer row gets a micro-batch of its own."""
     packing: Packing = Packing.SEQUENCES
 
-    def plan(self, samples: Sequence[Sample]) -> Plan:
-        """Expand, compare lengths with the engine's, drop what is not in the loss, share out.
+    def plan(self, samples: Sequence[Sample]) -> MicroBatchPlan:
+        """Expand samples, drop those that are not in the loss, and divide the others among micro-batches.
 
-        A trajectory whose length differs is left out with a warning: its log-probs would belong to other
-        tokens. Where nothing is left one silent row stays, because ranks that share parameters must run
+        A trajectory whose length differs from the engine's is dropped with a warning: its log-probs would belong to
+        other tokens. Where nothing is left, one row without loss stays, because ranks that share parameters must run
         the same number of passes."""
         rows = [expand(sample, self.family, self.image_pad) for sample in samples]
-        wrong = [differs(row, sample.trajectory) for row, sample in zip(rows, samples, strict=True)]
+        wrong = [length_mismatch(row, sample.trajectory) for row, sample in zip(rows, samples, strict=True)]
         scored = [row for row, bad in zip(rows, wrong, strict=True) if row.scored and not bad]
-        kept = scored or [silenced(rows[0])]
+        kept = scored or [rows[0].without_loss()]
         return self._planned(kept, sum(wrong))
 
-    def plan_all(self, trajectories: Sequence[Trajectory]) -> Plan:
-        """Every trajectory, for a forward pass only; row i of the plan is trajectory i."""
-        return self._planned([expand(Sample(one, (0.0,)), self.family, self.image_pad) for one in trajectories], 0)
+    def plan_all(self, trajectories: Sequence[Trajectory]) -> MicroBatchPlan:
+        """Plan a forward pass over every trajectory; row i of the plan is trajectory i."""
+        samples = [Sample(trajectory, (0.0,)) for trajectory in trajectories]
+        return self._planned([expand(sample, self.family, self.image_pad) for sample in samples], 0)
 
-    def _planned(self, rows: Sequence[Row], length_mismatches: int) -> Plan:
-        share_out = end_to_end if self.packing is Packing.SEQUENCES else side_by_side
-        bins = share_out([len(row) for row in rows], self.token_budget)
-        return Plan(tuple(rows), bins, length_mismatches, self.packing)
+    def _planned(self, rows: Sequence[ModelInput], length_mismatches: int) -> MicroBatchPlan:
+        make_bins = pack_bins if self.packing is Packing.SEQUENCES else pad_bins
+        bins = make_bins([len(row) for row in rows], self.token_budget)
+        return MicroBatchPlan(tuple(rows), bins, length_mismatches, self.packing)
 
-    def batches(self, plan: Plan, count: int | None = None) -> Iterator[MicroBatch]:
-        """The micro-batches of a plan, then silent ones up to ``count``. Made lazily; each distinct view is
-        processed once, however many rows show it, and its pixels are dropped after the last of them."""
+    def batches(self, plan: MicroBatchPlan, count: int | None = None) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of a plan, then repeat the last without loss up to ``count``.
+
+        They are made lazily. Each distinct view is processed once, however many rows show it, and its pixels are
+        dropped after the last of them."""
         features = _ViewFeatures(self.family, self.image_processor, (view for row in plan.rows for view in row.views))
         for members in plan.bins:
             batch = self._collate([plan.rows[member] for member in members], features)
             yield batch
         for _ in range((count or 0) - len(plan.bins)):
-            yield batch.silent()
+            yield batch.without_loss()
 
-    def _collate(self, rows: Sequence[Row], features: _ViewFeatures) -> MicroBatch:
+    def _collate(self, rows: Sequence[ModelInput], features: _ViewFeatures) -> MicroBatch:
         images = [view for row in rows for view in row.views]
+        # By identity: the trajectories of a group share the object of their coarse view, and comparing pixels would
+        # cost more than it saves. All views live as long as ``rows``, so no id is used twice.
         places: dict[int, int] = {}
-        shown = [places.setdefault(id(view), len(places)) for view in images]
+        view_index = [places.setdefault(id(view), len(places)) for view in images]
         distinct = {id(view): features.take(view) for view in images}
         return MicroBatch(
             input_ids=_right_padded([row.token_ids for row in rows], self.pad),
@@ -186,7 +219,7 @@ class Batcher:
             mm_token_type_ids=_right_padded([row.image_mask.astype(np.int64) for row in rows], 0),
             pixel_values=torch.cat([pixels for pixels, _ in distinct.values()]),
             view_grids=torch.cat([grid for _, grid in distinct.values()]),
-            shown=torch.tensor(shown),
+            view_index=torch.tensor(view_index),
             loss_mask=_right_padded([row.loss_mask for row in rows], False),
             rollout_logprobs=_right_padded([row.rollout_logprobs for row in rows], 0.0),
             advantages=_right_padded([row.advantages for row in rows], 0.0),
@@ -194,8 +227,10 @@ class Batcher:
         )
 
 
-def expand(sample: Sample, family: ModelFamily, image_pad: int) -> Row:
-    """Raises ValueError when placeholders and views do not match, or when a placeholder was sampled."""
+def expand(sample: Sample, family: ModelFamily, image_pad: int) -> ModelInput:
+    """Return the sample as a row, every placeholder repeated once per visual token of its view.
+
+    Raises ValueError when placeholders and views do not match, or when a placeholder was sampled."""
     trajectory = sample.trajectory
     ids, sampled = trajectory.token_ids, trajectory.loss_mask
     placeholders = ids == image_pad
@@ -204,32 +239,32 @@ def expand(sample: Sample, family: ModelFamily, image_pad: int) -> Row:
             f"question {trajectory.question_id!r}, sample {trajectory.sample}: {int(placeholders.sum())} image "
             f"placeholders ({int((placeholders & sampled).sum())} of them sampled) for {len(trajectory.views)} views"
         )
-    widths = np.ones(len(ids), np.int64)
-    widths[placeholders] = [family.visual_tokens(view) for view in trajectory.views]
+    repeats = np.ones(len(ids), np.int64)
+    repeats[placeholders] = [family.visual_tokens(view) for view in trajectory.views]
     advantages, turns = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int8)
     prompts, start = [], 0
     for number, turn in enumerate(trajectory.turns):
         start += len(turn.prompt_ids)
-        prompts.append(int(widths[:start].sum()))
+        prompts.append(int(repeats[:start].sum()))
         stop = start + len(turn.completion_ids)
         advantages[start:stop] = sample.advantages[min(number, len(sample.advantages) - 1)]
         turns[start:stop] = number + 1
         start = stop
-    return Row(
+    return ModelInput(
         views=trajectory.views,
-        token_ids=np.repeat(ids.astype(np.int64), widths),
-        image_mask=np.repeat(placeholders, widths),
-        loss_mask=np.repeat(sampled, widths),
-        rollout_logprobs=np.repeat(trajectory.logprobs, widths),
-        advantages=np.repeat(advantages, widths),
-        turns=np.repeat(turns, widths),
-        scored=not any(map(math.isnan, sample.advantages)),
+        token_ids=np.repeat(ids.astype(np.int64), repeats),
+        image_mask=np.repeat(placeholders, repeats),
+        loss_mask=np.repeat(sampled, repeats),
+        rollout_logprobs=np.repeat(trajectory.logprobs, repeats),
+        advantages=np.repeat(advantages, repeats),
+        turns=np.repeat(turns, repeats),
+        scored=is_scored(sample.advantages),
         prompt_lengths=tuple(prompts),
     )
 
 
-def differs(row: Row, trajectory: Trajectory) -> bool:
-    """Whether the engine saw prompts of another length than the learner; logged."""
+def length_mismatch(row: ModelInput, trajectory: Trajectory) -> bool:
+    """Tell whether the engine saw prompts of another length than the learner, and log it."""
     engine = tuple(turn.engine_prompt_length for turn in trajectory.turns)
     if engine == row.prompt_lengths:
         return False
@@ -240,13 +275,10 @@ def differs(row: Row, trajectory: Trajectory) -> bool:
     return True
 
 
-def silenced(row: Row) -> Row:
-    return replace(row, loss_mask=np.zeros_like(row.loss_mask))
+def pad_bins(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ...], ...]:
+    """Divide rows that are padded to the longest of their bin: ``members x longest <= token_budget``.
 
-
-def side_by_side(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ...], ...]:
-    """For rows that are padded to the longest: longest first, as many as fit, ``members x longest <= token_budget``.
-    Neighbours in length share a batch, so little is padded; every index appears once."""
+    Longest first, so that neighbours in length share a bin and little is padded. Every index appears once."""
     bins: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= token_budget:
@@ -256,9 +288,11 @@ def side_by_side(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, 
     return tuple(tuple(members) for members in bins)
 
 
-def end_to_end(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ...], ...]:
-    """For rows without padding: in their order, as many as fit. A group stays together, so that its coarse view goes
-    through the vision tower about once; every index appears once."""
+def pack_bins(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ...], ...]:
+    """Divide rows without padding, in their order, as many to a bin as fit into ``token_budget``.
+
+    In order, because a group so stays together and its coarse view goes through the vision tower about once. Every
+    index appears once."""
     bins: list[list[int]] = []
     used = 0
     for index, length in enumerate(lengths):
@@ -272,7 +306,7 @@ def end_to_end(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ..
 
 
 class _ViewFeatures:
-    """(pixel_values, image_grid_thw) of views; the coarse view that a group shares is made once."""
+    """(pixel_values, image_grid_thw) of views, made at the first use of a view and kept until the last."""
 
     def __init__(self, family: ModelFamily, image_processor: Any, views: Iterable[View]) -> None:
         self._family, self._image_processor = family, image_processor
@@ -288,7 +322,7 @@ class _ViewFeatures:
 
 
 def _right_padded(rows: Sequence[NDArray[Any]], fill: float) -> Tensor:
-    """[B, longest row]"""
+    """Return [B, longest row]."""
     padded = np.full((len(rows), max(len(row) for row in rows)), fill, rows[0].dtype)
     for place, row in enumerate(rows):
         padded[place, : len(row)] = row

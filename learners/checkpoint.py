@@ -1,10 +1,9 @@
-"""Weights as a Hugging Face folder, and the optimiser's state for going on, whole and by parameter.
+"""Weights as a Hugging Face folder, and the optimiser's state for resuming, whole and by parameter.
 
 DeepSpeed's own checkpoints are pickles of each rank's part: they are loaded with code execution allowed
 (``torch.load(weights_only=False)`` in 0.19) and fit the same number of ranks and the same stage only. So the state
 leaves as the weights do: for each trained parameter its fp32 master and both moments of Adam, whole, as safetensors.
-Any number of ranks and any ZeRO stage can take it up.
-"""
+Any number of ranks and any ZeRO stage can load it."""
 
 from __future__ import annotations
 
@@ -19,12 +18,11 @@ from ergo_rl.learners.config import Dtype, LearnerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = "counters"
-"""int64[2]: the updates of the run, the updates that the optimiser counts."""
+"""Name of an int64[2] in every file of a state: updates of the run, and updates that the optimiser counts."""
 
 
 def export(vlm: Any, weights: Mapping[str, Tensor], source: str, path: Path) -> None:
-    """Weights by module names -> a folder with the names ``save_pretrained`` writes, and the processor of
-    ``source``."""
+    """Write weights, by module names, as ``save_pretrained`` does, and beside them the processor of ``source``."""
     from transformers import AutoProcessor
 
     vlm.save_pretrained(path, state_dict=dict(weights))
@@ -32,17 +30,17 @@ def export(vlm: Any, weights: Mapping[str, Tensor], source: str, path: Path) -> 
 
 
 def export_state(config: LearnerConfig, files: Iterable[Path], path: Path) -> None:
-    """The weights of a saved state (``full_state``, in safetensors files) as ``export`` writes them, adapters merged:
-    in this process, on the CPU, without DeepSpeed.
+    """Write the weights of a saved state (``optimizer_state``, in safetensors files) as ``export`` does.
 
-    Raises ValueError where the state is of another model."""
+    Adapters are merged. Runs in this process, on the CPU, without DeepSpeed. Raises ValueError where the state is of
+    another model."""
     from safetensors.torch import load_file
 
-    from ergo_rl.learners.adapters import weights_of
-    from ergo_rl.learners.policy import Policy
+    from ergo_rl.learners.lora import named_weights
+    from ergo_rl.learners.model import PolicyModel
 
-    policy = Policy(config)
-    missing = {name: each for name, each in policy.vlm.named_parameters() if each.requires_grad}
+    policy = PolicyModel(config)
+    missing = {name: parameter for name, parameter in policy.vlm.named_parameters() if parameter.requires_grad}
     for file in files:
         for name, value in load_file(file).items():
             if name == COUNTERS or "/" in name:
@@ -54,12 +52,14 @@ def export_state(config: LearnerConfig, files: Iterable[Path], path: Path) -> No
         raise ValueError(f"the state lacks {len(missing)} weights that the model trains: {sorted(missing)[:3]}")
     if config.dtype is Dtype.BFLOAT16:
         policy.to(torch.bfloat16)
-    export(policy.vlm, {weight.name: weight.value() for weight in weights_of(policy.vlm)}, config.model, path)
+    export(policy.vlm, {weight.name: weight.value() for weight in named_weights(policy.vlm)}, config.model, path)
 
 
-def full_state(engine: Any, weights: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor on the CPU) of each trained parameter's master, ``NAME`` itself, and of its moments,
-    ``NAME/exp_avg`` and ``NAME/exp_avg_sq`` (not before the first update). Every rank must run through it."""
+def optimizer_state(engine: Any, weights: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, whole fp32 tensor on the CPU) of each trained parameter's master weight and moments.
+
+    ``NAME`` is the master; ``NAME/exp_avg`` and ``NAME/exp_avg_sq`` are there after the first update. Every rank must
+    run through it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     moments = MOMENTS if engine.optimizer.optimizer.state else ()
@@ -69,19 +69,19 @@ def full_state(engine: Any, weights: Iterable[tuple[str, nn.Parameter]]) -> Iter
             yield f"{name}/{moment}", safe_get_full_optimizer_state(parameter, moment).cpu()
 
 
-def counted(engine: Any) -> int:
-    """The updates that the optimiser itself counts (for Adam's bias correction)."""
+def optimizer_step_count(engine: Any) -> int:
+    """Return the updates that the optimiser itself counts (for Adam's bias correction)."""
     states = list(engine.optimizer.optimizer.state.values())
     return int(states[0]["step"]) if states else 0
 
 
-def take_up(
+def load_optimizer_state(
     engine: Any, weights: Sequence[tuple[str, nn.Parameter]], state: Mapping[str, Tensor], updates: int, rank: int
 ) -> None:
-    """Put a part of ``full_state`` in place: masters, moments and the weights of the passes. Every rank must call it
-    with the same part. updates: as ``counted`` said; 0 leaves the moments alone.
+    """Put a part of ``optimizer_state`` in place: master weights, moments, and the weights of the passes.
 
-    Raises ValueError for a parameter of another shape, KeyError for one whose moments are not in this part."""
+    Every rank must call it with the same part. updates: the ``optimizer_step_count`` of the state; 0 leaves the moments
+    alone. Raises ValueError for a parameter of another shape, KeyError for one whose moments are not in this part."""
     optimizer = engine.optimizer
     sharded = hasattr(optimizer, "fp32_partitioned_groups_flat")  # ZeRO-3
     if updates:
@@ -101,7 +101,7 @@ def take_up(
 
 
 def _prepare_moments(optimizer: Any, updates: int, sharded: bool) -> None:
-    """Adam makes its state in the first step; a fresh engine has none that could be set."""
+    """Make the state that Adam itself makes in its first step: a fresh engine has none that could be set."""
     flats = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
     for flat in flats:
         if flat not in optimizer.optimizer.state:
@@ -122,8 +122,10 @@ def _set_whole(parameter: nn.Parameter, value: Tensor, moment: str | None, rank:
 
 
 def _set_sharded(parameter: Any, value: Tensor, moment: str | None, rank: int) -> None:
-    """This rank's piece. Not by ``safe_set_full_...``: it fails where a parameter does not divide by the ranks, because
-    the last piece is padded (DeepSpeed 0.19)."""
+    """Set this rank's piece of a parameter.
+
+    Not by ``safe_set_full_...``: that fails where a parameter does not divide by the ranks, because the last piece is
+    padded (DeepSpeed 0.19)."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     size = parameter.ds_tensor.numel()

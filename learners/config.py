@@ -38,7 +38,7 @@ class Schedule(StrEnum):
 
 
 class ObjectiveName(StrEnum):
-    """What is minimised and how it is averaged; the classes are in ``learners.objectives``, formulas and sources in
+    """What is minimised and how it is averaged; the classes are in ``learners.losses``, formulas and sources in
     docs/objectives.md."""
 
     DAPO = "dapo"

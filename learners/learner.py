@@ -1,4 +1,4 @@
-"""One DeepSpeed rank: gradients, optimiser steps, weights out. Knows nothing of Ray."""
+"""One rank of the learner: gradients, optimiser steps, weights out. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -18,49 +18,57 @@ from ergo_rl.cluster.collective import Group, GroupLost
 from ergo_rl.cluster.compat import repair_torchvision
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.types import FloatArray, Trajectory
-from ergo_rl.learners import checkpoint, zero
-from ergo_rl.learners.adapters import Weight, weights_of
-from ergo_rl.learners.batch import Batcher, MicroBatch, Plan, Sample
+from ergo_rl.learners import checkpoint, deepspeed_engine
+from ergo_rl.learners.batch import Batcher, MicroBatch, MicroBatchPlan, Sample
 from ergo_rl.learners.config import Dtype, LearnerConfig, LoraConfig
-from ergo_rl.learners.losses import TokenBatch, policy_loss
-from ergo_rl.learners.objectives import objective_named
-from ergo_rl.learners.policy import Policy
-from ergo_rl.learners.report import TURNS, TokenSums, UpdateReport
+from ergo_rl.learners.lora import Weight, named_weights
+from ergo_rl.learners.losses import TokenBatch, objective_named, policy_loss
+from ergo_rl.learners.metrics import TURNS, TokenSums, UpdateReport
+from ergo_rl.learners.model import PolicyModel
 
 
 @dataclass(frozen=True, slots=True)
 class StepSize:
-    """Of one optimiser step over all ranks. passes: forward passes that every rank makes; tokens: in the loss;
-    denominator: what the objective divides its sum by."""
+    """Of one optimiser step over all ranks."""
 
     passes: int
+    """Forward passes that every rank makes."""
     denominator: float
+    """What the objective divides the sum of its losses by."""
     tokens: int
+    """In the loss."""
     rows: int
+    """Trajectories in the loss."""
     length_mismatches: int
     real_tokens: int
+    """Of all rows, without padding."""
     passed_tokens: int
+    """Through the model, padding included."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One place in a group of processes; ``address`` and ``port`` are where rank 0 listens."""
+    """A place in the process group of the learner."""
 
     rank: int
     world: int
+    """Number of ranks."""
     address: str
+    """Where rank 0 listens."""
     port: int
 
 
 class Learner:
     """One rank. All ranks call the same methods in the same order; ZeRO's collectives keep them in step."""
 
-    def __init__(self, config: LearnerConfig, place: Rank) -> None:
-        self.config, self.place = config, place
+    def __init__(self, config: LearnerConfig, rank: Rank) -> None:
+        self.config, self.rank, self.world = config, rank.rank, rank.world
         self.step = 0
         torch.set_num_threads(config.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        zero.join(place.rank, place.world, place.address, place.port, self.device, config.collective_timeout_s)
+        deepspeed_engine.init_process_group(
+            rank.rank, rank.world, rank.address, rank.port, self.device, config.collective_timeout_s
+        )
         family, tokenizer = family_of(config.model, config.family), load_tokenizer(config.model)
         self.banned_ids = family.banned_ids(tokenizer)
         self.batcher = Batcher(
@@ -71,19 +79,23 @@ class Learner:
             token_budget=config.micro_batch_tokens,
             packing=config.packing,
         )
-        self.policy = Policy(config)
+        self.policy = PolicyModel(config)
         self.reference = _reference(config, self.device)
-        self.engine = zero.engine_of(self.policy, config)
+        self.engine = deepspeed_engine.init_engine(self.policy, config)
+
+    # --- updates ---
 
     def update(self, samples: Sequence[Sample]) -> UpdateReport:
-        """One optimiser step on this rank's share. Raises ValueError when no rank has a token to learn from."""
+        """Make one optimiser step; ``samples`` are this rank's part of it.
+
+        Raises ValueError when no rank has a token to learn from."""
         started = time.perf_counter()
-        torch.manual_seed(self.step * self.place.world + self.place.rank)  # the step is the state of every draw
+        torch.manual_seed(self.step * self.world + self.rank)  # so that resuming needs no state of random generators
         step, sums = self.accumulate(self.batcher.plan(samples))
         lr = self.config.optimizer.learning_rate(self.step)
         grad_norm = self.apply(lr)
         means = sums.means(with_kl=self.reference is not None)
-        assert means is not None, "accumulate found tokens"
+        assert means is not None, "accumulate raises where no token was sampled"
         if self.device.type == "cuda" and self.config.resources.gpus < 1:
             torch.cuda.empty_cache()  # an engine on the same GPU needs what this step's activations took
         return UpdateReport(
@@ -99,13 +111,13 @@ class Learner:
             turns=tuple(sums.means(turn, with_kl=self.reference is not None) for turn in range(1, TURNS + 1)),
         )
 
-    def accumulate(self, plan: Plan) -> tuple[StepSize, TokenSums]:
-        """Leaves the gradient of the step's loss in the engine, whatever the micro-batches and ranks.
+    def accumulate(self, plan: MicroBatchPlan) -> tuple[StepSize, TokenSums]:
+        """Leave the gradient of the step's loss in the engine, the same for any micro-batches and ranks.
 
         DeepSpeed averages gradients over ranks and would divide by its accumulation steps; we want the sum over
         both, divided by the objective's denominator of the whole step. So the loss is multiplied by the ranks, and
         ``scale_wrt_gas=False`` keeps the second division out."""
-        step = self._agree(plan)
+        step = self._step_size(plan)
         if step.tokens == 0:
             raise ValueError(
                 "no token to learn from: nothing is scored, or all of it was truncated and loss.mask_truncated is set "
@@ -116,13 +128,13 @@ class Learner:
         for index, batch in enumerate(self.batcher.batches(plan, step.passes)):
             batch = batch.to(self.device)
             self.engine.set_gradient_accumulation_boundary(index == step.passes - 1)
-            loss, new = policy_loss(self._pass(batch), self.config.loss)
-            self.engine.backward(loss * (self.place.world / step.denominator), scale_wrt_gas=False)
+            loss, new = policy_loss(self._forward(batch), self.config.loss)
+            self.engine.backward(loss * (self.world / step.denominator), scale_wrt_gas=False)
             sums = sums.plus(new)
-        return step, self._combined(sums)
+        return step, self._all_reduce(sums)
 
     def apply(self, lr: float) -> float:
-        """The optimiser step; returns the gradient's norm before clipping."""
+        """Make the optimiser step; return the gradient's norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -131,101 +143,20 @@ class Learner:
 
     @torch.no_grad()
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """For each trajectory float32[sampled tokens], in order: comparable with
-        ``trajectory.logprobs[trajectory.loss_mask]``. Every rank must be given the same trajectories."""
+        """Return for each trajectory float32[sampled tokens], nats, under the current weights.
+
+        Comparable with ``trajectory.logprobs[trajectory.loss_mask]``. Every rank must get the same trajectories."""
         plan = self.batcher.plan_all(trajectories)
         self.engine.eval()
-        found: dict[int, FloatArray] = {}
+        by_row: dict[int, FloatArray] = {}
         for members, batch in zip(plan.bins, self.batcher.batches(plan), strict=True):
             batch = batch.to(self.device)
             logprobs, _ = self.engine(batch, self.config.temperature, self.banned_ids)
             for member, values, mask in zip(members, logprobs, batch.loss_mask, strict=True):
-                found[member] = values[mask].cpu().numpy()
-        return [found[member] for member in range(len(trajectories))]
+                by_row[member] = values[mask].cpu().numpy()
+        return [by_row[member] for member in range(len(trajectories))]
 
-    def buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights as (name, CPU tensor in the compute precision), in lists of about ``bucket_bytes``, adapters
-        merged. Every rank must run through it; parameters are whole only for the time of their own bucket."""
-        for members in self._whole():
-            yield [(weight.name, weight.value()) for weight in members]
-
-    def weights(self) -> Iterator[Bucket]:
-        """The same without a copy where that can be: each bucket must have been taken before the next is asked for
-        (under ZeRO-3 its parameters are whole only until then)."""
-        for members in self._whole():
-            yield pack((weight.name, weight.value(copy=False)) for weight in members)
-
-    def layouts(self) -> list[Layout]:
-        """What ``broadcast`` sends, bucket by bucket. Needs no other rank."""
-        return [Layout.of(map(_described, members)) for members in self._buckets_of_weights()]
-
-    def broadcast(self, group: Group | None) -> str:
-        """Send the weights to those of ``group`` who have none, one bucket at a time; ranks without a group help to
-        make them whole. Every rank must call it, and goes to the end in any case, because the others do.
-
-        Returns what broke the group, or nothing."""
-        broken = ""
-        for members in self._whole():
-            if group is not None and not broken:
-                weights = ((weight.name, weight.value(copy=False, device=self.device)) for weight in members)
-                try:
-                    group.send(weights, Layout.of(map(_described, members)))
-                except GroupLost as error:
-                    broken = str(error)
-        return broken
-
-    def _whole(self) -> Iterator[list[Weight]]:
-        """Every weight once, in lists of about ``bucket_bytes``, whole until the next list is asked for."""
-        for members in self._buckets_of_weights():
-            parts = [parameter for weight in members for parameter in weight.parameters]
-            with zero.gathered(parts, self.config.zero_stage):
-                yield members
-
-    def _buckets_of_weights(self) -> Iterator[list[Weight]]:
-        return _in_buckets(weights_of(self.policy.vlm), self.config.bucket_bytes)
-
-    def export(self, path: Path) -> None:
-        """A Hugging Face folder that ``from_pretrained`` and ``vllm serve`` load. Every rank must call it."""
-        weights = {name: tensor for bucket in self.buckets() for name, tensor in bucket}
-        if self.place.rank == 0:
-            checkpoint.export(self.policy.vlm, weights, self.config.model, path)
-
-    def state(self) -> Iterator[bytes]:
-        """All that the optimiser knows, as safetensors files for ``restore``: whole tensors, whatever the ranks. Every
-        rank must run through it."""
-        counters = torch.tensor([self.step, checkpoint.counted(self.engine)])
-        # three fp32 tensors for a weight of two bytes at least
-        for members in _in_buckets(self._trained(), self.config.bucket_bytes // 6):
-            parts = [(weight.name, weight.base) for weight in members]
-            yield safetensors.torch.save(
-                {checkpoint.COUNTERS: counters, **dict(checkpoint.full_state(self.engine, parts))}
-            )
-
-    def restore(self, files: Iterable[bytes]) -> int:
-        """Take up what ``state`` gave, on any number of ranks; returns the step that comes next. Every rank must call
-        it. Raises ValueError where it is of another model."""
-        missing = {weight.name: weight.base for weight in self._trained()}
-        for file in files:
-            tensors = safetensors.torch.load(file)
-            self.step, updates = tensors.pop(checkpoint.COUNTERS).tolist()
-            names = [name for name in tensors if "/" not in name]
-            if unknown := [name for name in names if name not in missing]:
-                raise ValueError(f"the state has weights that the model does not train: {unknown[:3]}")
-            members = [(name, missing.pop(name)) for name in names]
-            checkpoint.take_up(self.engine, members, tensors, updates, self.place.rank)
-        if missing:
-            raise ValueError(f"the state lacks {len(missing)} weights that the model trains: {sorted(missing)[:3]}")
-        return self.step
-
-    def _trained(self) -> list[Weight]:
-        """By their own names: adapters too, which ``weights_of`` merges into their layers."""
-        return [Weight(name, each) for name, each in self.policy.vlm.named_parameters() if each.requires_grad]
-
-    def close(self) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-    def _pass(self, batch: MicroBatch) -> TokenBatch:
+    def _forward(self, batch: MicroBatch) -> TokenBatch:
         reference = None
         if self.reference is not None:
             with torch.no_grad():
@@ -235,7 +166,8 @@ class Learner:
             logprobs, entropy, batch.rollout_logprobs, batch.advantages, batch.loss_mask, batch.turns, reference
         )
 
-    def _agree(self, plan: Plan) -> StepSize:
+    def _step_size(self, plan: MicroBatchPlan) -> StepSize:
+        """Add up the sizes of all ranks' plans; ranks with fewer micro-batches repeat one without loss."""
         lengths, passes = plan.lengths, torch.tensor(len(plan.bins), device=self.device)
         denominator = objective_named(self.config.loss.objective).denominator(lengths)
         counts = [sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.real_tokens, plan.passed_tokens]
@@ -245,12 +177,101 @@ class Learner:
         denominator, *counts = totals.tolist()
         return StepSize(int(passes), denominator, *map(int, counts))
 
-    def _combined(self, sums: TokenSums) -> TokenSums:
-        """Over all ranks; in place."""
+    def _all_reduce(self, sums: TokenSums) -> TokenSums:
+        """Combine the sums of all ranks, in place."""
         torch.distributed.all_reduce(sums.sums)
         torch.distributed.all_reduce(sums.histogram)
         torch.distributed.all_reduce(sums.largest, torch.distributed.ReduceOp.MAX)
         return sums
+
+    # --- weights out ---
+
+    def buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the weights as copies (name, CPU tensor in the compute precision), adapters merged, in lists of about
+        ``bucket_bytes``. Every rank must run through it; parameters are whole only for the time of their own bucket."""
+        for members in self._gathered_buckets():
+            yield [(weight.name, weight.value()) for weight in members]
+
+    def weights(self) -> Iterator[Bucket]:
+        """Yield the same as ``buckets``, without a copy where that is possible.
+
+        A bucket must be used before the next is made: under ZeRO-3 its parameters are whole only until then."""
+        for members in self._gathered_buckets():
+            yield pack((weight.name, weight.value(copy=False)) for weight in members)
+
+    def layouts(self) -> list[Layout]:
+        """Return the layout of every bucket that ``broadcast`` sends. Needs no other rank."""
+        return [Layout.of(map(_described, members)) for members in self._buckets_of_weights()]
+
+    def broadcast(self, group: Group | None) -> str:
+        """Send the weights to the receivers in ``group``, one bucket at a time; ranks without a group help to gather.
+
+        Every rank must call it, and runs to the end even if the group breaks, because the other ranks do. Returns what
+        broke the group, or an empty text."""
+        broken = ""
+        for members in self._gathered_buckets():
+            if group is not None and not broken:
+                weights = ((weight.name, weight.value(copy=False, device=self.device)) for weight in members)
+                try:
+                    group.send(weights, Layout.of(map(_described, members)))
+                except GroupLost as error:
+                    broken = str(error)
+        return broken
+
+    def export(self, path: Path) -> None:
+        """Write a Hugging Face folder that ``from_pretrained`` and ``vllm serve`` load. Every rank must call it."""
+        weights = {name: tensor for bucket in self.buckets() for name, tensor in bucket}
+        if self.rank == 0:
+            checkpoint.export(self.policy.vlm, weights, self.config.model, path)
+
+    def _gathered_buckets(self) -> Iterator[list[Weight]]:
+        """Yield every weight once, in lists of about ``bucket_bytes``, whole until the next list is asked for."""
+        for members in self._buckets_of_weights():
+            parts = [parameter for weight in members for parameter in weight.parameters]
+            with deepspeed_engine.gather_params(parts, self.config.zero_stage):
+                yield members
+
+    def _buckets_of_weights(self) -> Iterator[list[Weight]]:
+        return _in_buckets(named_weights(self.policy.vlm), self.config.bucket_bytes)
+
+    # --- state, for checkpoints ---
+
+    def state(self) -> Iterator[bytes]:
+        """Yield the optimiser's state as safetensors files for ``restore``: whole tensors, for any number of ranks.
+
+        Every rank must run through it."""
+        counters = torch.tensor([self.step, checkpoint.optimizer_step_count(self.engine)])
+        # three fp32 tensors for a weight of two bytes at least
+        for members in _in_buckets(self._trained(), self.config.bucket_bytes // 6):
+            parts = [(weight.name, weight.base) for weight in members]
+            tensors = dict(checkpoint.optimizer_state(self.engine, parts))
+            yield safetensors.torch.save({checkpoint.COUNTERS: counters, **tensors})
+
+    def restore(self, files: Iterable[bytes]) -> int:
+        """Load what ``state`` yielded, on any number of ranks; return the next step. Every rank must call it.
+
+        Raises ValueError where the state is of another model."""
+        missing = {weight.name: weight.base for weight in self._trained()}
+        for file in files:
+            tensors = safetensors.torch.load(file)
+            self.step, updates = tensors.pop(checkpoint.COUNTERS).tolist()
+            names = [name for name in tensors if "/" not in name]
+            if unknown := [name for name in names if name not in missing]:
+                raise ValueError(f"the state has weights that the model does not train: {unknown[:3]}")
+            members = [(name, missing.pop(name)) for name in names]
+            checkpoint.load_optimizer_state(self.engine, members, tensors, updates, self.rank)
+        if missing:
+            raise ValueError(f"the state lacks {len(missing)} weights that the model trains: {sorted(missing)[:3]}")
+        return self.step
+
+    def close(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _trained(self) -> list[Weight]:
+        """Return the trained parameters by their own names: adapters are listed, which ``named_weights`` merges."""
+        parameters = self.policy.vlm.named_parameters()
+        return [Weight(name, parameter) for name, parameter in parameters if parameter.requires_grad]
 
 
 def _image_processor(model: str) -> Any:
@@ -260,13 +281,15 @@ def _image_processor(model: str) -> Any:
     return AutoImageProcessor.from_pretrained(model)
 
 
-def _reference(config: LearnerConfig, device: torch.device) -> Policy | None:
-    """The policy as the run began, frozen, where the loss asks for it. Whole on every rank, under ZeRO-3, too: it costs
-    its weights in the precision of the passes and no state, and needs no collective."""
+def _reference(config: LearnerConfig, device: torch.device) -> PolicyModel | None:
+    """Return the policy as the run began, frozen, where the loss asks for it.
+
+    It is whole on every rank, under ZeRO-3 too: it costs its weights in the precision of the passes and no state, and
+    needs no collective."""
     if not config.loss.kl:
         return None
     dtype = torch.bfloat16 if config.dtype is Dtype.BFLOAT16 else torch.float32
-    return Policy(replace(config, lora=LoraConfig())).requires_grad_(False).eval().to(device, dtype)
+    return PolicyModel(replace(config, lora=LoraConfig())).requires_grad_(False).eval().to(device, dtype)
 
 
 def _described(weight: Weight) -> tuple[str, torch.dtype, tuple[int, ...]]:
@@ -274,7 +297,7 @@ def _described(weight: Weight) -> tuple[str, torch.dtype, tuple[int, ...]]:
 
 
 def _in_buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:
-    """Consecutive weights of at most ``bucket_bytes`` together; a larger one alone."""
+    """Yield consecutive weights of at most ``bucket_bytes`` together; a larger one alone."""
     bucket: list[Weight] = []
     size = 0
     for weight in weights:

@@ -1,4 +1,4 @@
-"""The ranks as one thing: what jobs see of the learner. The driver handles references, never pixels."""
+"""All ranks of the learner behind one class, for the driver, which handles references and never pixels."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.pool import on_one_line
 from ergo_rl.episodes.types import FloatArray, Trajectory
 from ergo_rl.errors import ErgoError
+from ergo_rl.learners.advantages import TurnAdvantages, is_scored
 from ergo_rl.learners.config import LearnerConfig
 
 if TYPE_CHECKING:
@@ -27,27 +28,27 @@ if TYPE_CHECKING:
 
 ROLE = "learner"
 GRACE_S = 5.0
-"""When a rank fails: how long to look whether another one's death is the cause."""
+"""When a rank fails: how long to wait for the death of another rank, which then is the cause."""
 
-AHEAD = 2
-"""Files of a state that are made before the first of them is taken."""
+STATE_FILES_AHEAD = 2
+"""Files of a state that are made before the first of them is consumed."""
 
 
 class LearnerFailed(ErgoError, RuntimeError):
-    """A learner rank failed or died; the others were stopped, because they would wait for it for ever."""
+    """A learner rank failed or died; the others were stopped, because they would wait for it forever."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingGroup:
-    """The trajectories of one question, by reference, and what the driver knows of each.
-
-    trajectories: reference to a ``tuple[Trajectory, ...]``; advantages: for each trajectory those of its turns, or one
-    for all of it, NaN leaves the loss; tokens: length with images, the cost by which ranks are balanced."""
+    """The trajectories of one question, by reference, with their advantages."""
 
     question_id: str
     trajectories: ray.ObjectRef
-    advantages: tuple[tuple[float, ...], ...]
+    """To a ``tuple[Trajectory, ...]``."""
+    advantages: tuple[TurnAdvantages, ...]
+    """For each trajectory."""
     tokens: tuple[int, ...]
+    """For each trajectory its length with visual tokens: the cost by which ranks are balanced."""
 
     def __post_init__(self) -> None:
         if len(self.advantages) != len(self.tokens):
@@ -55,16 +56,19 @@ class TrainingGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What one rank is given of one group: the members at these places."""
+class RankBatch:
+    """The part of one group that one rank learns from."""
 
     trajectories: ray.ObjectRef
+    """Of the whole group."""
     members: tuple[int, ...]
-    advantages: tuple[tuple[float, ...], ...]
+    """Indices of the rank's trajectories."""
+    advantages: tuple[TurnAdvantages, ...]
+    """Of these trajectories."""
 
 
 class LearnerRank:
-    """A thin Ray actor around ``Learner``; it turns references into trajectories."""
+    """A Ray actor around ``Learner`` that turns references into trajectories."""
 
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
@@ -74,7 +78,7 @@ class LearnerRank:
         self._generation = 0
 
     def address(self) -> tuple[str, int]:
-        """Where this process could listen as rank 0."""
+        """Return where this process can listen as rank 0."""
         address = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((address, 0))
@@ -85,14 +89,14 @@ class LearnerRank:
 
         self._learner = Learner(self._config, Rank(rank, self._config.ranks, address, port))
 
-    def update(self, shares: Sequence[Share]) -> dict[str, float]:
+    def update(self, batches: Sequence[RankBatch]) -> dict[str, float]:
         from ergo_rl.learners.batch import Sample
 
-        groups = ray.get([share.trajectories for share in shares])
+        groups = ray.get([batch.trajectories for batch in batches])
         samples = [
             Sample(trajectories[member], advantages)
-            for share, trajectories in zip(shares, groups, strict=True)
-            for member, advantages in zip(share.members, share.advantages, strict=True)
+            for batch, trajectories in zip(batches, groups, strict=True)
+            for member, advantages in zip(batch.members, batch.advantages, strict=True)
         ]
         return self._learner.update(samples).metrics()
 
@@ -100,12 +104,12 @@ class LearnerRank:
         return self._learner.logprobs(trajectories)
 
     def weights(self) -> Iterator[Bucket | None]:
-        """Behind the last one None: so whoever counts them sees that there are no more."""
+        """Yield the buckets, and None after the last so that the caller can detect a count mismatch."""
         yield from self._learner.weights()
         yield None
 
-    def attend_weights(self) -> None:
-        """Take part in gathering weights that another rank sends."""
+    def join_weight_gather(self) -> None:
+        """Take part in gathering the weights that rank 0 sends."""
         for _ in self._learner.weights():
             pass
 
@@ -113,14 +117,14 @@ class LearnerRank:
         return self._learner.layouts()
 
     def open(self, timeout_s: float) -> tuple[str, int]:
-        """Where the next group for broadcasts will meet."""
+        """Listen for the next broadcast group; return the address."""
         from ergo_rl.cluster.collective import Door
 
         self._door = Door(ray.util.get_node_ip_address(), timeout_s)
         return self._door.address, self._door.port
 
     def enter(self, meeting: Meeting, rank: int) -> str:
-        """Meet whoever receives weights, as one of their senders. Returns what went wrong, or nothing."""
+        """Join the receivers of weights as one of their senders. Returns what went wrong, or an empty text."""
         from ergo_rl.cluster.collective import Group, GroupLost
 
         if self._group is not None:
@@ -134,8 +138,10 @@ class LearnerRank:
         return ""
 
     def broadcast(self, generation: int) -> str:
-        """Send the weights, or, without a group, take part in gathering them. Returns what went wrong, or nothing."""
-        if self._learner.place.rank == 0 and (self._group is None or generation != self._generation):
+        """Send the weights, or, without a group, take part in gathering them.
+
+        Returns what went wrong, or an empty text."""
+        if self._learner.rank == 0 and (self._group is None or generation != self._generation):
             raise ValueError(f"group {generation} is to be sent weights; the last one met was {self._generation}")
         return self._learner.broadcast(self._group)
 
@@ -145,8 +151,8 @@ class LearnerRank:
     def state(self) -> Iterator[bytes]:
         yield from self._learner.state()
 
-    def attend_state(self) -> None:
-        """Take part in gathering a state that another rank sends."""
+    def join_state_gather(self) -> None:
+        """Take part in gathering the state that rank 0 sends."""
         for _ in self._learner.state():
             pass
 
@@ -155,19 +161,26 @@ class LearnerRank:
 
 
 class LearnerGroup:
-    """Every method runs on all ranks at once. If one fails, all are stopped and LearnerFailed names it."""
+    """All ranks. If one fails in a call, all are stopped and LearnerFailed names it.
+
+    Example::
+
+        learners = await LearnerGroup.launch(cluster, config.learner)
+        metrics = await learners.update(groups)
+        await learners.export("runs/mine/policy")
+    """
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
         self.changes = 0
-        """So often was it asked for something that changes its weights. Ranks do what they are asked in that order."""
+        """Weight-changing calls issued so far (update, restore). Ranks execute calls in the order of issue."""
         self._buckets = 0
 
     @classmethod
     async def launch(cls, cluster: Cluster, config: LearnerConfig) -> LearnerGroup:
-        """Reserve places for all ranks together, start them, load the model.
+        """Reserve resources for all ranks together, start them, and load the model.
 
-        Raises TimeoutError when the cluster cannot hold them, LearnerFailed when one does not come up."""
+        Raises TimeoutError when the cluster has no room for them, LearnerFailed when one does not start."""
         places = await cluster.reserve(ROLE, config.ranks, config.resources)
         group = cls([ray.remote(LearnerRank).options(**place).remote(config) for place in places])
         (address, port), *_ = await group._all("start", [group._actors[0].address.remote()])
@@ -175,27 +188,27 @@ class LearnerGroup:
         return group
 
     async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
-        """One optimiser step; its metrics (``learners.report.UpdateReport``, as ``learner/...``)."""
-        shares = assign(groups, len(self._actors))
+        """Make one optimiser step; return its metrics (``learners.metrics.UpdateReport``, as ``learner/...``)."""
+        batches = shard_groups(groups, len(self._actors))
         self.changes += 1
-        pairs = zip(self._actors, shares, strict=True)
-        reports = await self._all("update", [actor.update.remote(share) for actor, share in pairs])
+        pairs = zip(self._actors, batches, strict=True)
+        reports = await self._all("update", [actor.update.remote(batch) for actor, batch in pairs])
         return dict(reports[0])
 
     async def logprobs(self, trajectories: ray.ObjectRef) -> list[FloatArray]:
-        """Per trajectory of the referenced sequence: float32[sampled tokens], nats, under the current weights."""
+        """Return for each of the referenced trajectories float32[sampled tokens], nats, under the current weights."""
         answers = await self._all("logprobs", [actor.logprobs.remote(trajectories) for actor in self._actors])
         return list(answers[0])
 
     async def weights(self) -> list[ray.ObjectRef]:
-        """The current weights as buckets (``cluster.buckets``), owned by the caller."""
+        """Return the current weights as references to buckets (``cluster.buckets``), owned by the caller."""
         sender, *others = self._actors
-        # Their number is known and stays: a streaming task would take several milliseconds longer.
+        # The number of buckets never changes, so it is asked once: a streaming task would take milliseconds longer.
         self._buckets = self._buckets or len(await self.layouts())
         *buckets, sent = sender.weights.options(num_returns=self._buckets + 1).remote()
-        end, *_ = await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])
+        end, *_ = await self._all("weights", [sent, *(actor.join_weight_gather.remote() for actor in others)])
         if end is not None:
-            raise RuntimeError(f"the learner's weights come in more than the {self._buckets} buckets of before")
+            raise RuntimeError(f"the learner's weights no longer fit into {self._buckets} buckets")
         return buckets
 
     # What a broadcast needs (``cluster.broadcast.Sender``).
@@ -226,15 +239,16 @@ class LearnerGroup:
         await self._all("export", [actor.export.remote(Path(path)) for actor in self._actors])
 
     async def state(self, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> None:
-        """The optimiser's state, weights and step, for ``restore``: safetensors files (``bytes``), handed to ``keep``
-        one after the other; not many more than it has taken are made ahead."""
+        """Hand the optimiser's state (with weights and step) to ``keep``, as references to safetensors files.
+
+        One after the other (``bytes``); ``STATE_FILES_AHEAD`` are made ahead, so that memory holds few at a time."""
         sender, *others = self._actors
-        streaming = sender.state.options(num_returns="streaming", _generator_backpressure_num_objects=AHEAD)
-        sent = _drained(streaming.remote(), keep)
-        await self._all("state", [sent, *(actor.attend_state.remote() for actor in others)])
+        streaming = sender.state.options(num_returns="streaming", _generator_backpressure_num_objects=STATE_FILES_AHEAD)
+        sent = _consume(streaming.remote(), keep)
+        await self._all("state", [sent, *(actor.join_state_gather.remote() for actor in others)])
 
     async def restore(self, files: Sequence[ray.ObjectRef]) -> int:
-        """Take up a state, with any number of ranks; returns the step that comes next."""
+        """Load a state, saved by any number of ranks; return the next step."""
         self.changes += 1
         steps = await self._all("restore", [actor.restore.remote(list(files)) for actor in self._actors])
         return int(steps[0])
@@ -244,13 +258,15 @@ class LearnerGroup:
         self._actors = []
 
     def _kill(self) -> None:
-        """Whoever asks them for something afterwards is told that they are dead."""
+        """End all ranks. The references stay, so that later calls fail with LearnerFailed instead of doing nothing."""
         for actor in self._actors:
             ray.kill(actor)
 
     async def _all(self, what: str, answers: Sequence[Awaitable[Any]]) -> list[Any]:
-        """The answers of all ranks, or LearnerFailed as soon as one fails: the others may hang in a collective."""
-        tasks = [asyncio.ensure_future(_awaited(answer)) for answer in answers]
+        """Return the answers of all ranks, or raise LearnerFailed as soon as one fails.
+
+        The others may hang in a collective, waiting for it; so they are killed."""
+        tasks = [asyncio.ensure_future(answer) for answer in answers]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         if any(task.done() and task.exception() for task in tasks):
             await asyncio.wait(tasks, timeout=GRACE_S)
@@ -259,7 +275,7 @@ class LearnerGroup:
             for task in tasks:
                 task.cancel()
             self._kill()
-            # a death makes the connections of the others break: name the dead one
+            # A death breaks the connections of the other ranks, which then fail too: name the dead rank.
             rank = min(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank))
             verb = "died" if isinstance(failures[rank], RayActorError) else "failed"
             cause = failures[rank]
@@ -267,22 +283,22 @@ class LearnerGroup:
         return [task.result() for task in tasks]
 
 
-def assign(groups: Sequence[TrainingGroup], ranks: int) -> list[list[Share]]:
-    """Every trajectory to one rank: all of them in order, cut into ``ranks`` pieces of nearly equal cost. So most
-    groups stay together, and their coarse view is fetched and prepared once.
+def shard_groups(groups: Sequence[TrainingGroup], ranks: int) -> list[list[RankBatch]]:
+    """Give every trajectory to one rank: all of them in order, split into ``ranks`` pieces of nearly equal cost.
 
-    What is not scored costs nothing, for it is not run. A rank that would get nothing is given one trajectory
-    outside the loss, because all ranks must run the same passes."""
+    In order, so that most groups stay together, and their coarse view is fetched and prepared once. A trajectory that
+    is not scored costs nothing, for it is not run. A rank that would get nothing is given one trajectory outside the
+    loss, because all ranks must run the same number of passes."""
     places = [(group, member) for group in groups for member in range(len(group.advantages))]
     if not places:
         raise ValueError("no trajectories to learn from")
-    costs = [0 if any(map(math.isnan, group.advantages[member])) else group.tokens[member] for group, member in places]
-    idle = [Share(groups[0].trajectories, (0,), ((math.nan,),))]
-    return [_shares([places[index] for index in piece]) or idle for piece in cut(costs, ranks)]
+    costs = [group.tokens[member] if is_scored(group.advantages[member]) else 0 for group, member in places]
+    idle = [RankBatch(groups[0].trajectories, (0,), ((math.nan,),))]
+    return [_rank_batches([places[index] for index in piece]) or idle for piece in balanced_split(costs, ranks)]
 
 
-def cut(costs: Sequence[float], parts: int) -> list[range]:
-    """``range(len(costs))`` in consecutive pieces; an item goes to the piece in which its middle lies."""
+def balanced_split(costs: Sequence[float], parts: int) -> list[range]:
+    """Split ``range(len(costs))`` into consecutive pieces; an item goes to the piece in which its middle lies."""
     total = sum(costs) or 1
     pieces, start, done = [], 0, 0.0
     for part in range(1, parts + 1):
@@ -295,21 +311,17 @@ def cut(costs: Sequence[float], parts: int) -> list[range]:
     return pieces
 
 
-def _shares(places: Sequence[tuple[TrainingGroup, int]]) -> list[Share]:
-    members: dict[ray.ObjectRef, list[tuple[int, tuple[float, ...]]]] = {}
+def _rank_batches(places: Sequence[tuple[TrainingGroup, int]]) -> list[RankBatch]:
+    members: dict[ray.ObjectRef, list[tuple[int, TurnAdvantages]]] = {}
     for group, member in places:
         members.setdefault(group.trajectories, []).append((member, group.advantages[member]))
     return [
-        Share(trajectories, tuple(member for member, _ in chosen), tuple(advantages for _, advantages in chosen))
+        RankBatch(trajectories, tuple(member for member, _ in chosen), tuple(advantages for _, advantages in chosen))
         for trajectories, chosen in members.items()
     ]
 
 
-async def _awaited(answer: Awaitable[Any]) -> Any:
-    return await answer
-
-
-async def _drained(stream: Any, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> None:
+async def _consume(stream: Any, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> None:
     async for reference in stream:
         await keep(reference)
     await stream.completed()

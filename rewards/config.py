@@ -81,7 +81,7 @@ class RewardConfig:
     """With ``gamma_quantile``: grow a known box on each side by this share of its longer side first, because a region
     needs some context."""
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
-    """Weights of the other terms, by their names in ``rewards.tce.TERMS`` (among them ``soft_box``, ours); 0 measures
+    """Weights of the other terms, by their names in ``rewards.terms.TERMS`` (among them ``soft_box``, ours); 0 measures
     a term without paying it."""
     terms: dict[str, str] = field(default_factory=dict)
     """Terms of your own (docs/extending.md), ``name: package.module:Class``; each needs its weight."""

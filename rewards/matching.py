@@ -1,9 +1,8 @@
-"""Does an answer equal the ground truth? Pure text; nothing here raises on any text.
+"""Compare an answer with the ground truth. Pure text; nothing here raises on any text.
 
-Choices: the option that an answer commits to, by its letter or by its words, must be the ground truth's. An answer
-that names several, or that is a negation, commits to none. Otherwise: numbers, yes or no, normalised text.
-Strict on purpose: a reward that can be had by listing options would be had that way.
-"""
+Multiple choice: the option that an answer commits to, by its letter or by its words, must be the ground truth's. An
+answer that names several options, or that is a negation, commits to none. Free answers are compared as numbers, as yes
+or no, or as normalised text. Strict on purpose: a policy would soon list all options if that earned a reward."""
 
 from __future__ import annotations
 
@@ -49,25 +48,25 @@ _COMMITTED_LETTER = tuple(
 )
 
 
-def matches(said: str, question: Question, tolerance: float = 0.01) -> bool:
-    """Whether ``said`` gives the ground truth of ``question``, which may be an option's letter or its text.
+def matches(answer: str, question: Question, tolerance: float = 0.01) -> bool:
+    """Tell whether ``answer`` is the ground truth of ``question``, which may be an option's letter or its text.
 
-    ``tolerance`` is relative and holds for decimal numbers; a ground truth that is a whole number (a count, a
-    year, a house number) must be met exactly. Nothing longer than 2,000 characters is an answer."""
-    if len(said) > _LONGEST_ANSWER:
+    ``tolerance`` is relative and holds for decimal numbers; a ground truth that is a whole number (a count, a year, a
+    house number) must be met exactly. A text of more than 2,000 characters matches nothing."""
+    if len(answer) > _LONGEST_ANSWER:
         return False
     if question.options:
         right = choice(question.answer, question.options)
         if right is not None:
-            return choice(said, question.options) == right
-    return same(said, question.answer, tolerance)
+            return choice(answer, question.options) == right
+    return same(answer, question.answer, tolerance)
 
 
-def choice(said: str, options: Sequence[str]) -> int | None:
-    """The index of the one option that a text commits to, or None.
+def choice(answer: str, options: Sequence[str]) -> int | None:
+    """Return the index of the only option that ``answer`` commits to, or None.
 
     A bare letter is a letter even where an option's text is that letter; give such a ground truth as its letter."""
-    text = _without_lead_in(_plain(said))
+    text = _without_lead_in(_plain(answer))
     letters = string.ascii_uppercase[: len(options)]
     if (bare := _BARE_LETTER.fullmatch(text)) and bare[1].upper() in letters:
         return letters.index(bare[1].upper())
@@ -87,10 +86,10 @@ def choice(said: str, options: Sequence[str]) -> int | None:
     return named.pop() if len(named) == 1 else None
 
 
-def same(said: str, truth: str, tolerance: float = 0.01) -> bool:
-    """Free answers: equal as text, as yes or no, or as numbers."""
+def same(answer: str, truth: str, tolerance: float = 0.01) -> bool:
+    """Tell whether two free answers are equal as text, as yes or no, or as numbers."""
     right = _plain(truth)
-    for text in (_plain(said), _without_lead_in(_plain(said))):
+    for text in (_plain(answer), _without_lead_in(_plain(answer))):
         if text and (text.casefold() == right.casefold() or (normalise(text) and normalise(text) == normalise(right))):
             return True
     if (kind := polarity(right)) is not None and len(normalise(right).split()) == 1:
@@ -101,21 +100,22 @@ def same(said: str, truth: str, tolerance: float = 0.01) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Lower case, NFKC, no punctuation (but signs and points inside numbers), no articles, single spaces."""
+    """Return lower case, NFKC, no punctuation (but signs and points inside numbers), no articles, single spaces."""
     words = _WORD.findall(_plain(text).casefold())
     return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
 def polarity(text: str) -> bool | None:
-    """True for a text that says yes, False for no, None for neither or both. The first word decides: "there is no
-    car" is not a no."""
+    """Return True for a text that says yes, False for no, None for neither or both.
+
+    The first word must be the yes or no: "there is no car" is not a no."""
     words = normalise(text).split()
     kinds = {_POLARITY[word] for word in words if word in _POLARITY}
     return _POLARITY.get(words[0]) if words and len(kinds) == 1 else None
 
 
 def _plain(text: str) -> str:
-    """NFKC, without tags, markdown, quotes and TeX wrappers; dashes in ASCII, white space collapsed."""
+    """Return NFKC, without tags, markdown, quotes and TeX wrappers; dashes in ASCII, white space collapsed."""
     text = unicodedata.normalize("NFKC", text).translate(_ASCII)
     return " ".join(_DECORATION.sub(" ", text).split())
 
@@ -126,7 +126,7 @@ def _without_lead_in(text: str) -> str:
 
 
 def _equal_option(text: str, options: Sequence[str]) -> int | None:
-    """The only option that equals the whole text: as written, else normalised, else as a quantity."""
+    """Return the only option that equals the whole text: as written, else normalised, else as a quantity."""
     keys: tuple[Callable[[str], Hashable], ...] = (lambda given: _plain(given).casefold(), normalise, _quantity)
     for key in keys:
         wanted = key(text)
@@ -137,7 +137,9 @@ def _equal_option(text: str, options: Sequence[str]) -> int | None:
 
 
 def _mask_options(text: str, options: Sequence[str]) -> tuple[str, set[int]]:
-    """The text with the words of options masked, and whose they were. Longest first: "dark red" does not name "red"."""
+    """Return the text with the words of options masked, and the indices of these options.
+
+    Longest first: "dark red" does not name "red"."""
     named: set[int] = set()
     words = [_leading_article_dropped(_WORD.findall(_plain(option))) for option in options]
     for parts in sorted(filter(None, words), key=lambda parts: -sum(map(len, parts))):
@@ -151,9 +153,10 @@ def _mask_options(text: str, options: Sequence[str]) -> tuple[str, set[int]]:
 
 
 def _letters(masked: str, letters: str) -> set[int]:
-    """Indices of the letters that a text commits to, with every other letter standing in it once it commits to any
-    ("B, or C" names two); empty where it commits to none ("vitamin C")."""
-    committed = {found.upper() for pattern in _COMMITTED_LETTER for found in pattern.findall(masked)} & set(letters)
+    """Return the indices of the letters that a text commits to; empty where it commits to none ("vitamin C").
+
+    Once it commits to any letter, every other letter standing in it counts too: "B, or C" names two."""
+    committed = {match.upper() for pattern in _COMMITTED_LETTER for match in pattern.findall(masked)} & set(letters)
     standing = set(_STANDING_LETTER.findall(masked)) & set(letters)
     return {letters.index(letter) for letter in committed | standing} if committed else set()
 
@@ -171,18 +174,18 @@ Quantity = tuple[float, str]
 
 
 def _quantity(text: str) -> Quantity | None:
-    """A text that is a number, with or without a currency sign before it and one unit after it."""
+    """Read a text that is a number, with or without a currency sign before it and one unit after it."""
     match = _QUANTITY.fullmatch(_plain(text))
     return _read(match) if match else None
 
 
 def _only_quantity(text: str) -> Quantity | None:
-    """The only number in a sentence. "7 or 8", "10:30", "3/4" and "B12" have none."""
+    """Read the only number in a sentence. "7 or 8", "10:30", "3/4" and "B12" have none."""
     plain = _plain(text)
-    found = list(_NUMBER_IN_TEXT.finditer(plain))
-    if len(found) != 1 or len(_DIGITS.findall(plain)) != 1:
+    numbers = list(_NUMBER_IN_TEXT.finditer(plain))
+    if len(numbers) != 1 or len(_DIGITS.findall(plain)) != 1:
         return None
-    return _read(found[0])
+    return _read(numbers[0])
 
 
 def _read(match: re.Match[str]) -> Quantity | None:
@@ -196,7 +199,7 @@ def _whole_number(text: str) -> bool:
 
 
 def _close(got: Quantity, expected: Quantity, tolerance: float) -> bool:
-    """Units count only where both are given: a ground truth of "7" is met by "7 cars"."""
+    """Compare two quantities. Units count only where both are given: a ground truth of "7" is met by "7 cars"."""
     if got[1] and expected[1] and got[1] != expected[1]:
         return False
     return math.isclose(got[0], expected[0], rel_tol=tolerance)

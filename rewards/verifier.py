@@ -1,32 +1,32 @@
-"""The frozen reward model: answers a question from a crop, and from nothing else."""
+"""The frozen verifier: a vision-language model that answers a question from a crop, and from nothing else.
+
+It runs in a vLLM engine of this job (``EngineVerifier``) or behind a URL (``EndpointVerifier``)."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from ergo_rl.cluster.engine import Engine, EngineDied, EngineRefused, Picture, Sampling
 from ergo_rl.cluster.pool import WorkerDied
-from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.episodes.families import ModelFamily, Tokenizer, family_of, load_tokenizer
+from ergo_rl.episodes.prompts import ReservedText, around_image, fill
 from ergo_rl.episodes.types import Question, View
-from ergo_rl.errors import ErgoError
-
-
-class VerifierUnavailable(ErgoError, RuntimeError):
-    """The reward model gave no answer to this question; the message says why. Never a reward of 0."""
+from ergo_rl.rewards.config import Backend, VerifierConfig
+from ergo_rl.rewards.endpoint import ChatEndpoint, VerifierUnavailable, png_url
 
 
 class VerifierDied(WorkerDied):
-    """The reward model's engine is gone: its worker must be replaced."""
+    """The verifier's engine is gone: its worker must be replaced."""
 
 
 class Verifier(Protocol):
-    """A frozen vision-language model behind one method."""
-
     async def answer(self, question: Question, crop: View) -> str:
-        """Its reply to the crop and the question's words.
+        """Return the reply to the crop and the question's words.
 
         Raises VerifierUnavailable where there is none (retries included), VerifierDied where there will be none."""
         ...
@@ -34,15 +34,92 @@ class Verifier(Protocol):
     async def close(self) -> None: ...
 
 
-def blind(question: Question) -> Question:
-    """Only what the reward model may know: seeing the original would let it answer without the crop."""
+async def open_verifier(config: VerifierConfig) -> Verifier:
+    """Start the verifier of ``config.backend``. Raises ValueError for an endpoint without URL, model or key."""
+    if config.backend is Backend.ENGINE:
+        return await EngineVerifier.start(config)
+    return EndpointVerifier(config)
+
+
+class EngineVerifier:
+    """A verifier in a vLLM engine of this job, sampled greedily."""
+
+    def __init__(self, engine: Engine, family: ModelFamily, tokenizer: Tokenizer, config: VerifierConfig) -> None:
+        self._engine, self._family, self._tokenizer, self._config = engine, family, tokenizer, config
+        self._sampling = Sampling(
+            max_tokens=config.max_tokens,
+            temperature=0.0,
+            stop_ids=(tokenizer.convert_tokens_to_ids(family.turn_end),),
+            banned_ids=family.banned_ids(tokenizer),
+        )
+
+    @classmethod
+    async def start(cls, config: VerifierConfig) -> EngineVerifier:
+        model = config.engine.model
+        family, tokenizer = family_of(model, config.family), load_tokenizer(model)
+        return cls(await Engine.start(config.engine), family, tokenizer, config)
+
+    async def answer(self, question: Question, crop: View) -> str:
+        prompts = self._config.prompts
+        try:
+            prompt = self._family.first_prompt(prompts.system, fill(prompts.verify, question, self._family))
+            token_ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+            view = await asyncio.to_thread(resize_view, crop, self._family, self._config.max_visual_tokens)
+            completion = await self._engine.generate(token_ids, [Picture.of(view.pixels)], self._sampling)
+        except (ReservedText, EngineRefused) as error:
+            raise VerifierUnavailable(f"{type(error).__name__}: {error}") from error
+        except EngineDied as error:
+            raise VerifierDied(f"the verifier's engine died: {error}") from error
+        return completion.text
+
+    async def close(self) -> None:
+        self._engine.close()
+
+
+class EndpointVerifier:
+    """A verifier behind an OpenAI-compatible URL, at temperature 0; the crop travels as a PNG data URL."""
+
+    def __init__(self, config: VerifierConfig) -> None:
+        """Raises ValueError where the URL, the model's name or the named API key is missing."""
+        self._config, self._chat = config, ChatEndpoint(config.endpoint)
+
+    async def answer(self, question: Question, crop: View) -> str:
+        body = await asyncio.to_thread(self._body, question, crop)
+        return (await self._chat.complete(body)).text
+
+    async def close(self) -> None:
+        await self._chat.close()
+
+    def _body(self, question: Question, crop: View) -> dict[str, Any]:
+        before, after = around_image(self._config.prompts.verify, question)
+        parts: list[dict[str, Any]] = [
+            {"type": "text", "text": before},
+            {"type": "image_url", "image_url": {"url": png_url(crop)}},
+            {"type": "text", "text": after},
+        ]
+        system = self._config.prompts.system
+        return {
+            "model": self._config.endpoint.model,
+            "messages": [
+                *([{"role": "system", "content": system}] if system else []),
+                # some servers refuse a part without text
+                {"role": "user", "content": [part for part in parts if part.get("text", "an image")]},
+            ],
+            "max_tokens": self._config.max_tokens,
+            "temperature": 0.0,
+        }
+
+
+def strip_for_verifier(question: Question) -> Question:
+    """Return the question without original image, ground truth and boxes, from which it could be answered blindly."""
     return replace(question, image=b"", answer="", boxes=())
 
 
-def refit(crop: View, family: ModelFamily, budget: int) -> View:
-    """A view sized for one family, resized so that ``family``'s processor leaves it as it is. The same view where
-    it would anyway (same family, and within ``budget`` visual tokens)."""
-    size = family.fit(crop.width, crop.height, budget)
-    if size == (crop.width, crop.height):
-        return crop
-    return View(crop.box, np.asarray(Image.fromarray(crop.pixels).resize(size, Image.Resampling.BICUBIC)))
+def resize_view(view: View, family: ModelFamily, budget: int) -> View:
+    """Return the view sized so that ``family``'s processor leaves it as it is, within ``budget`` visual tokens.
+
+    A view that has that size already (made for the same family) is returned itself."""
+    size = family.fit(view.width, view.height, budget)
+    if size == (view.width, view.height):
+        return view
+    return View(view.box, np.asarray(Image.fromarray(view.pixels).resize(size, Image.Resampling.BICUBIC)))

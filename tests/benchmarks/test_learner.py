@@ -4,10 +4,10 @@ import torch
 
 from benchmarks.learner import Mixture, PlainLoop, figures, verdict
 from ergo_rl.episodes.families import family_of, load_tokenizer
-from ergo_rl.learners.batch import Batcher, Sample, expand, side_by_side
+from ergo_rl.learners.batch import Batcher, Sample, expand, pad_bins
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.learners.losses import TokenBatch, policy_loss
-from ergo_rl.learners.policy import Policy
+from ergo_rl.learners.model import PolicyModel
 from tests.factories import FAMILY, IDS, IMAGE_PAD
 
 MARKS = (IDS["<|vision_start|>"], IDS["<|vision_end|>"], IMAGE_PAD)
@@ -37,7 +37,7 @@ def test_the_token_budget_holds_padding_below_ten_per_cent() -> None:
         played = Mixture().trajectories(FAMILY, MARKS, groups=8, seed=seed)
         lengths = [len(expand(Sample(one, (1.0,)), FAMILY, IMAGE_PAD)) for one in played]
         assert len({len(one.turns) for one in played}) == 2 and np.std(lengths) > 200
-        passed = sum(len(members) * max(lengths[one] for one in members) for members in side_by_side(lengths, 16384))
+        passed = sum(len(members) * max(lengths[one] for one in members) for members in pad_bins(lengths, 16384))
         assert 1 - sum(lengths) / passed < 0.1
         assert 1 - sum(lengths) / (len(lengths) * max(lengths)) > 0.2
 
@@ -59,7 +59,7 @@ def test_the_plain_loop_minimises_what_the_learner_does() -> None:
     plain._images, plain._pad = images, end
     plain._tokens = sum(int(row.loss_mask.sum()) for row in rows)
     config = LearnerConfig(model=model)
-    policy, batcher = Policy(config), Batcher(family, images, pad, end, 1 << 20)
+    policy, batcher = PolicyModel(config), Batcher(family, images, pad, end, 1 << 20)
     ours = 0.0
     with torch.no_grad():
         theirs = float(plain._loss(rows))

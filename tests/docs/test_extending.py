@@ -23,11 +23,10 @@ from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.jobs.policy_clients import family_by_name
 from ergo_rl.learners.batch import Batcher, Sample
 from ergo_rl.learners.config import LearnerConfig, LossConfig
-from ergo_rl.learners.objectives import Objective, objective_named
-from ergo_rl.learners.policy import Policy
-from ergo_rl.rewards.base import RewardTerm
+from ergo_rl.learners.losses import Objective, objective_named
+from ergo_rl.learners.model import PolicyModel
 from ergo_rl.rewards.config import RewardConfig
-from ergo_rl.rewards.tce import TotalReward
+from ergo_rl.rewards.terms import RewardTerm, TotalReward
 from tests.conftest import ROOT
 from tests.episodes.test_episode import QUESTION, READ
 from tests.factories import tiny_model
@@ -139,7 +138,7 @@ def test_a_model_family(tiny: str) -> None:
     plan = batcher.plan([Sample(trajectory, (1.0, 1.0))])
     (batch,) = batcher.batches(plan)
     with torch.no_grad():
-        logprobs, _ = Policy(LearnerConfig(model=tiny))(batch, 1.0, family.banned_ids(tokenizer))
+        logprobs, _ = PolicyModel(LearnerConfig(model=tiny))(batch, 1.0, family.banned_ids(tokenizer))
     sampled = logprobs[batch.loss_mask]
     assert len(sampled) == sum(len(turn.completion_ids) for turn in trajectory.turns) and plan.length_mismatches == 0
     assert bool(torch.isfinite(sampled).all()) and bool((sampled < 0).all())
@@ -164,11 +163,11 @@ def test_an_own_family_is_for_its_own_type_of_model(tmp_path: Path) -> None:
         (
             "my_terms:Short",
             RewardTerm,
-            "my_terms has nothing of that name; it must be a subclass of ergo_rl.rewards.base.Rew",
+            "my_terms has nothing of that name; it must be a subclass of ergo_rl.rewards.terms.Rew",
         ),
-        ("my_terms:LIMIT", RewardTerm, "my_terms has 40; it must be a subclass of ergo_rl.rewards.base.RewardTerm"),
-        ("my_terms:ShortThought", Objective, "it must be a subclass of ergo_rl.learners.objectives.Objective"),
-        ("ergo_rl.rewards.base:RewardTerm", RewardTerm, "leaves out __call__ of ergo_rl.rewards.base.RewardTerm"),
+        ("my_terms:LIMIT", RewardTerm, "my_terms has 40; it must be a subclass of ergo_rl.rewards.terms.RewardTerm"),
+        ("my_terms:ShortThought", Objective, "it must be a subclass of ergo_rl.learners.losses.Objective"),
+        ("ergo_rl.rewards.terms:RewardTerm", RewardTerm, "leaves out __call__ of ergo_rl.rewards.terms.RewardTerm"),
         ("my_broken:Term", RewardTerm, "my_broken:Term cannot be imported: ZeroDivisionError: division by zero"),
         ("my_needy:Term", RewardTerm, "my_needy:Term cannot be imported: ModuleNotFoundError: .*'no_such_package'$"),
     ],

@@ -17,7 +17,7 @@ from ergo_rl.jobs.config import ConfigError, load_config
 from ergo_rl.jobs.report_data import NotARunFolder
 from ergo_rl.jobs.saving.checkpoints import DamagedCheckpoint, Shelf
 from ergo_rl.learners.checkpoint import COUNTERS
-from ergo_rl.learners.policy import Policy
+from ergo_rl.learners.model import PolicyModel
 from tests.conftest import ROOT
 from tests.factories import tiny_model
 
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "eval/coverage": 0.25} for n in (0, 10)
     ]  # fmt: skip
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    trained = {name: one.data for name, one in Policy(config.learner).vlm.named_parameters() if one.requires_grad}
+    trained = {name: one.data for name, one in PolicyModel(config.learner).vlm.named_parameters() if one.requires_grad}
     for step, more, score in ((10, 1.0, 0.9), (20, 2.0, 0.4)):
         state = {COUNTERS: torch.tensor([step, step])}
         for name, value in trained.items():

@@ -11,7 +11,7 @@ from ergo_rl.learners.advantages import (
     Normalisation,
     Terms,
     group_advantages,
-    over_step,
+    normalise_over_step,
     term_advantages,
     turn_advantages,
 )
@@ -19,7 +19,7 @@ from ergo_rl.learners.advantages import (
 EXACT = AdvantageConfig(epsilon=0.0)
 
 
-def test_by_hand() -> None:
+def test_group_advantages_by_hand() -> None:
     # mean 2, sample variance (1 + 0 + 1) / 2 = 1
     assert group_advantages([1.0, 2.0, 3.0], EXACT) == (-1.0, 0.0, 1.0)
     # mean 1, sample variance (1 + 1 + 1 + 9) / 3 = 4, std 2
@@ -50,13 +50,13 @@ def test_any_equal_rewards_give_exactly_zero(size: int, reward: float, normalisa
     assert advantages == (0.0,) * size and not any(math.copysign(1, advantage) < 0 for advantage in advantages)
 
 
-def test_without_division_by_the_standard_deviation() -> None:
+def test_normalisation_none_is_reward_minus_mean() -> None:
     """Dr. GRPO: reward - mean, in reward units."""
-    found = group_advantages([0.0, 0.0, 0.0, 4.0, None], AdvantageConfig(normalisation=Normalisation.NONE))
-    assert found[:4] == (-1.0, -1.0, -1.0, 3.0) and math.isnan(found[4])
+    result = group_advantages([0.0, 0.0, 0.0, 4.0, None], AdvantageConfig(normalisation=Normalisation.NONE))
+    assert result[:4] == (-1.0, -1.0, -1.0, 3.0) and math.isnan(result[4])
 
 
-def test_a_lone_scored_member_says_nothing() -> None:
+def test_single_scored_member_has_advantage_zero() -> None:
     advantages = group_advantages([None, 2.0, None], AdvantageConfig())
     assert advantages[1] == 0.0 and math.isnan(advantages[0]) and math.isnan(advantages[2])
     assert all(math.isnan(advantage) for advantage in group_advantages([None, None], AdvantageConfig()))
@@ -68,7 +68,7 @@ def test_infinite_reward_is_refused() -> None:
 
 
 @given(st.lists(st.none() | st.floats(-4, 4), min_size=1, max_size=16))
-def test_any_group(rewards: list[float | None]) -> None:
+def test_any_group_has_finite_centred_advantages(rewards: list[float | None]) -> None:
     advantages = np.array(group_advantages(rewards, AdvantageConfig()))
     scored = np.array([reward is not None for reward in rewards])
     assert np.isnan(advantages[~scored]).all() and np.isfinite(advantages[scored]).all()
@@ -77,16 +77,16 @@ def test_any_group(rewards: list[float | None]) -> None:
         assert np.std(advantages[scored], ddof=1) <= 1 + 1e-9
 
 
-def test_each_turn_against_the_same_turn_of_the_group() -> None:
+def test_turn_advantages_by_hand() -> None:
     """Three members: (1, 0) and (3, 2) played two turns, (2,) only the first; a fourth could not be scored. Turn 1:
     rewards 1, 3, 2, so -1, 1, 0. Turn 2: rewards 0, 2 with a sample deviation of sqrt 2, so -1/sqrt 2 and 1/sqrt 2."""
-    found = turn_advantages([(1.0, 0.0), (3.0, 2.0), (2.0,), None], EXACT)
-    assert found[0] == pytest.approx((-1.0, -math.sqrt(0.5)))
-    assert found[1] == pytest.approx((1.0, math.sqrt(0.5)))
-    assert found[2] == (0.0,) and math.isnan(found[3][0]) and len(found[3]) == 1
+    result = turn_advantages([(1.0, 0.0), (3.0, 2.0), (2.0,), None], EXACT)
+    assert result[0] == pytest.approx((-1.0, -math.sqrt(0.5)))
+    assert result[1] == pytest.approx((1.0, math.sqrt(0.5)))
+    assert result[2] == (0.0,) and math.isnan(result[3][0]) and len(result[3]) == 1
 
 
-def test_nothing_scored_by_turn() -> None:
+def test_turn_advantages_are_nan_when_nothing_is_scored() -> None:
     assert all(math.isnan(member[0]) for member in turn_advantages([None, None], EXACT))
 
 
@@ -94,15 +94,15 @@ WEIGHTS = {"region": 1.0, "box": 0.5}
 DECOUPLED = AdvantageConfig(terms=Terms.NORMALISE_THEN_SUM, epsilon=0.0)
 
 
-def test_each_term_for_itself_by_hand() -> None:
+def test_term_advantages_by_hand() -> None:
     """region 1, 0: mean 1/2, sample deviation sqrt(1/2), so +- sqrt(1/2); box 1, 1: equal, so 0. The third member could
     not be scored."""
-    found = term_advantages([{"region": 1.0, "box": 1.0}, {"region": 0.0, "box": 1.0}, None], WEIGHTS, DECOUPLED)
-    assert found[:2] == (pytest.approx((math.sqrt(0.5),)), pytest.approx((-math.sqrt(0.5),)))
-    assert math.isnan(found[2][0])
+    result = term_advantages([{"region": 1.0, "box": 1.0}, {"region": 0.0, "box": 1.0}, None], WEIGHTS, DECOUPLED)
+    assert result[:2] == (pytest.approx((math.sqrt(0.5),)), pytest.approx((-math.sqrt(0.5),)))
+    assert math.isnan(result[2][0])
 
 
-def test_unlike_terms_with_equal_sums_stay_apart() -> None:
+def test_term_advantages_tell_unlike_terms_with_equal_sums_apart() -> None:
     """Members earn (region, box) = (1, 0), (0, 2), (0, 0): with weights 1 and 0.5 the first two have the same total and
     the same GRPO advantage. For themselves: region (2, -1, -1) / sqrt 3, box (-1, 2, -1) / sqrt 3."""
     parts = [{"region": 1.0, "box": 0.0}, {"region": 0.0, "box": 2.0}, {"region": 0.0, "box": 0.0}]
@@ -113,15 +113,15 @@ def test_unlike_terms_with_equal_sums_stay_apart() -> None:
     assert apart == pytest.approx([(2 - 0.5) / third, (-1 + 1) / third, (-1 - 0.5) / third])
 
 
-def test_over_the_step_the_deviation_is_one() -> None:
+def test_normalise_over_step_gives_deviation_one() -> None:
     """Advantages 3, -3, 0, 0 of two groups: mean 0, sample variance 18 / 3 = 6. Zero and NaN stay."""
-    first, second = over_step([((3.0,), (-3.0,)), ((0.0,), (0.0,), (math.nan,))], DECOUPLED)
+    first, second = normalise_over_step([((3.0,), (-3.0,)), ((0.0,), (0.0,), (math.nan,))], DECOUPLED)
     assert [advantage for (advantage,) in first] == pytest.approx([3 / math.sqrt(6), -3 / math.sqrt(6)])
     assert second[:2] == ((0.0,), (0.0,)) and math.isnan(second[2][0])
-    assert over_step([((0.0,), (0.0,))], DECOUPLED) == [((0.0,), (0.0,))], "nothing to scale by"
+    assert normalise_over_step([((0.0,), (0.0,))], DECOUPLED) == [((0.0,), (0.0,))], "nothing to scale by"
 
 
 @pytest.mark.parametrize("other", [{"credit": Credit.TURN}, {"normalisation": Normalisation.NONE}])
-def test_terms_for_themselves_are_of_whole_trajectories(other: dict[str, Credit | Normalisation]) -> None:
+def test_normalise_then_sum_needs_whole_trajectories(other: dict[str, Credit | Normalisation]) -> None:
     with pytest.raises(ValueError, match="normalise_then_sum needs credit=trajectory and normalisation=std"):
         AdvantageConfig(terms=Terms.NORMALISE_THEN_SUM, **other)

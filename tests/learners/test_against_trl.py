@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from ergo_rl.learners.config import LossConfig, ObjectiveName
-from ergo_rl.learners.losses import TokenBatch, policy_loss
-from ergo_rl.learners.objectives import OBJECTIVES
+from ergo_rl.learners.losses import OBJECTIVES, TokenBatch, policy_loss
 
 TrlLoss = Callable[[SimpleNamespace, None, dict[str, torch.Tensor]], torch.Tensor]
 NAMES = {
@@ -82,7 +81,7 @@ def by_trl(trl_loss: TrlLoss, batch: TokenBatch, config: LossConfig) -> tuple[to
 
 @pytest.mark.parametrize("width", [0.01, 0.5], ids=["near", "far"])
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradient(trl_loss: TrlLoss, name: ObjectiveName, width: float) -> None:
+def test_loss_and_gradient_equal_trls(trl_loss: TrlLoss, name: ObjectiveName, width: float) -> None:
     for seed in range(5):
         batch = batch_of(seed, width)
         config = LossConfig(objective=name, clip_low=0.2, clip_high=0.28, longest_reply=16)
@@ -94,16 +93,18 @@ def test_loss_and_gradient(trl_loss: TrlLoss, name: ObjectiveName, width: float)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name is not ObjectiveName.CISPO])
-def test_dual_clip(trl_loss: TrlLoss, name: ObjectiveName) -> None:
+def test_dual_clip_equals_trls(trl_loss: TrlLoss, name: ObjectiveName) -> None:
     batch, denominator = batch_of(1, 0.5), OBJECTIVES[name].denominator(LENGTHS)
     config = LossConfig(objective=name, dual_clip=1.22)
-    ours, unbounded = (policy_loss(batch, one)[0].item() / denominator for one in (config, LossConfig(objective=name)))
+    ours, unbounded = (
+        policy_loss(batch, settings)[0].item() / denominator for settings in (config, LossConfig(objective=name))
+    )
     assert ours == pytest.approx(by_trl(trl_loss, batch, config)[0].item(), abs=1e-6)
     assert abs(unbounded - ours) > 1e-3, "the fixture must reach the bound"
 
 
 @pytest.mark.parametrize("name", [ObjectiveName.DAPO, ObjectiveName.GRPO])
-def test_divergence_has_the_gradient_of_the_corrected_estimator(trl_loss: TrlLoss, name: ObjectiveName) -> None:
+def test_kl_has_the_gradient_of_trls_corrected_estimator(trl_loss: TrlLoss, name: ObjectiveName) -> None:
     """TRL's differentiable ratio x k3 (DeepSeek-V3.2) has another value than our detached ratio x k2, and exactly the
     same gradient; its value is the one that we report."""
     batch, config = batch_of(2, 0.4), LossConfig(objective=name, kl=0.3, mismatch_low=0.0, mismatch_high=1e9)
@@ -112,13 +113,13 @@ def test_divergence_has_the_gradient_of_the_corrected_estimator(trl_loss: TrlLos
     ours = ours / OBJECTIVES[name].denominator(LENGTHS)
     slopes, wanted = (torch.autograd.grad(loss, batch.logprobs)[0] for loss in (ours, theirs))
     torch.testing.assert_close(slopes, wanted, atol=1e-6, rtol=0)
-    found = sums.means(with_kl=True)
-    assert found is not None and found.kl == pytest.approx(metrics["kl"][0], abs=1e-6)
-    assert found.entropy == pytest.approx(metrics["entropy"][0], abs=1e-6)
+    result = sums.means(with_kl=True)
+    assert result is not None and result.kl == pytest.approx(metrics["kl"][0], abs=1e-6)
+    assert result.entropy == pytest.approx(metrics["entropy"][0], abs=1e-6)
 
 
-def test_the_clip_share_is_theirs(trl_loss: TrlLoss) -> None:
+def test_clip_share_equals_trls(trl_loss: TrlLoss) -> None:
     batch = batch_of(3, 0.4)
-    found = policy_loss(batch, LossConfig())[1].means()
-    assert found is not None and 0.1 < found.clip_share < 0.9
-    assert found.clip_share == pytest.approx(by_trl(trl_loss, batch, LossConfig())[1]["clip_ratio/region_mean"][0])
+    result = policy_loss(batch, LossConfig())[1].means()
+    assert result is not None and 0.1 < result.clip_share < 0.9
+    assert result.clip_share == pytest.approx(by_trl(trl_loss, batch, LossConfig())[1]["clip_ratio/region_mean"][0])

@@ -18,7 +18,14 @@ from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.resources import Resources
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
-from ergo_rl.learners.learner_group import LearnerFailed, LearnerGroup, Share, TrainingGroup, assign, cut
+from ergo_rl.learners.learner_group import (
+    LearnerFailed,
+    LearnerGroup,
+    RankBatch,
+    TrainingGroup,
+    balanced_split,
+    shard_groups,
+)
 from tests.factories import trajectory, view
 
 
@@ -27,35 +34,35 @@ def group(name: str, advantages: tuple[float, ...], tokens: tuple[int, ...]) -> 
     return TrainingGroup(name, f"reference to {name}", by_turn, tokens)  # type: ignore[arg-type]
 
 
-def test_ranks_share_the_cost() -> None:
+def test_shard_groups_balances_the_cost() -> None:
     groups = [group("a", (1.0, 2.0), (10, 10)), group("b", (3.0, 4.0, 5.0), (20, 15, 10))]
-    assert assign(groups, 2) == [
-        [Share("reference to a", (0, 1), ((1.0,), (2.0,))), Share("reference to b", (0,), ((3.0,),))],
-        [Share("reference to b", (1, 2), ((4.0,), (5.0,)))],
+    assert shard_groups(groups, 2) == [
+        [RankBatch("reference to a", (0, 1), ((1.0,), (2.0,))), RankBatch("reference to b", (0,), ((3.0,),))],
+        [RankBatch("reference to b", (1, 2), ((4.0,), (5.0,)))],
     ]
 
 
-def test_what_is_not_scored_costs_nothing() -> None:
-    shares = assign([group("a", (math.nan, math.nan, 1.0, 2.0), (500, 500, 10, 10))], 2)
+def test_shard_groups_counts_unscored_trajectories_as_free() -> None:
+    shares = shard_groups([group("a", (math.nan, math.nan, 1.0, 2.0), (500, 500, 10, 10))], 2)
     assert [share.members for rank in shares for share in rank] == [(0, 1, 2), (3,)]
 
 
-def test_a_rank_without_work_still_has_something_to_run() -> None:
-    first, second = assign([group("a", (1.0,), (10,))], 2)
+def test_shard_groups_gives_an_idle_rank_one_trajectory_without_loss() -> None:
+    first, second = shard_groups([group("a", (1.0,), (10,))], 2)
     working, idle = sorted([first[0], second[0]], key=lambda share: math.isnan(share.advantages[0][0]))
     assert working.advantages == ((1.0,),) and math.isnan(idle.advantages[0][0]) and idle.members == (0,)
 
 
-def test_groups_must_be_whole() -> None:
+def test_group_with_unequal_lengths_is_refused() -> None:
     with pytest.raises(ValueError, match="'a': 2 advantages, 1 lengths"):
         group("a", (1.0, 2.0), (10,))
     with pytest.raises(ValueError, match="no trajectories"):
-        assign([], 2)
+        shard_groups([], 2)
 
 
 @given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 8))
-def test_cut_loses_nothing_and_is_balanced(costs: list[int], parts: int) -> None:
-    pieces = cut(costs, parts)
+def test_balanced_split_loses_nothing_and_is_balanced(costs: list[int], parts: int) -> None:
+    pieces = balanced_split(costs, parts)
     assert len(pieces) == parts
     assert [index for piece in pieces for index in piece] == list(range(len(costs)))
     share = sum(costs) / parts
@@ -67,45 +74,45 @@ def test_cut_loses_nothing_and_is_balanced(costs: list[int], parts: int) -> None
 def played() -> list[tuple[Trajectory, ...]]:
     """Two groups of four, each with one coarse view; one- and two-turn."""
 
-    def one(question: int, sample: int, coarse: Any) -> Trajectory:
+    def make(question: int, sample: int, coarse: Any) -> Trajectory:
         replies = (4 + sample,) if sample == 2 else (3 + sample, 6 - question)
         crop = view(2 + sample, 3, sample)
         return trajectory(f"q{question}", sample, replies=replies, coarse=coarse, crop=crop, seed=question)
 
     scenes = [view(3 + question, 3, question) for question in range(2)]
-    return [tuple(one(question, sample, scene) for sample in range(4)) for question, scene in enumerate(scenes)]
+    return [tuple(make(question, sample, scene) for sample in range(4)) for question, scene in enumerate(scenes)]
 
 
 def logprobs_of(
-    model: Path | str, weights: dict[str, torch.Tensor] | None, some: tuple[Trajectory, ...]
+    model: Path | str, weights: dict[str, torch.Tensor] | None, episodes: tuple[Trajectory, ...]
 ) -> list[np.ndarray]:
     """The same by a policy in this process, with other weights if given."""
     from transformers import AutoImageProcessor
 
     from ergo_rl.learners.batch import Batcher, Sample
-    from ergo_rl.learners.policy import Policy
+    from ergo_rl.learners.model import PolicyModel
     from tests.factories import FAMILY, IDS, IMAGE_PAD
 
-    policy = Policy(LearnerConfig(model=str(model)))
+    policy = PolicyModel(LearnerConfig(model=str(model)))
     if weights is not None:
         policy.vlm.load_state_dict(weights)
     batcher = Batcher(FAMILY, AutoImageProcessor.from_pretrained(model), IMAGE_PAD, IDS["<|im_end|>"], 1)
-    found = []
-    for one in some:
-        (batch,) = batcher.batches(batcher.plan([Sample(one, (0.0,))]))
+    result = []
+    for episode in episodes:
+        (batch,) = batcher.batches(batcher.plan([Sample(episode, (0.0,))]))
         with torch.no_grad():
             logprobs, _ = policy(batch, 1.0, [IDS[token] for token in FAMILY.vision_tokens])
-        found.append(logprobs[batch.loss_mask].numpy())
-    return found
+        result.append(logprobs[batch.loss_mask].numpy())
+    return result
 
 
-def furthest(some: list[np.ndarray], others: list[np.ndarray]) -> float:
-    return max(float(np.abs(one - other).max()) for one, other in zip(some, others, strict=True))
+def furthest(these: list[np.ndarray], those: list[np.ndarray]) -> float:
+    return max(float(np.abs(this - that).max()) for this, that in zip(these, those, strict=True))
 
 
 @pytest.mark.system
 @pytest.mark.timeout(600)
-def test_two_ranks_of_zero_3(
+def test_two_zero3_ranks_update_save_restore_and_fail(
     ray_cluster: Cluster, tiny: Path, tmp_path: Path, played: list[tuple[Trajectory, ...]]
 ) -> None:
     """Update, log-probs, weights, export, state and restore, and the death of a rank: one story, because starting two
@@ -133,7 +140,7 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
     assert furthest(before, logprobs_of(config.model, None, played[0])) < 1e-5
 
     report = await learners.update(groups)
-    sampled = sum(int(one.loss_mask.sum()) for group in played for n, one in enumerate(group) if n != 2)
+    sampled = sum(int(episode.loss_mask.sum()) for group in played for n, episode in enumerate(group) if n != 2)
     assert report["learner/tokens"] == sampled
     assert report["learner/trajectories"] == 6 and report["learner/length_mismatches"] == 0
     assert report["learner/lr"] == 1e-3 and report["learner/grad_norm"] > 0
@@ -144,12 +151,12 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
     await learners.export(folder / "export")
     state = await state_of(learners)
     at_save = await learners.update(groups)
-    moved = await weights_of(learners)
+    moved = await all_weights(learners)
     assert await learners.restore(state) == 1
     assert furthest(await learners.logprobs(references[0]), after) == 0.0
     again = await learners.update(groups)  # the optimiser's moments were restored, too
     assert again["learner/loss"] == at_save["learner/loss"]
-    assert bitwise(await weights_of(learners), moved)
+    assert bitwise(await all_weights(learners), moved)
 
     ray.kill(learners._actors[1])
     with pytest.raises(LearnerFailed, match="learner rank 1 died in update"):
@@ -159,10 +166,10 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
     for ranks, stage in ((2, 3), (1, 2)):
         other = await LearnerGroup.launch(cluster, replace(config, ranks=ranks, zero_stage=stage))
         assert await other.restore(state) == 1
-        assert bitwise(await weights_of(other), await files_of(buckets))
+        assert bitwise(await all_weights(other), await files_of(buckets))
         await other.update(groups)
-        found = await weights_of(other)
-        assert bitwise(found, moved) or (ranks == 1 and close(found, moved))
+        result = await all_weights(other)
+        assert bitwise(result, moved) or (ranks == 1 and close(result, moved))
         await other.close()
 
     assert len(buckets) > 2  # and they outlive the ranks
@@ -194,22 +201,22 @@ async def files_of(references: Sequence[ray.ObjectRef]) -> dict[str, torch.Tenso
     return tensors
 
 
-async def weights_of(learners: LearnerGroup) -> dict[str, torch.Tensor]:
+async def all_weights(learners: LearnerGroup) -> dict[str, torch.Tensor]:
     return await files_of(await learners.weights())
 
 
-def bitwise(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
-    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+def bitwise(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
+    return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
 
 
-def close(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+def close(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
     """Sums over ranks are in another order; Adam makes a whole step of a gradient that is nearly 0."""
-    off = [float(((some[name] - others[name]).abs() > 1e-5).float().mean()) for name in some]
-    return some.keys() == others.keys() and max(off) < 0.05
+    off = [float(((these[name] - those[name]).abs() > 1e-5).float().mean()) for name in these]
+    return these.keys() == those.keys() and max(off) < 0.05
 
 
 @pytest.mark.system
-def test_a_failure_names_rank_and_cause(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_failed_start_names_rank_and_cause(ray_cluster: Cluster, tmp_path: Path) -> None:
     config = LearnerConfig(model=str(tmp_path / "nothing-here"), resources=Resources(cpus=0.1))
     with pytest.raises(LearnerFailed, match=r"(?s)learner rank 0 failed in start: .*nothing-here"):
         asyncio.run(LearnerGroup.launch(ray_cluster, config))

@@ -15,7 +15,7 @@ from ergo_rl.episodes.types import Trajectory
 from ergo_rl.examples.panels.tiny_model import TinyConfig, make_model, make_processor, save_folder
 from ergo_rl.learners.batch import Batcher, MicroBatch, Sample
 from ergo_rl.learners.config import LearnerConfig, Packing
-from ergo_rl.learners.policy import Policy
+from ergo_rl.learners.model import PolicyModel
 from tests.factories import IDS, IMAGE_PAD, trajectory, view
 
 FAMILY = Qwen3VL()
@@ -42,7 +42,7 @@ def batcher(folder: Path) -> Batcher:
 
 
 @pytest.fixture(scope="module")
-def some() -> list[Trajectory]:
+def episodes() -> list[Trajectory]:
     """Groups share their coarse view; crops and lengths differ."""
     coarse = [view(8, 8, 0, family=FAMILY), view(16, 5, 1, family=FAMILY)]
     return [
@@ -58,26 +58,28 @@ def some() -> list[Trajectory]:
     ]
 
 
-def batch_of(batcher: Batcher, some: list[Trajectory]) -> MicroBatch:
-    plan = batcher.plan([Sample(one, (1.0,)) for one in some])
+def batch_of(batcher: Batcher, episodes: list[Trajectory]) -> MicroBatch:
+    plan = batcher.plan([Sample(episode, (1.0,)) for episode in episodes])
     assert plan.length_mismatches == 0
     (batch,) = batcher.batches(plan)
     return batch
 
 
-def test_the_folder_is_of_its_family_and_the_tower_feeds_two_layers(folder: Path) -> None:
+def test_folder_is_of_its_family_and_the_tower_feeds_two_layers(folder: Path) -> None:
     assert isinstance(family_of(str(folder)), Qwen3VL)
-    policy = Policy(LearnerConfig(model=str(folder)))
+    policy = PolicyModel(LearnerConfig(model=str(folder)))
     assert len(policy.vlm.model.visual.deepstack_merger_list) == 2
     assert policy.vlm.config.text_config.rope_parameters["mrope_interleaved"]
 
 
 @torch.no_grad()
-def test_logprobs_are_those_of_transformers_own_forward(folder: Path, batcher: Batcher, some: list[Trajectory]) -> None:
+def test_logprobs_equal_those_of_transformers_own_forward(
+    folder: Path, batcher: Batcher, episodes: list[Trajectory]
+) -> None:
     """From full logits of each unpadded row, its own pixels given to transformers' own forward pass."""
-    policy = Policy(LearnerConfig(model=str(folder), packing=Packing.NONE))
-    for one in some:
-        batch = batch_of(batcher, [one])
+    policy = PolicyModel(LearnerConfig(model=str(folder), packing=Packing.NONE))
+    for episode in episodes:
+        batch = batch_of(batcher, [episode])
         states = policy.vlm.model(
             input_ids=batch.input_ids,
             mm_token_type_ids=batch.mm_token_type_ids,
@@ -86,33 +88,33 @@ def test_logprobs_are_those_of_transformers_own_forward(folder: Path, batcher: B
         ).last_hidden_state[0]
         wanted = torch.log_softmax(states @ policy.vlm.lm_head.weight.T, -1)
         sampled = torch.nonzero(batch.loss_mask[0]).squeeze(-1)
-        found, _ = policy(batch, 1.0, ())
+        logprobs, _ = policy(batch, 1.0, ())
         torch.testing.assert_close(
-            found[batch.loss_mask], wanted[sampled - 1, batch.input_ids[0, sampled]], atol=1e-5, rtol=0
+            logprobs[batch.loss_mask], wanted[sampled - 1, batch.input_ids[0, sampled]], atol=1e-5, rtol=0
         )
 
 
-def test_packed_and_padded_rows_with_shared_views_have_one_gradient(
-    folder: Path, batcher: Batcher, some: list[Trajectory]
+def test_gradient_is_the_same_packed_and_padded_with_shared_views(
+    folder: Path, batcher: Batcher, episodes: list[Trajectory]
 ) -> None:
-    batch = batch_of(batcher, some)
-    assert (batch.attention_mask == 0).any() and len(batch.view_grids) == 6 < len(batch.shown) == 8
+    batch = batch_of(batcher, episodes)
+    assert (batch.attention_mask == 0).any() and len(batch.view_grids) == 6 < len(batch.view_index) == 8
     outcomes = []
     for packing in Packing:
-        policy = Policy(LearnerConfig(model=str(folder), packing=packing))
+        policy = PolicyModel(LearnerConfig(model=str(folder), packing=packing))
         logprobs, _ = policy(batch, 1.0, ())
         (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
-        gradients = {name: weight.grad for name, weight in policy.named_weights()}
+        gradients = {name: weight.grad for name, weight in policy.vlm.named_parameters()}
         missing = [name for name, gradient in gradients.items() if gradient is None]
         assert not missing
-        outcomes.append((logprobs.detach(), torch.cat([one.double().flatten() for one in gradients.values()])))
+        outcomes.append((logprobs.detach(), torch.cat([part.double().flatten() for part in gradients.values()])))
     (logprobs, gradient), (other, other_gradient) = outcomes
     torch.testing.assert_close(other, logprobs, atol=1e-5, rtol=0)
     assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-def test_a_silent_batch_reaches_every_parameter(folder: Path, batcher: Batcher, some: list[Trajectory]) -> None:
-    policy = Policy(LearnerConfig(model=str(folder)))
-    policy(batch_of(batcher, some).silent(), 1.0, ())[0].sum().backward()
-    for name, weight in policy.named_weights():
+def test_batch_without_loss_reaches_every_parameter(folder: Path, batcher: Batcher, episodes: list[Trajectory]) -> None:
+    policy = PolicyModel(LearnerConfig(model=str(folder)))
+    policy(batch_of(batcher, episodes).without_loss(), 1.0, ())[0].sum().backward()
+    for name, weight in policy.vlm.named_parameters():
         assert weight.grad is not None and not weight.grad.any(), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ergo_rl.episodes.types import Box, BoxOutcome, Finish, Outcome, Question, Trajectory, Turn, View
-from ergo_rl.rewards.base import Reading, RewardTerm
+from ergo_rl.rewards.terms import RewardTerm, VerifierReply
 
 SCENE = Box(0, 0, 1000, 1000)
 GOOD_BOX = Box(100, 100, 300, 300)  # 4 % of the scene
@@ -15,10 +15,15 @@ READ = "<think>A ring.</think>\n<answer>B</answer>"
 
 
 class Turns(RewardTerm):
-    """A term of a user's own: how many turns there were."""
+    """A term of a user's own, as a class: the number of turns."""
 
-    def __call__(self, question: Question, trajectory: Trajectory, reading: Reading) -> float:
+    def __call__(self, question: Question, trajectory: Trajectory, reply: VerifierReply) -> float:
         return float(len(trajectory.turns))
+
+
+def crop_share(question: Question, trajectory: Trajectory, reply: VerifierReply) -> float:
+    """A term of a user's own, as a plain function: the share of the image that the crop shows."""
+    return trajectory.area_ratio or 0.0
 
 
 def turn(text: str, finish: Finish = Finish.STOP) -> Turn:

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that speaks as much of the OpenAI protocol as a reward model needs."""
+"""A real HTTP server on this machine that speaks as much of the OpenAI protocol as a verifier needs."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Endpoint:
     answer: Callable[[dict[str, Any]], Answer] = lambda body: says("<answer>B</answer>")
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    """By names with capitals, such as Authorization: clients differ in how they write them."""
     paths: list[str] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
@@ -51,7 +52,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
                 state.in_flight += 1
                 state.most_in_flight = max(state.most_in_flight, state.in_flight)
                 state.bodies.append(body)
-                state.headers.append(dict(self.headers))
+                state.headers.append({name.title(): value for name, value in self.headers.items()})
                 state.paths.append(self.path)
                 scripted = state.script.pop(0) if state.script else None
             status, content, headers = scripted or state.answer(body)

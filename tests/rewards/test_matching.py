@@ -1,4 +1,4 @@
-"""Does an answer equal the ground truth? By hand, then by hypothesis."""
+"""Answers and ground truths: by hand, then by hypothesis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def asked(answer: str, *options: str) -> Question:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         "B", "b", "(B)", "(b)", "[B]", "B.", "B)", "B:", " B \n", "**B**", "`B`", '"B"', "\\boxed{B}", "$B$",
         "\N{FULLWIDTH LATIN CAPITAL LETTER B}", "Option B", "B) blue", "B. blue", "B: blue", "B - blue", "B blue",
@@ -30,14 +30,14 @@ def asked(answer: str, *options: str) -> Question:
         "The colour is blue", "<answer>B", "<think></think> B",
     ],
 )  # fmt: skip
-def test_texts_that_choose_b(said: str) -> None:
-    assert choice(said, COLOURS) == 1
-    assert matches(said, asked("B", *COLOURS)) and matches(said, asked("blue", *COLOURS))
-    assert not matches(said, asked("A", *COLOURS)) and not matches(said, asked("green", *COLOURS))
+def test_choice_is_b_for_every_way_to_say_it(reply: str) -> None:
+    assert choice(reply, COLOURS) == 1
+    assert matches(reply, asked("B", *COLOURS)) and matches(reply, asked("blue", *COLOURS))
+    assert not matches(reply, asked("A", *COLOURS)) and not matches(reply, asked("green", *COLOURS))
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         "", " ", "?", "\x00", "E", "F)", "ABCD", "A, B, C, D", "A or B", "B or C", "B, or maybe C", "A/B", "(A) (B)",
         "A. red B. blue C. dark red D. green", "red, blue, dark red, green", "red or blue", "not blue", "It isn't blue",
@@ -45,14 +45,14 @@ def test_texts_that_choose_b(said: str) -> None:
         "none of them", "I do not know",
     ],
 )  # fmt: skip
-def test_texts_that_choose_nothing(said: str) -> None:
-    assert choice(said, COLOURS) is None
-    assert not any(matches(said, asked(answer, *COLOURS)) for answer in (*"ABCD", *COLOURS))
+def test_choice_is_none_when_no_option_is_committed_to(reply: str) -> None:
+    assert choice(reply, COLOURS) is None
+    assert not any(matches(reply, asked(answer, *COLOURS)) for answer in (*"ABCD", *COLOURS))
 
 
-def test_an_article_is_not_the_letter_a() -> None:
+def test_choice_tells_an_article_from_the_letter_a() -> None:
     options = ("a blue car", "a red car")
-    for said in (
+    for reply in (
         "a red car",
         "A red car",
         "A red car.",
@@ -60,26 +60,26 @@ def test_an_article_is_not_the_letter_a() -> None:
         "The answer is a red car",
         "This is A red car",
     ):
-        assert choice(said, options) == 1, said
-    for said in ("A", "a", "A.", "A) a blue car", "The answer is A", "A is right", "a blue car"):
-        assert choice(said, options) == 0, said
+        assert choice(reply, options) == 1, reply
+    for reply in ("A", "a", "A.", "A) a blue car", "The answer is A", "A is right", "a blue car"):
+        assert choice(reply, options) == 0, reply
     assert choice("a dog", options) is None and choice("A dog", options) is None
 
 
-def test_the_pronoun_i_is_not_the_letter_i() -> None:
+def test_choice_tells_the_pronoun_i_from_the_letter_i() -> None:
     options = tuple(f"item {number}" for number in range(10))
     assert choice("I think it is item 4", options) == 4
     assert choice("I", options) == 8
     assert choice("I think so", options) is None
 
 
-def test_a_longer_option_does_not_name_a_shorter_one() -> None:
+def test_choice_of_a_longer_option_does_not_name_a_shorter_one() -> None:
     assert choice("dark red", COLOURS) == 2
     assert choice("It is dark red.", COLOURS) == 2
     assert choice("It is red.", COLOURS) == 0
 
 
-def test_letters_inside_option_texts_are_not_answers() -> None:
+def test_choice_ignores_letters_inside_option_texts() -> None:
     gates = ("Gate B", "Gate C", "Gate A")
     assert choice("It is Gate B", gates) == 0
     assert choice("gate a", gates) == 2
@@ -87,34 +87,34 @@ def test_letters_inside_option_texts_are_not_answers() -> None:
     assert choice("B", gates) == 1
 
 
-def test_options_that_are_numbers() -> None:
+def test_choice_among_numbers() -> None:
     numbers = ("2", "5", "-5", "2.5", "1,000")
-    for said, place in [("2", 0), ("2.0", 0), ("-5", 2), ("it is 2.5", 3), ("1000", 4), ("5 dogs", 1), ("B", 1)]:
-        assert choice(said, numbers) == place, said
+    for reply, place in [("2", 0), ("2.0", 0), ("-5", 2), ("it is 2.5", 3), ("1000", 4), ("5 dogs", 1), ("B", 1)]:
+        assert choice(reply, numbers) == place, reply
     assert choice("2 or 5", numbers) is None and choice("25", numbers) is None
 
 
-def test_options_that_are_yes_and_no() -> None:
-    for said, place in [("Yes", 0), ("no.", 1), ("No, it is not.", 1), ("B", 1), ("B) No", 1), ("Answer: no", 1)]:
-        assert choice(said, ("Yes", "No")) == place, said
-    for said in ("I have no idea", "yes and no", "There is no sign; yes."):
-        assert choice(said, ("Yes", "No")) is None, said
+def test_choice_among_yes_and_no() -> None:
+    for reply, place in [("Yes", 0), ("no.", 1), ("No, it is not.", 1), ("B", 1), ("B) No", 1), ("Answer: no", 1)]:
+        assert choice(reply, ("Yes", "No")) == place, reply
+    for reply in ("I have no idea", "yes and no", "There is no sign; yes."):
+        assert choice(reply, ("Yes", "No")) is None, reply
 
 
-def test_options_that_differ_only_in_signs() -> None:
+def test_choice_among_options_that_differ_in_signs_only() -> None:
     assert choice("<5", ("<5", ">5")) == 0 and choice("> 5", ("<5", "> 5")) == 1
 
 
-def test_equal_options_are_told_apart_by_letter_only() -> None:
+def test_choice_tells_equal_options_apart_by_letter_only() -> None:
     assert choice("B", ("red", "red")) == 1 and choice("red", ("red", "red")) is None
 
 
-def test_a_ground_truth_outside_its_options_is_matched_as_text() -> None:
+def test_ground_truth_outside_its_options_is_matched_as_text() -> None:
     assert matches("teal", asked("teal", *COLOURS)) and not matches("B", asked("teal", *COLOURS))
 
 
 @pytest.mark.parametrize(
-    ("truth", "said"),
+    ("truth", "reply"),
     [
         ("red car", "The red car."), ("red car", "Red  Car!"), ("the red car", "red car"), ("café", "CAFE\u0301"),
         ("ONE WAY", "one way"), ("STOP", "The answer is STOP"), ("?", "?"), ("10:30", "10:30"), ("3/4", "3/4"),
@@ -125,12 +125,12 @@ def test_a_ground_truth_outside_its_options_is_matched_as_text() -> None:
         ("no", "No, it isn't"),
     ],
 )  # fmt: skip
-def test_free_answers_that_match(truth: str, said: str) -> None:
-    assert matches(said, asked(truth))
+def test_matches_free_answers_that_are_equal(truth: str, reply: str) -> None:
+    assert matches(reply, asked(truth))
 
 
 @pytest.mark.parametrize(
-    ("truth", "said"),
+    ("truth", "reply"),
     [
         ("red car", "red"), ("red", "red, blue, green"), ("red car", "blue car"), ("?", "!"), ("red", ""),
         ("7", "8"), ("7", "7 or 8"), ("7", "6, 7, 8"), ("7", "7-8"), ("7", "17"), ("7", "B7"), ("7", "7.5"),
@@ -140,16 +140,16 @@ def test_free_answers_that_match(truth: str, said: str) -> None:
         ("no", "There is no car"), ("yes", ""),
     ],
 )  # fmt: skip
-def test_free_answers_that_do_not_match(truth: str, said: str) -> None:
-    assert not matches(said, asked(truth))
+def test_matches_no_free_answers_that_differ(truth: str, reply: str) -> None:
+    assert not matches(reply, asked(truth))
 
 
-def test_the_tolerance_is_relative_and_for_decimals_only() -> None:
+def test_tolerance_is_relative_and_for_decimals_only() -> None:
     assert same("10.4", "10.0", tolerance=0.05) and not same("10.4", "10.0", tolerance=0.01)
     assert not same("11", "10", tolerance=0.5)
 
 
-def test_normalise_and_polarity() -> None:
+def test_normalise_and_polarity_by_hand() -> None:
     assert normalise("  The QUICK-brown\tfox, 1,000.50 -3! ") == "quick brown fox 1,000.50 -3"
     assert normalise("A") == "a"  # an article alone is a word
     assert (polarity("Yes, sir"), polarity("False"), polarity("maybe"), polarity("")) == (True, False, None, None)
@@ -174,9 +174,9 @@ TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 
 
 @given(TEXTS, TEXTS, st.lists(TEXTS, max_size=30))
-def test_nothing_raises(said: str, answer: str, options: list[str]) -> None:
-    assert matches(said, asked(answer, *options)) in (True, False)
-    place = choice(said, options)
+def test_matches_and_choice_raise_on_no_text(reply: str, answer: str, options: list[str]) -> None:
+    assert matches(reply, asked(answer, *options)) in (True, False)
+    place = choice(reply, options)
     assert place is None or 0 <= place < len(options)
 
 
@@ -184,10 +184,10 @@ WORD = st.text(string.ascii_lowercase, min_size=2, max_size=12).filter(lambda wo
 
 
 @given(st.lists(WORD, min_size=2, max_size=8, unique=True), st.data())
-def test_an_option_is_chosen_by_its_letter_and_by_its_text(options: list[str], data: st.DataObject) -> None:
+def test_choice_takes_letter_and_text_of_any_option(options: list[str], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(options) - 1))
     letter = string.ascii_uppercase[place]
-    for said in (
+    for reply in (
         letter,
         f"({letter})",
         f"{letter}.",
@@ -195,12 +195,12 @@ def test_an_option_is_chosen_by_its_letter_and_by_its_text(options: list[str], d
         options[place],
         options[place].upper(),
     ):
-        assert choice(said, options) == place
-        assert matches(said, asked(letter, *options)) and matches(said, asked(options[place], *options))
+        assert choice(reply, options) == place
+        assert matches(reply, asked(letter, *options)) and matches(reply, asked(options[place], *options))
 
 
 @given(st.lists(WORD, min_size=2, max_size=8, unique=True))
-def test_listing_every_option_chooses_none(options: list[str]) -> None:
+def test_choice_is_none_when_every_option_is_listed(options: list[str]) -> None:
     letters = string.ascii_uppercase[: len(options)]
     assert (
         choice(" ".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)), options)
@@ -211,20 +211,20 @@ def test_listing_every_option_chooses_none(options: list[str]) -> None:
 
 
 @given(st.integers(-(10**9), 10**9))
-def test_a_whole_number_matches_itself_with_separators_and_nothing_else(number: int) -> None:
+def test_whole_number_matches_itself_with_separators_only(number: int) -> None:
     assert same(f"{number:,}", str(number)) and same(f"It is {number}.", str(number))
     assert not same(str(number + 1), str(number))
 
 
 @given(TEXTS.filter(normalise))
-def test_a_text_matches_itself(text: str) -> None:
+def test_any_text_matches_itself(text: str) -> None:
     assert same(text, text)
 
 
 @pytest.mark.parametrize(
     "piece", ["is ", "A ", "(A", "red ", "red,", "not ", "1,000 ", "1.", "- ", "answer: ", "the answer is "]
 )
-def test_a_long_answer_takes_no_long_time(piece: str) -> None:
+def test_long_answers_take_no_long_time(piece: str) -> None:
     started = time.process_time()
     matches((piece * 2000)[:2000], asked("A", *COLOURS))
     matches((piece * 2000)[:2000], asked("7.5"))

@@ -1,16 +1,24 @@
-"""The four terms and their sum, in numbers of the paper."""
+"""The reward terms and their sum, in numbers of the paper; and terms of a user's own."""
 
 from __future__ import annotations
 
 import pytest
 
-from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Score, Trajectory, Unscored
-from ergo_rl.rewards.base import Reading, chosen_region
-from ergo_rl.rewards.box import SoftBox
+from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Question, Score, Trajectory, Unscored
 from ergo_rl.rewards.config import RewardConfig
-from ergo_rl.rewards.format import thought_then
-from ergo_rl.rewards.tce import TERMS, TotalReward, weights_of
-from tests.rewards.builders import GOOD_BOX, LOOK, QUESTION, READ, SCENE, ended_early, played
+from ergo_rl.rewards.terms import (
+    TERMS,
+    FunctionTerm,
+    SoftBox,
+    TotalReward,
+    VerifierReply,
+    is_thought_then,
+    load_terms,
+    named_terms,
+    policy_crop,
+    term_weights,
+)
+from tests.rewards.builders import GOOD_BOX, LOOK, QUESTION, READ, SCENE, Turns, crop_share, ended_early, played
 
 PAPER = ("region", "box", "accuracy", "format")
 NO_BOX = ended_early("I would look left", Outcome.BAD_BOX)
@@ -18,15 +26,15 @@ CUT_LOOK = ended_early("<think>I see", Outcome.TRUNCATED)
 FALLEN_BACK = played(look="I would look left", box=SCENE, box_outcome=BoxOutcome.NO_TAG)
 
 
-def term(name: str, trajectory: Trajectory, reading: Reading = None) -> float | Unscored:
-    return TERMS[name](RewardConfig())(QUESTION, trajectory, reading)
+def term(name: str, trajectory: Trajectory, reply: VerifierReply = None) -> float | Unscored:
+    return TERMS[name](RewardConfig())(QUESTION, trajectory, reply)
 
 
 # --- r_region ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("reading", "value"),
+    ("reply", "value"),
     [
         ("<answer>B</answer>", 1),
         ("<think>a ring</think><answer>ring</answer>", 1),
@@ -41,26 +49,26 @@ def term(name: str, trajectory: Trajectory, reading: Reading = None) -> float | 
         ("<answer>I cannot tell</answer> B", 0),  # the tag counts, what is around it does not
     ],
 )
-def test_region_is_what_the_reward_model_reads(reading: str, value: float) -> None:
-    assert term("region", played(), reading) == value
+def test_region_is_whether_the_verifier_answers_right(reply: str, value: float) -> None:
+    assert term("region", played(), reply) == value
 
 
-def test_region_without_an_answer_of_the_reward_model_is_unscored() -> None:
+def test_region_is_unscored_when_the_verifier_has_no_reply() -> None:
     assert term("region", played(), Unscored("status 503")) == Unscored("status 503")
 
 
 @pytest.mark.parametrize("trajectory", [NO_BOX, CUT_LOOK, FALLEN_BACK])
-def test_no_chosen_region_is_zero_and_nobody_is_asked(trajectory: Trajectory) -> None:
-    assert chosen_region(trajectory) is None
+def test_region_and_box_are_zero_without_a_crop(trajectory: Trajectory) -> None:
+    assert policy_crop(trajectory) is None
     assert term("region", trajectory) == 0 and term("box", trajectory) == 0
 
 
-def test_a_region_that_nobody_asked_about_is_a_bug() -> None:
-    with pytest.raises(ValueError, match="nobody asked"):
+def test_region_raises_when_the_verifier_was_not_asked() -> None:
+    with pytest.raises(ValueError, match="was not asked about its crop"):
         term("region", played(), None)
 
 
-def test_a_region_is_judged_even_where_the_answer_was_cut_off() -> None:
+def test_region_and_box_count_when_the_answer_was_cut_off() -> None:
     cut = played(read="<think>I see", outcome=Outcome.TRUNCATED)
     assert (term("region", cut, "B"), term("box", cut), term("accuracy", cut), term("format", cut)) == (1, 1, 0, 0)
 
@@ -78,16 +86,16 @@ def test_a_region_is_judged_even_where_the_answer_was_cut_off() -> None:
         (SCENE, 0),
     ],
 )
-def test_box_pays_up_to_gamma(box: Box, value: float) -> None:
+def test_box_is_one_up_to_gamma(box: Box, value: float) -> None:
     assert term("box", played(box=box)) == value
 
 
-def test_gamma_comes_from_the_config() -> None:
+def test_box_takes_gamma_from_the_config() -> None:
     assert TERMS["box"](RewardConfig(gamma=0.03))(QUESTION, played(), None) == 0  # the box is 4 %
 
 
 @pytest.mark.parametrize("outcome", [outcome for outcome in BoxOutcome if outcome.usable])
-def test_reordered_and_clamped_boxes_are_boxes(outcome: BoxOutcome) -> None:
+def test_terms_count_every_usable_box_outcome(outcome: BoxOutcome) -> None:
     trajectory = played(box_outcome=outcome)
     assert (term("region", trajectory, "B"), term("box", trajectory), term("format", trajectory)) == (1, 1, 1)
 
@@ -99,11 +107,11 @@ def test_reordered_and_clamped_boxes_are_boxes(outcome: BoxOutcome) -> None:
     ("read", "value"),
     [(READ, 1), ("<answer>ring</answer>", 1), ("<answer>C</answer>", 0), ("B", 0), ("<answer></answer>", 0), ("", 0)],
 )
-def test_accuracy_is_the_policys_own_tagged_answer(read: str, value: float) -> None:
+def test_accuracy_is_one_for_the_right_tagged_answer_only(read: str, value: float) -> None:
     assert term("accuracy", played(read=read)) == value
 
 
-def test_accuracy_counts_after_the_fallback_but_never_without_turn_two() -> None:
+def test_accuracy_counts_after_the_fallback_but_not_without_turn_two() -> None:
     assert term("accuracy", FALLEN_BACK) == 1
     assert term("accuracy", ended_early("<answer>B</answer>", Outcome.BAD_BOX)) == 0
     assert term("accuracy", ended_early("<answer>B</answer>", Outcome.TRUNCATED)) == 0
@@ -136,10 +144,10 @@ def test_accuracy_counts_after_the_fallback_but_never_without_turn_two() -> None
         ("", False),
     ],
 )
-def test_thought_then_zoom(reply: str, well_formed: bool) -> None:
-    assert thought_then(reply, "zoom") is well_formed
+def test_is_thought_then_accepts_exactly_two_tags(reply: str, well_formed: bool) -> None:
+    assert is_thought_then(reply, "zoom") is well_formed
     answer = reply.replace("answer", "other").replace("zoom", "answer").replace("other", "zoom")
-    assert thought_then(answer, "answer") is well_formed
+    assert is_thought_then(answer, "answer") is well_formed
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def test_thought_then_zoom(reply: str, well_formed: bool) -> None:
         (played(outcome=Outcome.TRUNCATED), 0),
     ],
 )
-def test_format_needs_both_turns(trajectory: Trajectory, value: float) -> None:
+def test_format_needs_both_turns_well_formed(trajectory: Trajectory, value: float) -> None:
     assert term("format", trajectory) == value
 
 
@@ -165,7 +173,7 @@ def test_format_needs_both_turns(trajectory: Trajectory, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trajectory", "reading", "total", "parts"),
+    ("trajectory", "reply", "total", "parts"),
     [
         (played(), "B", 3.5, (1, 1, 1, 1)),
         (played(), "A", 2.5, (0, 1, 1, 1)),
@@ -178,17 +186,19 @@ def test_format_needs_both_turns(trajectory: Trajectory, value: float) -> None:
         (CUT_LOOK, None, 0.0, (0, 0, 0, 0)),
     ],
 )
-def test_the_total_by_hand(trajectory: Trajectory, reading: Reading, total: float, parts: tuple[int, ...]) -> None:
+def test_total_equals_the_sum_by_hand(
+    trajectory: Trajectory, reply: VerifierReply, total: float, parts: tuple[int, ...]
+) -> None:
     names = ("region", "box", "accuracy", "format")
-    score = TotalReward(RewardConfig())(QUESTION, trajectory, reading)
+    score = TotalReward(RewardConfig())(QUESTION, trajectory, reply)
     assert isinstance(score, Score) and (score.total, score.parts) == (total, dict(zip(names, parts, strict=True)))
 
 
-def test_what_each_turn_earned() -> None:
+def test_score_credits_each_turn_by_hand() -> None:
     """Region 1 and box 0.5 to turn 1, accuracy 1 to turn 2, and to each turn 1 for its own tags."""
 
-    def turns(trajectory: Trajectory, reading: Reading) -> tuple[float, float]:
-        score = TotalReward(RewardConfig())(QUESTION, trajectory, reading)
+    def turns(trajectory: Trajectory, reply: VerifierReply) -> tuple[float, float]:
+        score = TotalReward(RewardConfig())(QUESTION, trajectory, reply)
         assert isinstance(score, Score)
         return score.turns
 
@@ -199,7 +209,7 @@ def test_what_each_turn_earned() -> None:
     assert turns(NO_BOX, None) == (0.0, 0.0)
 
 
-def test_the_soft_box_by_hand() -> None:
+def test_soft_box_equals_the_formula_by_hand() -> None:
     """gamma 0.6 and a crop of 4 % of the scene: 1 - 0.04 / 0.6; nothing for a region that is not enough."""
     term = SoftBox(RewardConfig())
     assert term(QUESTION, played(), "B") == pytest.approx(1 - 0.04 / 0.6)
@@ -212,19 +222,82 @@ def test_the_soft_box_by_hand() -> None:
     assert isinstance(score, Score) and score.total == pytest.approx(3 + 0.5 * (1 - 0.04 / 0.6))
 
 
-def test_weights_change_the_total_and_not_the_parts() -> None:
+def test_weights_change_the_total_but_not_the_parts() -> None:
     config = RewardConfig(alpha=2.0, beta=0.25, weights={"accuracy": 0.0, "format": 4.0})
     score = TotalReward(config)(QUESTION, played(), "B")
     assert score == Score(6.25, {"region": 1, "box": 1, "accuracy": 1, "format": 1}, turns=(6.25, 4.0))
 
 
-def test_one_part_that_cannot_be_judged_makes_the_whole_unscored() -> None:
+def test_total_is_unscored_when_one_term_is() -> None:
     assert TotalReward(RewardConfig())(QUESTION, played(), Unscored("status 503")) == Unscored("region: status 503")
-    # ... but what was played and lost stays a real zero, whatever the reward model does
+    # ... but what was played and lost stays a real zero, whatever the verifier does
     assert TotalReward(RewardConfig())(QUESTION, NO_BOX, None) == Score(0.0, dict.fromkeys(PAPER, 0.0))
 
 
 @pytest.mark.parametrize("name", ["acuracy", "region", "box"])
-def test_a_weight_without_a_term_is_refused_by_name(name: str) -> None:
+def test_term_weights_refuse_a_weight_without_a_term(name: str) -> None:
     with pytest.raises(ValueError, match=f"takes accuracy, format, soft_box .*, not {name}"):
-        weights_of(RewardConfig(weights={name: 1.0}))
+        term_weights(RewardConfig(weights={name: 1.0}))
+
+
+# --- terms of a user's own ---------------------------------------------------------------------------------------
+
+WITH_SHARE = {"accuracy": 1.0, "format": 1.0, "crop_share": 0.5}
+
+
+def scored(reward: TotalReward, trajectory: Trajectory, reply: VerifierReply = "B") -> Score:
+    score = reward(QUESTION, trajectory, reply)
+    assert isinstance(score, Score)
+    return score
+
+
+def test_function_named_in_the_config_is_a_term() -> None:
+    """The crop is 200 x 200 of 1000 x 1000: 0.04, half of it paid, all of that to turn 1."""
+    config = RewardConfig(terms={"crop_share": "tests.rewards.builders:crop_share"}, weights=WITH_SHARE)
+    score = scored(TotalReward(config), played())
+    assert score.parts["crop_share"] == 0.04
+    assert score.total == 3.5 + 0.5 * 0.04 and score.turns == (2.5 + 0.5 * 0.04, 2.0)
+
+
+def test_terms_handed_over_weigh_one_unless_the_config_says_otherwise() -> None:
+    own = named_terms([crop_share, Turns, FunctionTerm(RewardConfig(), lambda question, trajectory, reply: 7)])
+    assert list(own) == ["crop_share", "turns", "function_term"]
+    assert term_weights(RewardConfig(weights=WITH_SHARE), own) == {
+        "region": 1.0, "box": 0.5, "accuracy": 1.0, "format": 1.0,
+        "crop_share": 0.5, "turns": 1.0, "function_term": 1.0,
+    }  # fmt: skip
+    score = scored(TotalReward(RewardConfig(weights=WITH_SHARE), own), played())
+    assert score.total == 3.5 + 0.5 * 0.04 + 2 + 7
+
+
+def test_function_may_return_unscored() -> None:
+    reward = TotalReward(RewardConfig(), {"slow": lambda question, trajectory, reply: Unscored("timed out")})
+    assert reward(QUESTION, played(), "B") == Unscored("slow: timed out")
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "much"])
+def test_function_that_returns_no_finite_number_is_named(value: object) -> None:
+    def brief(question: Question, trajectory: Trajectory, reply: VerifierReply) -> float:
+        return value  # type: ignore[return-value]
+
+    with pytest.raises(ValueError, match=r"the reward function .*brief returned .*; return a finite number"):
+        TotalReward(RewardConfig(), {"brief": brief})(QUESTION, played(), "B")
+
+
+def test_terms_handed_over_need_names_of_their_own() -> None:
+    with pytest.raises(ValueError, match="two reward terms are called crop_share"):
+        named_terms([crop_share, crop_share])
+    with pytest.raises(ValueError, match=r"has no name to use .*; pass \{name: term\}"):
+        named_terms([lambda question, trajectory, reply: 0.0])
+    assert named_terms({"share": crop_share}) == {"share": crop_share}
+    with pytest.raises(ValueError, match=r"reward.terms: box is a term of ours"):
+        load_terms(RewardConfig(), {"box": crop_share})
+    config = RewardConfig(terms={"share": "tests.rewards.builders:crop_share"}, weights={"share": 1.0})
+    with pytest.raises(ValueError, match=r"reward.terms names share, and so does a term that was handed over"):
+        load_terms(config, {"share": crop_share})
+
+
+def test_path_that_leads_to_no_term_is_refused() -> None:
+    config = RewardConfig(terms={"look": "tests.rewards.builders:LOOK"}, weights={"look": 1.0})
+    with pytest.raises(ValueError, match=r"it must be a subclass of .*RewardTerm, or a function "):
+        load_terms(config)

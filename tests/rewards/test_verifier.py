@@ -1,4 +1,4 @@
-"""The reward model behind a URL, over real HTTP, and the worker that scores with it."""
+"""The verifier behind a URL, over real HTTP, and the worker that scores with it."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from PIL import Image
 from ergo_rl.episodes.families import Qwen25VL
 from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Question, Score, Trajectory, Unscored, Verdict, View
 from ergo_rl.rewards.config import Backend, EndpointConfig, RewardConfig, VerifierConfig
-from ergo_rl.rewards.endpoint_verifier import EndpointVerifier
-from ergo_rl.rewards.reward_worker import RewardWorker
-from ergo_rl.rewards.verifier import VerifierUnavailable, blind, refit
+from ergo_rl.rewards.endpoint import VerifierUnavailable
+from ergo_rl.rewards.pool import RewardWorker
+from ergo_rl.rewards.verifier import EndpointVerifier, resize_view, strip_for_verifier
 from tests.rewards.builders import GOOD_BOX, QUESTION, SCENE, ended_early, played, view
 from tests.rewards.conftest import Endpoint, fails, says
 
 
 def configured(url: str, **changes: Any) -> RewardConfig:
     endpoint = EndpointConfig(
-        **{"url": url, "model": "judge", "retries": 2, "backoff_s": 0.01, "timeout_s": 5.0, **changes}
+        **{"url": url, "model": "verifier", "retries": 2, "backoff_s": 0.01, "timeout_s": 5.0, **changes}
     )
     return RewardConfig(verifier=VerifierConfig(backend=Backend.ENDPOINT, endpoint=endpoint, max_tokens=32))
 
 
 def ask(url: str, crop: View | None = None, **changes: Any) -> str:
-    async def one() -> str:
+    async def run() -> str:
         verifier = EndpointVerifier(configured(url, **changes).verifier)
         try:
-            return await verifier.answer(blind(QUESTION), crop or view(GOOD_BOX))
+            return await verifier.answer(strip_for_verifier(QUESTION), crop or view(GOOD_BOX))
         finally:
             await verifier.close()
 
-    return asyncio.run(one())
+    return asyncio.run(run())
 
 
 def score(url: str, *trajectories: Trajectory, **changes: Any) -> tuple[Verdict, ...]:
@@ -52,24 +52,24 @@ def score(url: str, *trajectories: Trajectory, **changes: Any) -> tuple[Verdict,
 
 
 def images_in(body: dict[str, Any]) -> list[np.ndarray]:
-    found = []
+    images = []
     for message in body["messages"]:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image_url":
                 kind, _, data = part["image_url"]["url"].partition(",")
                 assert kind == "data:image/png;base64"
-                found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
-    return found
+                images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+    return images
 
 
-def test_a_reply_is_given_back_as_it_is(endpoint: Endpoint) -> None:
+def test_answer_returns_the_reply_unchanged(endpoint: Endpoint) -> None:
     endpoint.answer = lambda body: says("hm <answer>B</answer>")
     assert ask(endpoint.url) == "hm <answer>B</answer>"
     assert ask(endpoint.url + "/") == "hm <answer>B</answer>"
     assert set(endpoint.paths) == {"/v1/chat/completions"}
 
 
-def test_the_request_holds_the_crop_and_the_question_and_nothing_else(endpoint: Endpoint) -> None:
+def test_request_holds_the_crop_and_the_question_and_nothing_else(endpoint: Endpoint) -> None:
     crop = View(GOOD_BOX, np.random.default_rng(0).integers(0, 256, (84, 112, 3), np.uint8))
     ask(endpoint.url, crop)
     (body,) = endpoint.bodies
@@ -80,33 +80,33 @@ def test_the_request_holds_the_crop_and_the_question_and_nothing_else(endpoint: 
     words = "".join(part["text"] for part in user["content"] if part["type"] == "text")
     assert words.startswith("Which mark is on the red panel?\nA. cross\nB. ring\nC. bar\nD. dot\n")
     assert "{" not in words and "<|" not in words
-    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0.0, 32)
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("verifier", 0.0, 32)
 
 
-def test_the_reward_model_never_gets_answer_original_or_boxes() -> None:
+def test_strip_for_verifier_removes_answer_original_and_boxes() -> None:
     knowing = Question("q", b"the original", "Which?", "the truth", ("a", "b"), (Box(0, 0, 1, 1),), "source")
-    assert blind(knowing) == Question("q", b"", "Which?", "", ("a", "b"), (), "source")
+    assert strip_for_verifier(knowing) == Question("q", b"", "Which?", "", ("a", "b"), (), "source")
 
 
-def test_a_ground_truth_in_words_is_not_in_the_request(endpoint: Endpoint) -> None:
-    async def one() -> None:
+def test_request_lacks_the_ground_truth(endpoint: Endpoint) -> None:
+    async def run() -> None:
         worker = RewardWorker(configured(endpoint.url))
         await worker.start()
         await worker.score(Question("q", b"the original", "How many?", "forty-two"), (played(),))
 
-    asyncio.run(one())
+    asyncio.run(run())
     assert "How many?" in json.dumps(endpoint.bodies[-1])
     assert "forty-two" not in json.dumps(endpoint.bodies[-1])
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 429, 408])
-def test_a_passing_failure_is_tried_again(endpoint: Endpoint, status: int) -> None:
+@pytest.mark.parametrize("status", [500, 502, 503, 408, 409, 425, 429])
+def test_transient_status_is_retried(endpoint: Endpoint, status: int) -> None:
     endpoint.script = [fails(status), fails(status)]
     assert ask(endpoint.url) == "<answer>B</answer>"
     assert len(endpoint.bodies) == 3
 
 
-def test_back_off_doubles_and_heeds_retry_after(endpoint: Endpoint) -> None:
+def test_back_off_doubles_and_heeds_retry_after_up_to_the_limit(endpoint: Endpoint) -> None:
     endpoint.script = [fails(500), fails(500)]
     started = time.monotonic()
     ask(endpoint.url, backoff_s=0.1)
@@ -115,9 +115,13 @@ def test_back_off_doubles_and_heeds_retry_after(endpoint: Endpoint) -> None:
     started = time.monotonic()
     ask(endpoint.url, max_backoff_s=0.4)
     assert 0.4 <= time.monotonic() - started < 1.0  # as long as the config allows
+    endpoint.script = [fails(503, Retry_After="3600")]
+    started = time.monotonic()
+    ask(endpoint.url, max_backoff_s=0.2)
+    assert 0.2 <= time.monotonic() - started < 0.8  # retried all the same
 
 
-def test_attempts_end(endpoint: Endpoint) -> None:
+def test_transient_status_raises_when_attempts_are_used_up(endpoint: Endpoint) -> None:
     endpoint.answer = lambda body: fails(500)
     with pytest.raises(VerifierUnavailable, match="status 500, 3 attempts"):
         ask(endpoint.url)
@@ -125,7 +129,7 @@ def test_attempts_end(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
-def test_a_lasting_failure_is_not_tried_again(endpoint: Endpoint, status: int) -> None:
+def test_other_status_is_raised_at_once_with_its_body(endpoint: Endpoint, status: int) -> None:
     endpoint.answer = lambda body: fails(status)
     with pytest.raises(VerifierUnavailable, match=f"status {status}: .*error"):
         ask(endpoint.url)
@@ -135,13 +139,13 @@ def test_a_lasting_failure_is_not_tried_again(endpoint: Endpoint, status: int) -
 @pytest.mark.parametrize(
     "reply", [(200, b"no json", {}), (200, b"{}", {}), (200, b"[]", {}), (200, b'{"choices": []}', {}), says(None)]
 )
-def test_a_reply_that_is_no_completion_is_named(endpoint: Endpoint, reply: Any) -> None:
+def test_reply_that_is_no_completion_is_quoted(endpoint: Endpoint, reply: Any) -> None:
     endpoint.answer = lambda body: reply
     with pytest.raises(VerifierUnavailable, match=r"not a chat completion|without text"):
         ask(endpoint.url)
 
 
-def test_a_slow_endpoint_times_out(endpoint: Endpoint) -> None:
+def test_slow_endpoint_times_out(endpoint: Endpoint) -> None:
     def slow(body: dict[str, Any]) -> Any:
         time.sleep(0.5)
         return says("B")
@@ -158,12 +162,12 @@ def dead_url() -> str:
         return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
 
 
-def test_a_dead_port_is_unavailable() -> None:
+def test_dead_port_is_retried_then_unavailable() -> None:
     with pytest.raises(VerifierUnavailable, match=r"ConnectError.* 3 attempts"):
         ask(dead_url())
 
 
-def test_no_more_requests_in_flight_than_configured(endpoint: Endpoint) -> None:
+def test_requests_in_flight_stay_within_concurrency(endpoint: Endpoint) -> None:
     def answer(body: dict[str, Any]) -> Any:
         time.sleep(0.05)
         return says("B")
@@ -178,29 +182,44 @@ def test_no_more_requests_in_flight_than_configured(endpoint: Endpoint) -> None:
     assert len(endpoint.bodies) == 12 and endpoint.most_in_flight == 3
 
 
-def test_the_key_comes_from_the_named_variable_only(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_comes_from_the_named_variable_only(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "not this one")
     ask(endpoint.url)
     assert "Authorization" not in endpoint.headers[-1]
-    monkeypatch.setenv("JUDGE_KEY", "s3cret")
-    ask(endpoint.url, api_key_env="JUDGE_KEY")
+    monkeypatch.setenv("VERIFIER_KEY", "s3cret")
+    ask(endpoint.url, api_key_env="VERIFIER_KEY")
     assert endpoint.headers[-1]["Authorization"] == "Bearer s3cret"
-    monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(ValueError, match="api_key_env names JUDGE_KEY, which is not set"):
-        ask(endpoint.url, api_key_env="JUDGE_KEY")
+    monkeypatch.delenv("VERIFIER_KEY")
+    with pytest.raises(ValueError, match="api_key_env names VERIFIER_KEY, which is not set"):
+        ask(endpoint.url, api_key_env="VERIFIER_KEY")
 
 
-def test_an_endpoint_that_repeats_the_key_does_not_bring_it_into_the_log(
+def test_request_says_nothing_of_an_openai_account(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(variable, "another account's")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    ask(endpoint.url)
+    assert "another account's" not in endpoint.headers[-1].values()
+
+
+def test_redirect_is_not_followed(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda body: (307, b"", {"Location": f"{endpoint.url}/elsewhere"})
+    with pytest.raises(VerifierUnavailable, match="status 307"):
+        ask(endpoint.url)
+    assert endpoint.paths == ["/v1/chat/completions"]
+
+
+def test_message_hides_the_key_when_the_endpoint_repeats_it(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    monkeypatch.setenv("VERIFIER_KEY", "s3cret")
     endpoint.answer = lambda body: (401, b'{"error": "the key s3cret is not known"}', {})
     with pytest.raises(VerifierUnavailable, match=r"status 401: .*the key \*\*\* is not known") as caught:
-        ask(endpoint.url, api_key_env="JUDGE_KEY")
+        ask(endpoint.url, api_key_env="VERIFIER_KEY")
     assert "s3cret" not in str(caught.value)
 
 
-def test_an_endpoint_needs_a_url_and_a_model() -> None:
+def test_endpoint_without_url_or_model_is_refused() -> None:
     with pytest.raises(ValueError, match="needs url and model"):
         EndpointVerifier(configured("").verifier)
 
@@ -208,7 +227,7 @@ def test_an_endpoint_needs_a_url_and_a_model() -> None:
 # --- the worker --------------------------------------------------------------------------------------------------
 
 
-def test_a_group_is_scored_with_every_part(endpoint: Endpoint) -> None:
+def test_worker_scores_a_group_with_every_term(endpoint: Endpoint) -> None:
     verdicts = score(
         endpoint.url,
         played(),
@@ -220,7 +239,7 @@ def test_a_group_is_scored_with_every_part(endpoint: Endpoint) -> None:
     assert len(endpoint.bodies) == 3  # the probe, and one for each of two regions
 
 
-def test_equal_crops_are_verified_once_and_different_ones_each(endpoint: Endpoint) -> None:
+def test_worker_asks_once_for_equal_crops(endpoint: Endpoint) -> None:
     boxes = [Box(0, 0, 10, 10), Box(0, 0, 20, 20)]
     answers = {int(view(box).pixels[0, 0, 0]): letter for box, letter in zip(boxes, "BC", strict=True)}
     endpoint.answer = lambda body: says(answers.get(int(images_in(body)[0][0, 0, 0]), "?"))
@@ -229,16 +248,16 @@ def test_equal_crops_are_verified_once_and_different_ones_each(endpoint: Endpoin
     assert len(endpoint.bodies) == 1 + 2
 
 
-def test_an_endpoint_that_fails_later_gives_unscored_never_zero(endpoint: Endpoint) -> None:
+def test_worker_returns_unscored_when_the_endpoint_fails_later(endpoint: Endpoint) -> None:
     endpoint.script = [says("grey"), *[fails(500)] * 3]
     lost = ended_early("left", Outcome.BAD_BOX)
     first, second, third = score(endpoint.url, played(), lost, played(sample=2))
     reason = f"region: {endpoint.url}/chat/completions: status 500, 3 attempts"
     assert first == third == Unscored(reason)
-    assert isinstance(second, Score) and second.total == 0  # needed no reward model
+    assert isinstance(second, Score) and second.total == 0  # needed no verifier
 
 
-def test_a_reward_model_that_cannot_answer_ends_the_launch(endpoint: Endpoint) -> None:
+def test_worker_start_raises_when_the_verifier_cannot_answer(endpoint: Endpoint) -> None:
     endpoint.answer = lambda body: fails(404)
     with pytest.raises(VerifierUnavailable, match="status 404"):
         score(endpoint.url, played())
@@ -246,7 +265,7 @@ def test_a_reward_model_that_cannot_answer_ends_the_launch(endpoint: Endpoint) -
         score(dead_url(), played())
 
 
-def test_a_bug_rises(endpoint: Endpoint) -> None:
+def test_worker_raises_other_errors(endpoint: Endpoint) -> None:
     with pytest.raises(ValueError, match="'nonsense' is not a valid BoxOutcome"):
         score(endpoint.url, played(box_outcome="nonsense"))  # type: ignore[arg-type]
 
@@ -254,19 +273,19 @@ def test_a_bug_rises(endpoint: Endpoint) -> None:
 # --- crops for another family ------------------------------------------------------------------------------------
 
 
-def test_a_crop_for_the_same_family_is_left_alone() -> None:
+def test_resize_view_returns_a_fitting_view_itself() -> None:
     crop = view(GOOD_BOX, 168)
-    assert refit(crop, Qwen25VL(), 16384) is crop
+    assert resize_view(crop, Qwen25VL(), 16384) is crop
 
 
-def test_a_crop_over_the_reward_models_budget_or_of_another_unit_is_resized() -> None:
+def test_resize_view_fits_the_budget_and_the_other_familys_patches() -> None:
     crop = view(GOOD_BOX, 168)
-    smaller = refit(crop, Qwen25VL(), 16)
+    smaller = resize_view(crop, Qwen25VL(), 16)
     assert (smaller.width, smaller.height, smaller.box) == (112, 112, GOOD_BOX)
 
     class Patch16(Qwen25VL):
         patch_size = 16
 
-    other = refit(crop, Patch16(), 16384)
+    other = resize_view(crop, Patch16(), 16384)
     assert (other.width, other.height) == (160, 160)  # 168 / 32 = 5.25
-    assert refit(other, Patch16(), 16384) is other
+    assert resize_view(other, Patch16(), 16384) is other

@@ -26,7 +26,7 @@ from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.examples.panels.tiny_model import TinyConfig, make_model, make_processor, save_folder
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.learners.learner_group import LearnerGroup
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 from tests.conftest import ROOT, layer_of
 from tests.system.background import Background
 
@@ -91,7 +91,7 @@ class Stack:
 
         def on_learner(rank: Any) -> int:
             generator = torch.Generator().manual_seed(seed)
-            weights = dict(rank._learner.policy.named_weights())
+            weights = dict(rank._learner.policy.vlm.named_parameters())
             with torch.no_grad():
                 for weight in weights.values():
                     spread = float(weight.std()) if weight.numel() > 1 else 0.0
@@ -105,7 +105,7 @@ class Stack:
         """Have the learner keep a copy of its weights."""
 
         def on_learner(rank: Any) -> None:
-            rank.kept = {name: weight.detach().clone() for name, weight in rank._learner.policy.named_weights()}
+            rank.kept = {name: weight.detach().clone() for name, weight in rank._learner.policy.vlm.named_parameters()}
 
         await self.learners._actors[0].__ray_call__.remote(on_learner)
 
@@ -114,7 +114,7 @@ class Stack:
 
         def on_learner(rank: Any) -> None:
             with torch.no_grad():
-                for name, weight in rank._learner.policy.named_weights():
+                for name, weight in rank._learner.policy.vlm.named_parameters():
                     now = weight.detach().clone()
                     weight.copy_(rank.kept[name])
                     rank.kept[name] = now

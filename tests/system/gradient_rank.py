@@ -17,10 +17,8 @@ import numpy as np
 import torch
 
 from ergo_rl.episodes.types import Trajectory
-from ergo_rl.learners import zero
-from ergo_rl.learners.adapters import weights_of
-from ergo_rl.learners.attention import implementation
-from ergo_rl.learners.batch import Plan, Sample
+from ergo_rl.learners import deepspeed_engine
+from ergo_rl.learners.batch import MicroBatchPlan, Sample
 from ergo_rl.learners.config import (
     Dtype,
     LearnerConfig,
@@ -31,6 +29,8 @@ from ergo_rl.learners.config import (
     Packing,
 )
 from ergo_rl.learners.learner import Learner, Rank
+from ergo_rl.learners.lora import named_weights
+from ergo_rl.learners.model import attn_implementation
 from tests.factories import trajectory, view
 
 ADVANTAGES = (1.5, -0.5, 0.25, -1.0, 0.0, 2.0, -0.75, math.nan, 0.5, -1.5)
@@ -44,11 +44,11 @@ LORA = LoraConfig(rank=4, alpha=6)
 def samples() -> list[Sample]:
     """Of one and two turns, each with its advantage; 15 to 80 tokens, images of many shapes; one is not scored."""
 
-    def one(n: int) -> Trajectory:
+    def make(n: int) -> Trajectory:
         replies = (4 + 3 * n,) if n in (1, 4, 8) else (3 + 2 * n, 12 - n)
         return trajectory(f"q{n}", n, replies=replies, coarse=view(2 + n % 4, 3, n), crop=view(4, 2 + n % 3, n), seed=n)
 
-    played = [one(n) for n in range(len(ADVANTAGES))]
+    played = [make(n) for n in range(len(ADVANTAGES))]
     return [
         Sample(path, (advantage, -0.5 * advantage)[: len(path.turns)])
         for path, advantage in zip(played, ADVANTAGES, strict=True)
@@ -64,13 +64,15 @@ def share(place: Rank) -> list[Sample]:
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
-    return {name: safe_get_full_grad(parameter).clone() for name, parameter in learner.policy.named_weights()}
+    parameters = learner.policy.vlm.named_parameters()
+    return {name: safe_get_full_grad(parameter).clone() for name, parameter in parameters}
 
 
 def masters(learner: Learner) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in learner.policy.named_weights()}
+    parameters = learner.policy.vlm.named_parameters()
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in parameters}
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
@@ -87,11 +89,11 @@ def config_of(model: str, place: Rank, **changes: Any) -> LearnerConfig:
 
 def lay(learner: Learner, packing: Packing) -> None:
     """Rows end to end or side by side, from now on."""
-    learner.policy.vlm.set_attn_implementation(implementation(replace(learner.config, packing=packing)))
+    learner.policy.vlm.set_attn_implementation(attn_implementation(replace(learner.config, packing=packing)))
     learner.policy.packing, learner.batcher = packing, replace(learner.batcher, packing=packing)
 
 
-def split(plan: Plan, count: int, packing: Packing) -> Plan:
+def split(plan: MicroBatchPlan, count: int, packing: Packing) -> MicroBatchPlan:
     """The same rows in so many micro-batches, or as many as there are rows."""
     pieces = np.array_split(np.arange(len(plan.rows)), min(count, len(plan.rows)))
     return replace(plan, bins=tuple(tuple(piece.tolist()) for piece in pieces), packing=packing)
@@ -100,28 +102,28 @@ def split(plan: Plan, count: int, packing: Packing) -> Plan:
 def stage(model: str, place: Rank, budget: int, stage: int) -> dict[str, Any]:
     learner = Learner(config_of(model, place, zero_stage=stage, micro_batch_tokens=budget, loss=OTHER), place)
     learner.config.loss = LossConfig()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     plan = learner.batcher.plan(share(place))
     step, sums = learner.accumulate(plan)
-    found["own_passes"], found["passes"], found["tokens"] = len(plan.bins), step.passes, step.tokens
-    found["loss"], found["masked"] = sums.total("loss") / step.denominator, step.tokens - sums.total("kept")
-    found["first"] = gradients(learner)
-    found["norm"] = learner.apply(lr=1e-3)
-    found["weights"] = weights(learner)
+    results["own_passes"], results["passes"], results["tokens"] = len(plan.bins), step.passes, step.tokens
+    results["loss"], results["masked"] = sums.total("loss") / step.denominator, step.tokens - sums.total("kept")
+    results["first"] = gradients(learner)
+    results["norm"] = learner.apply(lr=1e-3)
+    results["weights"] = weights(learner)
     learner.accumulate(plan)
-    found["second"] = gradients(learner)
+    results["second"] = gradients(learner)
     learner.apply(lr=0.0)  # forgets that gradient, changes no weight
     for packing in Packing:
         lay(learner, packing)
         for count in SPLITS:
             step, _ = learner.accumulate(split(plan, count, packing))
-            found["split", packing.value, count] = step.passes, gradients(learner)
+            results["split", packing.value, count] = step.passes, gradients(learner)
             learner.apply(lr=0.0)
     learner.config.loss = OTHER
     step, sums = learner.accumulate(plan)
-    found["other_loss"], found["rows"] = sums.total("loss") / step.denominator, step.rows
-    found["other"] = gradients(learner)
-    return found
+    results["other_loss"], results["rows"] = sums.total("loss") / step.denominator, step.rows
+    results["other"] = gradients(learner)
+    return results
 
 
 def offloaded(model: str, place: Rank, budget: int) -> dict[str, Any]:
@@ -129,15 +131,15 @@ def offloaded(model: str, place: Rank, budget: int) -> dict[str, Any]:
     micro-batch's gradient before PR #7981."""
     learner = Learner(config_of(model, place, offload_optimizer=True, micro_batch_tokens=budget), place)
     plan = learner.batcher.plan(share(place))
-    found: dict[str, Any] = {"passes": learner.accumulate(plan)[0].passes, "first": gradients(learner)}
-    found["norm"] = learner.apply(lr=1e-3)
+    results: dict[str, Any] = {"passes": learner.accumulate(plan)[0].passes, "first": gradients(learner)}
+    results["norm"] = learner.apply(lr=1e-3)
     learner.accumulate(plan)
-    return found | {"weights": weights(learner), "second": gradients(learner)}
+    return results | {"weights": weights(learner), "second": gradients(learner)}
 
 
 def half(model: str, place: Rank, budget: int) -> dict[str, Any]:
     """bfloat16 passes, by ZeRO stage: a step of 1e-6, and the same gradient before and after a step of 0."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for stage in (1, 2, 3):
         config = config_of(model, place, zero_stage=stage, dtype=Dtype.BFLOAT16, micro_batch_tokens=budget)
         learner = Learner(config, place)
@@ -148,11 +150,11 @@ def half(model: str, place: Rank, budget: int) -> dict[str, Any]:
         learner.accumulate(plan)
         again, before, seen = gradients(learner), masters(learner), weights(learner)
         learner.apply(lr=1e-6)
-        found[str(stage)] = {
+        results[str(stage)] = {
             "gradient": gradient, "again": again, "masters": (before, masters(learner)),
             "weights": (seen, weights(learner)),
         }  # fmt: skip
-    return found
+    return results
 
 
 def adapted(model: str, place: Rank, budget: int, out: Path) -> dict[str, Any]:
@@ -161,20 +163,20 @@ def adapted(model: str, place: Rank, budget: int, out: Path) -> dict[str, Any]:
         model, place, zero_stage=3, lora=LORA, micro_batch_tokens=budget, optimizer=OptimizerConfig(lr=1e-2)
     )
     learner = Learner(config, place)
-    found: dict[str, Any] = {"base": weights(learner)}
+    results: dict[str, Any] = {"base": weights(learner)}
     for _ in range(2):
         learner.update(share(place))
-    found["published"] = weights(learner)
-    found["adapters"] = {}
-    for weight in weights_of(learner.policy.vlm):
+    results["published"] = weights(learner)
+    results["adapters"] = {}
+    for weight in named_weights(learner.policy.vlm):
         if weight.adapter is not None:
             down, up, scale = weight.adapter
-            with zero.gathered([down, up], 3):
-                found["adapters"][weight.name] = down.detach().clone(), up.detach().clone(), scale
-    scored = [one.trajectory for one in samples() if not math.isnan(one.advantages[0])]
-    found["logprobs"] = [torch.from_numpy(one) for one in learner.logprobs(scored)]
+            with deepspeed_engine.gather_params([down, up], 3):
+                results["adapters"][weight.name] = down.detach().clone(), up.detach().clone(), scale
+    scored = [sample.trajectory for sample in samples() if not math.isnan(sample.advantages[0])]
+    results["logprobs"] = [torch.from_numpy(values) for values in learner.logprobs(scored)]
     learner.export(out / "adapted")
-    return found
+    return results
 
 
 OTHERS: dict[str, Callable[[str, Rank, int, Path], dict[str, Any]]] = {
@@ -187,13 +189,13 @@ OTHERS: dict[str, Callable[[str, Rank, int, Path], dict[str, Any]]] = {
 def main() -> None:
     model, rank, world, port, folder, budget, *runs = sys.argv[1:]
     place, out = Rank(int(rank), int(world), "127.0.0.1", int(port)), Path(folder)
-    found = {
+    results = {
         run: OTHERS[run](model, place, int(budget), out)
         if run in OTHERS
         else stage(model, place, int(budget), int(run))
         for run in runs
     }
-    torch.save(found, out / f"world{world}-rank{rank}.pt")
+    torch.save(results, out / f"world{world}-rank{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ WORDS = ("red", "green", "blue", "yellow", "white", "cyan", "panel", "mark", "cr
 
 
 def varied(number: int) -> Question:
-    """A held-out panels question with a part of its picture, of any shape, and up to twelve words more."""
+    """A held-out panels question with a part of its image, of any shape, and up to twelve words more."""
     rng, plain = np.random.default_rng(number), question(PanelsConfig(), 0, Split.HELDOUT, number)
     pixels = images.decode(plain.image)
     height, width = (int(side) for side in rng.integers(60, 673, 2))
@@ -46,8 +46,8 @@ def varied(number: int) -> Question:
 
 def grids(trajectory: Trajectory, processor: Any) -> list[list[int]]:
     """(time, height, width) in patches of all images, as the model's own processor makes them, which vLLM calls."""
-    pictures = [Image.fromarray(view.pixels) for view in trajectory.views]
-    return processor(images=pictures, return_tensors="pt")["image_grid_thw"].tolist()
+    views = [Image.fromarray(view.pixels) for view in trajectory.views]
+    return processor(images=views, return_tensors="pt")["image_grid_thw"].tolist()
 
 
 async def budgets(stack: Stack, coarse: int, fine: int, on_bad_box: OnBadBox) -> None:
@@ -63,7 +63,7 @@ async def budgets(stack: Stack, coarse: int, fine: int, on_bad_box: OnBadBox) ->
 async def played(stack: Stack, recipe: TrainConfig) -> list[Trajectory]:
     """At least ``WANTED`` trajectories of two turns, in rounds with other budgets; replies end where they end, or at a
     limit that differs from question to question. Where the policy names no usable box, the whole image is the crop."""
-    found: list[Trajectory] = []
+    two_turns: list[Trajectory] = []
     try:
         for round, (coarse, fine) in enumerate(islice(cycle(BUDGETS), MOST_ROUNDS)):
             await budgets(stack, coarse, fine, OnBadBox.WHOLE_IMAGE)
@@ -74,13 +74,13 @@ async def played(stack: Stack, recipe: TrainConfig) -> list[Trajectory]:
             )
             for play in plays:
                 assert isinstance(play, Rollout), play
-                found += [one for one in await play.trajectories if len(one.turns) == 2]
-            if len(found) >= WANTED:
-                return found
+                two_turns += [episode for episode in await play.trajectories if len(episode.turns) == 2]
+            if len(two_turns) >= WANTED:
+                return two_turns
     finally:
         episode = recipe.episode
         await budgets(stack, episode.coarse_tokens, episode.fine_tokens, episode.on_bad_box)
-    raise AssertionError(f"only {len(found)} of {MOST_ROUNDS * QUESTIONS * SAMPLES} trajectories had two turns")
+    raise AssertionError(f"only {len(two_turns)} of {MOST_ROUNDS * QUESTIONS * SAMPLES} trajectories had two turns")
 
 
 def test_two_hundred_trajectories_of_every_size_agree(
@@ -97,21 +97,21 @@ def test_two_hundred_trajectories_of_every_size_agree(
     pad, end = (tokenizer.convert_tokens_to_ids(token) for token in (family.image_pad, family.turn_end))
 
     async def story() -> None:
-        everyone = await played(untied, recipe)
+        episodes = await played(untied, recipe)
         batcher = Batcher(family, processor, pad, end, recipe.learner.micro_batch_tokens)
-        plan = batcher.plan([Sample(one, (1.0,)) for one in everyone])
-        assert plan.length_mismatches == 0 and len(plan.rows) == len(everyone)
+        plan = batcher.plan([Sample(episode, (1.0,)) for episode in episodes])
+        assert plan.length_mismatches == 0 and len(plan.rows) == len(episodes)
         for members, batch in zip(plan.bins, batcher.batches(plan), strict=True):
-            wanted = [grid for member in members for grid in grids(everyone[member], processor)]
+            wanted = [grid for member in members for grid in grids(episodes[member], processor)]
             assert batch.image_grid_thw.tolist() == wanted
 
-        shapes = Counter((view.width, view.height) for one in everyone for view in one.views)
-        replies = {len(turn.completion_ids) for one in everyone for turn in one.turns}
-        prompts = [one.turns[-1].engine_prompt_length for one in everyone]
+        shapes = Counter((view.width, view.height) for episode in episodes for view in episode.views)
+        replies = {len(turn.completion_ids) for episode in episodes for turn in episode.turns}
+        prompts = [episode.turns[-1].engine_prompt_length for episode in episodes]
         assert len(shapes) >= 25 and len(replies) >= 8 and max(prompts) >= 1.5 * min(prompts), "of every size"
 
-        found = await differences(untied, tuple(everyone))
-        assert found.size >= 10 * len(everyone)
-        assert found.mean() <= 1e-5 and found.max() <= 1e-3, (found.mean(), found.max())
+        gaps = await differences(untied, tuple(episodes))
+        assert gaps.size >= 10 * len(episodes)
+        assert gaps.mean() <= 1e-5 and gaps.max() <= 1e-3, (gaps.mean(), gaps.max())
 
     runner.run(story())

@@ -51,7 +51,7 @@ def replies(model: Path, vlm: Any) -> list[list[tuple[torch.Tensor, float, float
     unpadded trajectory at a time, with full logits."""
     from transformers import AutoImageProcessor
 
-    processor, found = AutoImageProcessor.from_pretrained(model), []
+    processor, replies = AutoImageProcessor.from_pretrained(model), []
     for sample in samples():
         if math.isnan(sample.advantages[0]):
             continue
@@ -73,14 +73,14 @@ def replies(model: Path, vlm: Any) -> list[list[tuple[torch.Tensor, float, float
             image_grid_thw=grids,
         ).logits[0]
         logits[:, [IDS[token] for token in FAMILY.vision_tokens]] = -torch.inf
-        found.append(
+        replies.append(
             [
                 (torch.log_softmax(logits[place - 1], -1)[int(token)], float(behaviour), advantage)
                 for start, turn, advantage in turns
                 for place, (token, behaviour) in enumerate(zip(turn.completion_ids, turn.logprobs, strict=True), start)
             ]
         )
-    return found
+    return replies
 
 
 def token_loss(logprob: torch.Tensor, behaviour: float, advantage: float) -> torch.Tensor:
@@ -137,8 +137,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(model: Path, out: Path) -> dict[tuple[int, int], dict[int | str, Any]]:
-    """(world, rank) -> ZeRO stage or name of a run -> what that process found."""
+def results(model: Path, out: Path) -> dict[tuple[int, int], dict[int | str, Any]]:
+    """(world, rank) -> ZeRO stage or name of a run -> the results of that process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ports = {1: free_port(), 2: free_port()}
     runs = {1: ["2", "bfloat16"], 2: ["1", "2", "3", "offloaded", *(["adapted"] if find_spec("peft") else [])]}
@@ -177,9 +177,9 @@ NAMES = [f"{world}-ranks-rank-{rank}-zero-{stage}" for world, rank, stage in CAS
 
 @pytest.mark.parametrize(("world", "rank", "stage"), CASES, ids=NAMES)
 def test_gradient_equals_the_reference(
-    found: Any, first: tuple[Gradient, float, int], world: int, rank: int, stage: int
+    results: Any, first: tuple[Gradient, float, int], world: int, rank: int, stage: int
 ) -> None:
-    result, (gradient, loss, tokens) = found[world, rank][stage], first
+    result, (gradient, loss, tokens) = results[world, rank][stage], first
     assert result["tokens"] == tokens
     assert result["loss"] == pytest.approx(loss, abs=1e-6)
     assert difference(result["first"], gradient) <= 1e-5
@@ -189,29 +189,27 @@ def test_gradient_equals_the_reference(
 
 
 @pytest.mark.parametrize(("world", "rank", "stage"), CASES, ids=NAMES)
-def test_norm_is_that_of_the_gradient_before_clipping(
-    found: Any, first: tuple[Gradient, float, int], world: int, rank: int, stage: int
+def test_norm_is_the_gradients_before_clipping(
+    results: Any, first: tuple[Gradient, float, int], world: int, rank: int, stage: int
 ) -> None:
     norm = float(sum(part.double().square().sum() for part in first[0].values())) ** 0.5
-    assert found[world, rank][stage]["norm"] == pytest.approx(norm, rel=1e-5)
+    assert results[world, rank][stage]["norm"] == pytest.approx(norm, rel=1e-5)
     assert norm > 1e-2, "the fixture must be clipped"
 
 
 @pytest.mark.parametrize(("world", "rank", "stage"), CASES, ids=NAMES)
-def test_nothing_of_the_first_step_is_left_in_the_second(
-    found: Any, model: Path, world: int, rank: int, stage: int
-) -> None:
-    result = found[world, rank][stage]
+def test_second_step_keeps_nothing_of_the_first(results: Any, model: Path, world: int, rank: int, stage: int) -> None:
+    result = results[world, rank][stage]
     assert difference(result["second"], result["first"]) > 1e-3
     gradient, *_ = reference(model, result["weights"])
     assert difference(result["second"], gradient) <= 1e-5
 
 
 @pytest.mark.parametrize(("world", "rank", "stage"), CASES, ids=NAMES)
-def test_another_objective_has_another_denominator_and_one_gradient(
-    found: Any, model: Path, world: int, rank: int, stage: int
+def test_gradient_of_another_objective_equals_its_reference(
+    results: Any, model: Path, world: int, rank: int, stage: int
 ) -> None:
-    result = found[world, rank][stage]
+    result = results[world, rank][stage]
     gradient, loss = other_reference(model, result["weights"])
     assert result["rows"] == sum(not math.isnan(sample.advantages[0]) for sample in samples())
     assert result["other_loss"] == pytest.approx(loss, abs=1e-6)
@@ -220,9 +218,9 @@ def test_another_objective_has_another_denominator_and_one_gradient(
 
 
 @pytest.mark.parametrize(("world", "rank", "stage"), CASES, ids=NAMES)
-def test_splits_and_layouts_change_no_gradient(found: Any, world: int, rank: int, stage: int) -> None:
+def test_gradient_is_the_same_for_any_split_and_packing(results: Any, world: int, rank: int, stage: int) -> None:
     """1, 2, 4 and 8 micro-batches (of two ranks the second has six rows, so six at most), padded and end to end."""
-    result, most = found[world, rank][stage], 6 if world == 2 else 8
+    result, most = results[world, rank][stage], 6 if world == 2 else 8
     for packing in Packing:
         for count in SPLITS:
             passes, gradient = result["split", packing.value, count]
@@ -231,8 +229,8 @@ def test_splits_and_layouts_change_no_gradient(found: Any, world: int, rank: int
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_offloading_changes_neither_gradient_nor_step(found: Any, rank: int) -> None:
-    got, wanted = found[2, rank]["offloaded"], found[2, rank][2]
+def test_offloading_changes_neither_gradient_nor_step(results: Any, rank: int) -> None:
+    got, wanted = results[2, rank]["offloaded"], results[2, rank][2]
     assert got["passes"] == wanted["passes"] > 1
     assert got["norm"] == pytest.approx(wanted["norm"], rel=1e-6)
     for what in ("first", "weights", "second"):
@@ -240,35 +238,35 @@ def test_offloading_changes_neither_gradient_nor_step(found: Any, rank: int) -> 
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_master_weights_are_fp32_where_passes_are_bf16(found: Any, stage: str) -> None:
+def test_master_weights_are_fp32_when_passes_are_bf16(results: Any, stage: str) -> None:
     """A step of 1e-6 (Adam's sign) moves nearly every master weight by 1e-6, and hardly any of the bf16 ones, whose
     spacing near 0.1 is 5e-4."""
-    result = found[1, 0]["bfloat16"][stage]
+    result = results[1, 0]["bfloat16"][stage]
     (before, after), (seen, now) = result["masters"], result["weights"]
     moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
-    assert {one.dtype for one in after.values()} == {torch.float32}
-    assert {one.dtype for one in now.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    assert {weight.dtype for weight in now.values()} == {torch.bfloat16}
     assert 0.9e-6 <= moved.mean() <= 1.1e-6
     assert torch.cat([(now[name] != seen[name]).flatten() for name in now]).float().mean() < 0.05
     assert difference(result["again"], result["gradient"]) == 0, "nothing of a step is left in the next"
 
 
-def test_gradients_of_bf16_passes_are_added_up_in_fp32(found: Any, first: Any) -> None:
+def test_gradients_of_bf16_passes_are_added_up_in_fp32(results: Any, first: Any) -> None:
     """Under ZeRO-1 ranks exchange the sum in bf16: it is rounded once, not with every micro-batch."""
-    one, two, three = (found[1, 0]["bfloat16"][stage]["gradient"] for stage in "123")
-    assert difference(two, first[0]) <= 0.1, "bf16 forward and backward"
-    assert difference(three, two) <= 1e-6
-    assert any((part.bfloat16() != part).any() for part in two.values())
-    assert all(torch.equal(one[name], part.bfloat16().float()) for name, part in two.items())
+    zero1, zero2, zero3 = (results[1, 0]["bfloat16"][stage]["gradient"] for stage in "123")
+    assert difference(zero2, first[0]) <= 0.1, "bf16 forward and backward"
+    assert difference(zero3, zero2) <= 1e-6
+    assert any((part.bfloat16() != part).any() for part in zero2.values())
+    assert all(torch.equal(zero1[name], part.bfloat16().float()) for name, part in zero2.items())
 
 
 @pytest.mark.skipif(not find_spec("peft"), reason="needs peft")
-def test_what_is_published_is_base_and_adapters(found: Any, model: Path, out: Path) -> None:
+def test_published_weights_are_base_plus_adapters(results: Any, model: Path, out: Path) -> None:
     """Two ranks of ZeRO-3: every adapted weight is base + alpha / rank x up x down, on both ranks and in the export,
     and plain transformers with these weights has the policy's log-probs."""
-    result = found[2, 0]["adapted"]
+    result = results[2, 0]["adapted"]
     published = result["published"]
-    assert all(torch.equal(published[name], other) for name, other in found[2, 1]["adapted"]["published"].items())
+    assert all(torch.equal(published[name], other) for name, other in results[2, 1]["adapted"]["published"].items())
     assert len(result["adapters"]) == 2 * len(LORA.targets)
     for name, wanted in result["base"].items():
         if name in result["adapters"]:
@@ -284,7 +282,7 @@ def test_what_is_published_is_base_and_adapters(found: Any, model: Path, out: Pa
         torch.testing.assert_close(ours, torch.stack([logprob for logprob, *_ in theirs]), atol=1e-5, rtol=0)
 
 
-def test_the_fixture_is_what_it_says(found: Any) -> None:
-    assert found[1, 0][2]["passes"] == 4
-    assert found[1, 0][2]["masked"] == 2
-    assert found[2, 0][3]["own_passes"] < found[2, 1][3]["own_passes"] == found[2, 0][3]["passes"]
+def test_fixture_has_the_passes_that_the_tests_need(results: Any) -> None:
+    assert results[1, 0][2]["passes"] == 4
+    assert results[1, 0][2]["masked"] == 2
+    assert results[2, 0][3]["own_passes"] < results[2, 1][3]["own_passes"] == results[2, 0][3]["passes"]

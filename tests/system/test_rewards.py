@@ -1,4 +1,4 @@
-"""The frozen reward model on a real engine: it reads what the crop shows, and nothing else."""
+"""The frozen verifier on a real engine: it reads what the crop shows, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ergo_rl.episodes import images
 from ergo_rl.episodes.families import family_of
 from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, Unscored
 from ergo_rl.examples.panels.scenes import VIEW_TOKENS, PanelsConfig, Split, question
-from ergo_rl.rewards.reward_pool import RewardPool
+from ergo_rl.rewards.pool import RewardPool
 from tests.system.conftest import Stack
 
 pytestmark = pytest.mark.system
@@ -36,13 +36,13 @@ def around(box: Box, margin: int, side: int) -> Box:
     return Box(max(0, box.x1 - margin), max(0, box.y1 - margin), min(side, box.x2 + margin), min(side, box.y2 + margin))
 
 
-def test_the_region_term_needs_the_target_in_the_crop(rewards: RewardPool, runner: asyncio.Runner) -> None:
+def test_region_term_needs_the_target_in_the_crop(rewards: RewardPool, runner: asyncio.Runner) -> None:
     """A crop round the mark is read right nearly always; the opposite corner of the scene at about chance (1 in 4);
     the whole scene is too large to read at this budget, and does not pay for its size either."""
     config = PanelsConfig()
 
     async def story() -> None:
-        async def judge(index: int, crop: Box, answer: str) -> Score:
+        async def scored(index: int, crop: Box, answer: str) -> Score:
             row = question(config, 0, Split.HELDOUT, index)
             reference = ray.put((trajectory(row, crop, answer),))
             (verdict,) = await rewards.score(row, reference)
@@ -55,21 +55,23 @@ def test_the_region_term_needs_the_target_in_the_crop(rewards: RewardPool, runne
         answers = [question(config, 0, Split.HELDOUT, index) for index in range(SCENES)]
         targets = [row.boxes[0] for row in answers]
         right = await asyncio.gather(
-            *(judge(i, around(target, 40, config.side), answers[i].answer) for i, target in enumerate(targets))
+            *(scored(i, around(target, 40, config.side), answers[i].answer) for i, target in enumerate(targets))
         )
         apart = [i for i, target in enumerate(targets) if not _overlap(around(target, 60, 672), mirrored(target))]
-        wrong = await asyncio.gather(*(judge(i, mirrored(around(targets[i], 40, config.side)), "?") for i in apart))
-        whole = await asyncio.gather(*(judge(i, Box(0, 0, config.side, config.side), "?") for i in range(SCENES)))
+        wrong = await asyncio.gather(*(scored(i, mirrored(around(targets[i], 40, config.side)), "?") for i in apart))
+        whole = await asyncio.gather(*(scored(i, Box(0, 0, config.side, config.side), "?") for i in range(SCENES)))
 
-        assert sum(one.parts["region"] for one in right) >= 0.85 * SCENES
-        assert sum(one.parts["region"] for one in wrong) <= 0.6 * len(wrong)
-        assert sum(one.parts["region"] for one in whole) <= 0.6 * SCENES
-        assert {one.parts["box"] for one in right} == {1.0} and {one.parts["box"] for one in whole} == {0.0}
-        assert {one.parts["accuracy"] for one in right} == {1.0} and {one.parts["accuracy"] for one in whole} == {0.0}
-        assert {one.parts["format"] for one in right} == {1.0}
-        for one in right:
-            parts = one.parts
-            assert one.total == parts["region"] + 0.5 * parts["box"] + parts["accuracy"] + parts["format"]
+        assert sum(score.parts["region"] for score in right) >= 0.85 * SCENES
+        assert sum(score.parts["region"] for score in wrong) <= 0.6 * len(wrong)
+        assert sum(score.parts["region"] for score in whole) <= 0.6 * SCENES
+        assert {score.parts["box"] for score in right} == {1.0} and {score.parts["box"] for score in whole} == {0.0}
+        assert {score.parts["accuracy"] for score in right} == {1.0} and {
+            score.parts["accuracy"] for score in whole
+        } == {0.0}
+        assert {score.parts["format"] for score in right} == {1.0}
+        for score in right:
+            parts = score.parts
+            assert score.total == parts["region"] + 0.5 * parts["box"] + parts["accuracy"] + parts["format"]
 
     runner.run(story())
 
@@ -78,7 +80,7 @@ def _overlap(a: Box, b: Box) -> bool:
     return a.x1 < b.x2 and b.x1 < a.x2 and a.y1 < b.y2 and b.y1 < a.y2
 
 
-def test_a_question_the_reward_model_cannot_take_is_unscored_not_zero(
+def test_question_too_long_for_the_verifier_is_unscored(
     rewards: RewardPool, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     async def story() -> None:
@@ -91,7 +93,7 @@ def test_a_question_the_reward_model_cannot_take_is_unscored_not_zero(
     runner.run(story())
 
 
-def test_a_group_travels_from_rollout_to_reward_by_reference(
+def test_score_takes_the_reference_of_a_rollout(
     untied: Stack, rewards: RewardPool, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     async def story() -> None:

@@ -31,14 +31,14 @@ def test_engine_and_learner_agree_on_lengths_and_log_probs(
     untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     """Prompt lengths of both turns as vLLM reports them, with one and with two images; log-probs within 1e-5 nats."""
-    from ergo_rl.learners.batch import Sample, differs, expand
+    from ergo_rl.learners.batch import Sample, expand, length_mismatch
 
     async def story() -> None:
         groups = await asyncio.gather(*(play(untied, one, seed=7) for one in questions[:8]))
         family, tokenizer = family_of("models/panels-policy"), load_tokenizer("models/panels-policy")
         pad = tokenizer.convert_tokens_to_ids(family.image_pad)
         everyone = [one for group in groups for one in group]
-        assert not any(differs(expand(Sample(one, (0.0,)), family, pad), one) for one in everyone)
+        assert not any(length_mismatch(expand(Sample(one, (0.0,)), family, pad), one) for one in everyone)
         found = np.concatenate([await differences(untied, group) for group in groups])
         assert found.mean() <= 1e-5 and found.max() <= 1e-3, (found.mean(), found.max())
 

@@ -1,4 +1,4 @@
-"""DeepSpeed: the group of processes, its engine, and parameters made whole."""
+"""DeepSpeed: process group, engine, and parameters made whole."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torch._C._distributed_c10d import TCPStore
 from ergo_rl.learners.config import Dtype, LearnerConfig
 
 
-def join(rank: int, world: int, address: str, port: int, device: torch.device, timeout_s: int) -> None:
-    """Enter the process group that rank 0 opens at ``address:port``, and nowhere else: NCCL on GPUs, gloo on CPUs. A
-    process that is in one stays in it."""
+def init_process_group(rank: int, world: int, address: str, port: int, device: torch.device, timeout_s: int) -> None:
+    """Join the process group that rank 0 opens at ``address:port``: NCCL on GPUs, gloo on CPUs.
+
+    A process that is in a group already stays in it."""
     if torch.distributed.is_initialized():
         return
     if device.type == "cpu":
@@ -28,7 +29,8 @@ def join(rank: int, world: int, address: str, port: int, device: torch.device, t
         "MASTER_ADDR": address, "MASTER_PORT": str(port),
     }  # fmt: skip
     if address == "127.0.0.1" and Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: nobody else needs to reach them
+        # All ranks are on this machine: gloo need not listen where other machines reach it.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import deepspeed
 
     # DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start: half a minute, a compiler, and
@@ -37,30 +39,31 @@ def join(rank: int, world: int, address: str, port: int, device: torch.device, t
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
     store = _store(rank, world, address, port, timeout)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # finds the group made
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # takes over the group above
 
 
 def _store(rank: int, world: int, address: str, port: int, timeout: datetime.timedelta) -> TCPStore:
-    """Where ranks find one another. Left to itself torch listens on every interface; here only on ``address``."""
+    """Return the store through which ranks find each other.
+
+    torch's own would listen on every interface; this one listens on ``address`` alone."""
     if rank:
         return TCPStore(address, port, world, timeout=timeout)
     listener = socket.create_server((address, port))
     return TCPStore(address, port, world, True, timeout, master_listen_fd=listener.detach())
 
 
-def engine_of(model: torch.nn.Module, config: LearnerConfig) -> Any:
-    """The model under ZeRO. Parameters that need no gradient are left alone."""
+def init_engine(model: torch.nn.Module, config: LearnerConfig) -> Any:
+    """Return the DeepSpeed engine of ``model`` under ZeRO. Parameters that need no gradient get no optimiser state."""
     import deepspeed
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=_optimizer(trained, config), dist_init_required=False, config=settings(config)
-    )
+    optimizer, settings = _optimizer(trained, config), deepspeed_config(config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, dist_init_required=False, config=settings)
     return engine
 
 
-def settings(config: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration. Master weights and optimiser state are fp32 whatever the passes are."""
+def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    """Return DeepSpeed's configuration. Master weights and optimiser state are fp32 whatever the passes are."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "stage3_param_persistence_threshold": config.stage3_persistence_threshold,
@@ -94,8 +97,8 @@ def _optimizer(parameters: Sequence[torch.nn.Parameter], config: LearnerConfig) 
     )
 
 
-def gathered(parameters: Sequence[torch.nn.Parameter], zero_stage: int) -> Any:
-    """A context in which these parameters are whole on every rank; all ranks enter it together."""
+def gather_params(parameters: Sequence[torch.nn.Parameter], zero_stage: int) -> Any:
+    """Return a context in which ``parameters`` are whole on every rank. All ranks must enter it together."""
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(list(parameters), enabled=zero_stage == 3)

@@ -1,6 +1,6 @@
 """LoRA (Hu et al., arXiv 2106.09685): small trained adapters beside the frozen linear layers of the language model.
 
-Engines and other programs never see an adapter: a weight leaves the learner merged, base + alpha / rank * up @ down."""
+Engines and exported folders never see an adapter: weights leave the learner merged, base + alpha / rank * up @ down."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ergo_rl.errors import ErgoError
 from ergo_rl.learners.config import LoraConfig
 
-NAME = "default"
-"""The one adapter of a layer, in peft's books."""
+ADAPTER_NAME = "default"
+"""The name under which peft keeps a layer's only adapter."""
 
 
-class PeftMissing(ImportError):
+class PeftMissing(ErgoError, ImportError):
     """``learner.lora.rank`` is set, and peft is not installed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """A weight as others load it, by the model's own module name: the parameter and, where it has one, its adapter.
-
-    base [out, in] (or of any shape without an adapter); down [rank, in], up [out, rank] and the scale alpha / rank."""
+    """A weight as engines load it: the parameter and, where it has one, its adapter."""
 
     name: str
+    """The model's own module name, without a trace of adapters."""
     base: nn.Parameter
+    """[out, in] with an adapter, any shape without."""
     adapter: tuple[nn.Parameter, nn.Parameter, float] | None = None
+    """down [rank, in], up [out, rank], and the scale alpha / rank."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that ``value`` needs whole."""
+        """All parameters that must be whole (gathered) for ``value``."""
         return [self.base] if self.adapter is None else [self.base, *self.adapter[:2]]
 
     @property
@@ -47,8 +49,9 @@ class Weight:
 
     @torch.no_grad()
     def value(self, copy: bool = True, device: str | torch.device = "cpu") -> Tensor:
-        """On ``device`` in the precision of the passes, merged in fp32. Without ``copy`` it may be the parameter's own
-        memory."""
+        """Return the weight on ``device`` in the precision of the passes, merged in fp32.
+
+        Without ``copy`` it may share the parameter's memory."""
         if self.adapter is None:
             return self.base.detach().to(device, copy=copy)
         down, up, scale = self.adapter
@@ -57,9 +60,9 @@ class Weight:
 
 
 def add_adapters(vlm: Any, config: LoraConfig) -> None:
-    """Put adapters beside every target of every block of the language model, and freeze everything else. An adapter
-    starts as no change at all: ``up`` is 0; ``down`` is drawn from a fixed seed, so that all ranks hold the same.
+    """Put adapters beside every target layer of the language model, and freeze everything else.
 
+    A new adapter changes nothing: ``up`` is 0. ``down`` is drawn from a fixed seed, so that all ranks hold the same.
     Raises PeftMissing, and ValueError for a target that the model does not have."""
     try:
         from peft import LoraConfig as Peft
@@ -68,9 +71,8 @@ def add_adapters(vlm: Any, config: LoraConfig) -> None:
         raise PeftMissing(
             "learner.lora.rank is set, which needs the package peft: pip install 'ergo-rl[lora]'"
         ) from error
-    linear = {
-        name.rpartition(".")[2] for name, module in vlm.model.language_model.named_modules() if _is_linear(module)
-    }
+    modules = vlm.model.language_model.named_modules()
+    linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
     if unknown := sorted(set(config.targets) - linear):
         raise ValueError(f"learner.lora.targets: {unknown} are no linear layers of this model; it has {sorted(linear)}")
     settings = Peft(
@@ -80,13 +82,20 @@ def add_adapters(vlm: Any, config: LoraConfig) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        inject_adapter_in_model(settings, vlm, NAME)
+        inject_adapter_in_model(settings, vlm, ADAPTER_NAME)
 
 
-def weights_of(vlm: Any) -> Iterator[Weight]:
-    """Every weight once, by the names it has without adapters."""
+def named_weights(vlm: Any) -> Iterator[Weight]:
+    """Yield every weight once, by the name it has without adapters.
+
+    These are the model's own module names (``model.visual...``, ``model.language_model...``, ``lm_head.weight``; the
+    last is absent where embeddings are tied), which vLLM's loaders accept."""
     adapters = {
-        f"{path}.weight": (module.lora_A[NAME].weight, module.lora_B[NAME].weight, float(module.scaling[NAME]))
+        f"{path}.weight": (
+            module.lora_A[ADAPTER_NAME].weight,
+            module.lora_B[ADAPTER_NAME].weight,
+            float(module.scaling[ADAPTER_NAME]),
+        )
         for path, module in vlm.named_modules()
         if hasattr(module, "lora_A")
     }
@@ -94,7 +103,3 @@ def weights_of(vlm: Any) -> Iterator[Weight]:
         if ".lora_A." not in name and ".lora_B." not in name:
             plain = name.replace(".base_layer.", ".")
             yield Weight(plain, parameter, adapters.get(plain))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ergo_rl.learners.report import LEAST, MOST, QUANTITIES, TokenSums, UpdateReport
+from ergo_rl.learners.metrics import HISTOGRAM_MAX, HISTOGRAM_MIN, QUANTITIES, TokenSums, UpdateReport
 
 
 def sums_of(mismatches: list[float], turns: list[int] | None = None, **others: list[float]) -> TokenSums:
@@ -30,31 +30,31 @@ def test_means_by_hand() -> None:
     assert both.entropy == pytest.approx(3.0) and both.mismatch_mean == pytest.approx(0.2)
 
 
-def test_a_turn_that_nobody_played_has_no_means() -> None:
+def test_means_are_none_for_a_turn_without_tokens() -> None:
     assert sums_of([0.1]).means(2) is None and TokenSums.zero(torch.device("cpu")).means() is None
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1e-7, 50.0), min_size=1, max_size=400), st.integers(1, 5))
-def test_the_percentile_is_at_most_an_eighth_too_high(mismatches: list[float], parts: int) -> None:
+def test_percentile_is_at_most_an_eighth_too_high(mismatches: list[float], parts: int) -> None:
     """Whatever micro-batches and ranks the tokens were in."""
     added = TokenSums.zero(torch.device("cpu"))
     for part in np.array_split(np.array(mismatches), parts):
         added = added.plus(sums_of(part.tolist()))
-    found = added.means()
+    result = added.means()
     exact = float(np.quantile(mismatches, 0.99, method="inverted_cdf"))
-    assert found is not None and found.tokens == len(mismatches)
-    assert exact * (1 - 1e-9) <= found.mismatch_p99 <= min(exact * 1.123, found.mismatch_max * (1 + 1e-9))
+    assert result is not None and result.tokens == len(mismatches)
+    assert exact * (1 - 1e-9) <= result.mismatch_p99 <= min(exact * 1.123, result.mismatch_max * (1 + 1e-9))
 
 
-def test_the_ends_of_the_histogram() -> None:
+def test_histogram_takes_values_beyond_its_ends() -> None:
     exact = sums_of([0.0, 0.0]).means()
     assert exact is not None and exact.mismatch_p99 == 0.0, "never above the greatest"
-    wild = sums_of([LEAST, MOST, 10 * MOST, float("inf"), float("nan")])
+    wild = sums_of([HISTOGRAM_MIN, HISTOGRAM_MAX, 10 * HISTOGRAM_MAX, float("inf"), float("nan")])
     assert wild.histogram[0, 0] == 1 and wild.histogram[0, -1] == 4 and wild.histogram.sum() == 5
 
 
-def test_names_of_the_metrics() -> None:
+def test_metrics_have_their_names() -> None:
     sums = sums_of([0.1, 0.2], [1, 1])
     every = sums.means(with_kl=True)
     assert every is not None

@@ -1,4 +1,4 @@
-"""Reward workers as Ray actors: references in, verdicts out, failures named, the dead replaced."""
+"""Reward workers as Ray actors: references in, verdicts out, failures named, dead workers replaced."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ergo_rl.cluster.pool import Pool
 from ergo_rl.cluster.resources import Resources
 from ergo_rl.episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
 from ergo_rl.rewards.config import RewardConfig
-from ergo_rl.rewards.reward_pool import RewardPool
-from ergo_rl.rewards.reward_worker import RewardWorker
-from ergo_rl.rewards.verifier import VerifierDied, VerifierUnavailable
-from tests.rewards.builders import QUESTION, SCENE, ended_early, played
+from ergo_rl.rewards.endpoint import VerifierUnavailable
+from ergo_rl.rewards.pool import RewardPool, RewardWorker
+from ergo_rl.rewards.terms import VerifierReply
+from ergo_rl.rewards.verifier import VerifierDied
+from tests.rewards.builders import QUESTION, SCENE, Turns, ended_early, played
 from tests.rewards.conftest import Endpoint, fails
 from tests.rewards.test_verifier import configured
 
@@ -47,7 +48,7 @@ def group(*trajectories: Trajectory) -> tuple[Trajectory, ...]:
     return trajectories
 
 
-def test_a_group_by_reference(ray_cluster: Cluster, endpoint: Endpoint) -> None:
+def test_score_takes_a_group_by_reference(ray_cluster: Cluster, endpoint: Endpoint) -> None:
     reference = group.remote(played(), played(box=SCENE, sample=1), ended_early("left", Outcome.BAD_BOX))
 
     async def use(pool: RewardPool) -> Any:
@@ -62,7 +63,7 @@ def test_a_group_by_reference(ray_cluster: Cluster, endpoint: Endpoint) -> None:
     assert failed[2] == scored[2]
 
 
-def test_a_worker_imports_a_term_of_the_users_own(ray_cluster: Cluster, endpoint: Endpoint) -> None:
+def test_worker_imports_a_term_by_its_path(ray_cluster: Cluster, endpoint: Endpoint) -> None:
     weights = {"accuracy": 1.0, "format": 1.0, "turns": 0.25}
     config = replace(config_for(endpoint), terms={"turns": "tests.rewards.builders:Turns"}, weights=weights)
 
@@ -73,7 +74,28 @@ def test_a_worker_imports_a_term_of_the_users_own(ray_cluster: Cluster, endpoint
     assert score.total == 3.5 + 0.25 * 2 and score.parts["turns"] == 2
 
 
-def test_a_reward_model_that_cannot_answer_fails_the_launch(ray_cluster: Cluster, endpoint: Endpoint) -> None:
+def test_worker_gets_terms_that_were_handed_over(ray_cluster: Cluster, endpoint: Endpoint) -> None:
+    """A class and a function that no import path leads to; the crop is 4 % of the scene."""
+    factor = 10.0
+
+    def scaled(question: Question, trajectory: Trajectory, reply: VerifierReply) -> float:
+        return factor * (trajectory.area_ratio or 0.0)
+
+    config = config_for(endpoint)
+
+    async def run() -> Any:
+        pool = RewardPool.launch(ray_cluster, config, {"scaled": scaled, "turns": Turns})
+        try:
+            await pool.ready(60)
+            return await pool.score(QUESTION, (played(),))
+        finally:
+            await pool.close()
+
+    (score,) = asyncio.run(run())
+    assert score.parts["scaled"] == pytest.approx(0.4) and score.total == pytest.approx(3.5 + 0.4 + 2)
+
+
+def test_launch_fails_when_the_verifier_cannot_answer(ray_cluster: Cluster, endpoint: Endpoint) -> None:
     endpoint.answer = lambda body: fails(404)
 
     async def use(pool: RewardPool) -> None:
@@ -83,7 +105,7 @@ def test_a_reward_model_that_cannot_answer_fails_the_launch(ray_cluster: Cluster
         with_pool(ray_cluster, config_for(endpoint), use)
 
 
-def test_an_unknown_weight_is_refused_before_any_actor_starts(ray_cluster: Cluster, endpoint: Endpoint) -> None:
+def test_launch_refuses_an_unknown_weight_before_any_actor_starts(ray_cluster: Cluster, endpoint: Endpoint) -> None:
     with pytest.raises(ValueError, match="acuracy"):
         RewardPool.launch(ray_cluster, replace(config_for(endpoint), weights={"acuracy": 1.0}))
 
@@ -108,9 +130,7 @@ class Dying:
     async def close(self) -> None: ...
 
 
-def test_a_worker_whose_engine_died_is_replaced_and_its_work_done_again(
-    ray_cluster: Cluster, endpoint: Endpoint
-) -> None:
+def test_worker_with_a_dead_engine_is_replaced_and_its_call_repeated(ray_cluster: Cluster, endpoint: Endpoint) -> None:
     config, lives = config_for(endpoint), iter(range(10))
 
     async def run() -> tuple[Any, int]:
