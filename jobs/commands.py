@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import PoolExhausted
+from ergo_rl.cluster.worker_pool import PoolExhausted
 from ergo_rl.episodes.families import UnknownFamily, family_of
 from ergo_rl.episodes.questions import DatasetError
 from ergo_rl.jobs.config import ConfigError, TrainConfig

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import httpx
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
+from ergo_rl.actors.rollout_worker import EvalMode, RolloutWorker, SamplingConfig, SkippedQuestion
 from ergo_rl.cluster.engine import EngineDied
 from ergo_rl.episodes.coarse_to_fine import CoarseToFine
 from ergo_rl.episodes.extensions import imported
@@ -53,7 +53,7 @@ class Player(Protocol):
     @property
     def family(self) -> ModelFamily: ...
 
-    async def play(self, question: Question, manner: Manner, box: Box | None = None) -> Play | NotPlayed: ...
+    async def play(self, question: Question, manner: EvalMode, box: Box | None = None) -> Play | NotPlayed: ...
 
     async def close(self) -> None: ...
 
@@ -70,14 +70,14 @@ class LocalPlayer:
         await worker.start()
         return cls(worker, family, greedy(config))
 
-    async def play(self, question: Question, manner: Manner, box: Box | None = None) -> Play | NotPlayed:
+    async def play(self, question: Question, manner: EvalMode, box: Box | None = None) -> Play | NotPlayed:
         try:
-            played, found = await self._worker.play(question, (0,), 0, self._sampling, box, manner)
+            played, found = await self._worker.rollout(question, (0,), 0, self._sampling, box, manner)
         except EngineDied as error:
             return NotPlayed(f"the engine has died: {error}", passing=True)
-        if isinstance(played, Unplayable):
+        if isinstance(played, SkippedQuestion):
             return NotPlayed(played.reason)
-        return Play(found[0], played.seconds, sum(played.facts[0].reply_tokens))
+        return Play(found[0], played.seconds, sum(played.summaries[0].reply_tokens))
 
     async def check(self) -> None:
         """Raises EngineDied when the engine is gone."""
@@ -94,14 +94,14 @@ class PoolPlayer:
         self._rollouts, self.family = rollouts, family
         self._sampling = replace(rollouts.config.sampling, temperature=0.0)
 
-    async def play(self, question: Question, manner: Manner, box: Box | None = None) -> Play | NotPlayed:
-        rollout = await self._rollouts.play(
-            question, seed=0, samples=1, sampling=self._sampling, box=box, manner=manner
+    async def play(self, question: Question, manner: EvalMode, box: Box | None = None) -> Play | NotPlayed:
+        rollout = await self._rollouts.rollout(
+            question, seed=0, samples=1, sampling=self._sampling, box=box, mode=manner
         )
-        if isinstance(rollout, Unplayable):
+        if isinstance(rollout, SkippedQuestion):
             return NotPlayed(rollout.reason)
         (trajectory,) = await rollout.trajectories
-        return Play(trajectory, rollout.played.seconds, sum(rollout.played.facts[0].reply_tokens))
+        return Play(trajectory, rollout.result.seconds, sum(rollout.result.summaries[0].reply_tokens))
 
     async def close(self) -> None:
         await self._rollouts.close()
@@ -115,7 +115,7 @@ class EndpointPlayer:
         self._chat, self._config, self._model, self.family = ChatEndpoint(endpoint), config, endpoint.model, family
         self._episodes = CoarseToFine(family, Letters(), config.episode)
 
-    async def play(self, question: Question, manner: Manner, box: Box | None = None) -> Play | NotPlayed:
+    async def play(self, question: Question, manner: EvalMode, box: Box | None = None) -> Play | NotPlayed:
         episodes = manner.episodes(self._episodes)
         prompts, sampling, replies = self._config.episode.prompts, self._config.rollout.sampling, list[ChatReply]()
         words = [around_image(prompts.direct if manner.direct else prompts.coarse, question)]

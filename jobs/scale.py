@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.cluster.compat import join_with_token, keep_ray_local
+from ergo_rl.cluster.compat import bind_ray_localhost, join_with_token
 from ergo_rl.jobs.commands import EXPECTED, explain
 from ergo_rl.jobs.config import ConfigError
 from ergo_rl.jobs.run import Run
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = json.loads((folder / ADDRESS).read_text()) if folder else {}
     address: str = options.address or place.get("address", "auto")
     if address.startswith("127.0.0.1:"):
-        keep_ray_local()
+        bind_ray_localhost()
     if place.get("token") and not options.address:
         join_with_token()
     try:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ergo_rl.cluster.buckets import Bucket, Layout, pack
-from ergo_rl.cluster.collective import Group, GroupLost
 from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.cluster.weight_buckets import Bucket, BucketSpec, pack
+from ergo_rl.cluster.weight_sender import TensorSpec
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.types import FloatArray, Trajectory
 from ergo_rl.learners import checkpoint, zero
@@ -155,24 +155,20 @@ class Learner:
         for members in self._whole():
             yield pack((weight.name, weight.value(copy=False)) for weight in members)
 
-    def layouts(self) -> list[Layout]:
-        """What ``broadcast`` sends, bucket by bucket. Needs no other rank."""
-        return [Layout.of(map(_described, members)) for members in self._buckets_of_weights()]
+    def bucket_specs(self) -> list[BucketSpec]:
+        """What ``weights`` yields, without gathering anything. Needs no other rank."""
+        return [BucketSpec.of(map(_described, members)) for members in self._buckets_of_weights()]
 
-    def broadcast(self, group: Group | None) -> str:
-        """Send the weights to those of ``group`` who have none, one bucket at a time; ranks without a group help to
-        make them whole. Every rank must call it, and goes to the end in any case, because the others do.
-
-        Returns what broke the group, or nothing."""
-        broken = ""
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight as a copy on the device, gathered bucket by bucket: vLLM packs several before it sends them.
+        Every rank must run through it."""
         for members in self._whole():
-            if group is not None and not broken:
-                weights = ((weight.name, weight.value(copy=False, device=self.device)) for weight in members)
-                try:
-                    group.send(weights, Layout.of(map(_described, members)))
-                except GroupLost as error:
-                    broken = str(error)
-        return broken
+            for weight in members:
+                yield weight.name, weight.value(device=self.device)
+
+    def tensor_specs(self) -> list[TensorSpec]:
+        """What ``named_weights`` yields, in its order. Needs no other rank."""
+        return [TensorSpec(*_described(weight)) for members in self._buckets_of_weights() for weight in members]
 
     def _whole(self) -> Iterator[list[Weight]]:
         """Every weight once, in lists of about ``bucket_bytes``, whole until the next list is asked for."""

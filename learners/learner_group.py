@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
-from ergo_rl.cluster.buckets import Bucket, Layout
-from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import on_one_line
+from ergo_rl.cluster.weight_buckets import Bucket, BucketSpec
+from ergo_rl.cluster.weight_sync import Transport, WeightSyncFailed
+from ergo_rl.cluster.worker_pool import on_one_line
 from ergo_rl.episodes.types import FloatArray, Trajectory
 from ergo_rl.learners.config import LearnerConfig
 
 if TYPE_CHECKING:
-    from ergo_rl.cluster.collective import Door, Group
+    from ergo_rl.cluster.weight_sender import SendResult, WeightSender
     from ergo_rl.learners.learner import Learner  # imports torch, which the driver does not need
 
 ROLE = "learner"
@@ -68,9 +68,7 @@ class LearnerRank:
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
         self._learner: Learner
-        self._door: Door | None = None
-        self._group: Group | None = None
-        self._generation = 0
+        self._sender: WeightSender | None = None
 
     def address(self) -> tuple[str, int]:
         """Where this process could listen as rank 0."""
@@ -108,35 +106,31 @@ class LearnerRank:
         for _ in self._learner.weights():
             pass
 
-    def layouts(self) -> list[Layout]:
-        return self._learner.layouts()
+    def bucket_specs(self) -> list[BucketSpec]:
+        return self._learner.bucket_specs()
 
-    def open(self, timeout_s: float) -> tuple[str, int]:
-        """Where the next group for broadcasts will meet."""
-        from ergo_rl.cluster.collective import Door
+    def connect(self, transport: Transport, engines: Sequence[Any], processes: int, timeout_s: float) -> str:
+        """Prepare a direct transfer of weights to the engines. Returns what went wrong, or nothing: an exception would
+        end all ranks."""
+        from ergo_rl.cluster.weight_sender import WeightSender
 
-        self._door = Door(ray.util.get_node_ip_address(), timeout_s)
-        return self._door.address, self._door.port
-
-    def enter(self, meeting: Meeting, rank: int) -> str:
-        """Meet whoever receives weights, as one of their senders. Returns what went wrong, or nothing."""
-        from ergo_rl.cluster.collective import Group, GroupLost
-
-        if self._group is not None:
-            self._group.close()
-        self._group = None
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
+        learner = self._learner
         try:
-            self._group = Group(meeting, rank, self._learner.device, self._door if rank == 0 else None)
-        except GroupLost as error:
+            self._sender = WeightSender.connect(
+                transport, engines, processes, timeout_s, learner, learner.place.rank, learner.device
+            )
+        except WeightSyncFailed as error:
             return str(error)
-        self._generation = meeting.generation
         return ""
 
-    def broadcast(self, generation: int) -> str:
-        """Send the weights, or, without a group, take part in gathering them. Returns what went wrong, or nothing."""
-        if self._learner.place.rank == 0 and (self._group is None or generation != self._generation):
-            raise ValueError(f"group {generation} is to be sent weights; the last one met was {self._generation}")
-        return self._learner.broadcast(self._group)
+    def send_weights(self, version: int) -> SendResult:
+        """Send the weights to the connected engines, or take part in gathering them for rank 0."""
+        if self._sender is None:
+            raise RuntimeError("send_weights without a connection to the engines")
+        return self._sender.send(version)
 
     def export(self, path: Path) -> None:
         self._learner.export(path)
@@ -158,8 +152,8 @@ class LearnerGroup:
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
-        self.changes = 0
-        """So often was it asked for something that changes its weights. Ranks do what they are asked in that order."""
+        self.weights_revision = 0
+        """Number of calls issued so far that change the weights. Ranks run calls in the order of issue."""
         self._buckets = 0
 
     @classmethod
@@ -167,7 +161,7 @@ class LearnerGroup:
         """Reserve places for all ranks together, start them, load the model.
 
         Raises TimeoutError when the cluster cannot hold them, LearnerFailed when one does not come up."""
-        places = await cluster.reserve(ROLE, config.ranks, config.resources)
+        places = await cluster.reserve_gang(ROLE, config.ranks, config.resources)
         group = cls([ray.remote(LearnerRank).options(**place).remote(config) for place in places])
         (address, port), *_ = await group._all("start", [group._actors[0].address.remote()])
         await group._all("start", [actor.start.remote(rank, address, port) for rank, actor in enumerate(group._actors)])
@@ -176,7 +170,7 @@ class LearnerGroup:
     async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
         """One optimiser step; its metrics (``learners.report.UpdateReport``, as ``learner/...``)."""
         shares = assign(groups, len(self._actors))
-        self.changes += 1
+        self.weights_revision += 1
         pairs = zip(self._actors, shares, strict=True)
         reports = await self._all("update", [actor.update.remote(share) for actor, share in pairs])
         return dict(reports[0])
@@ -187,38 +181,33 @@ class LearnerGroup:
         return list(answers[0])
 
     async def weights(self) -> list[ray.ObjectRef]:
-        """The current weights as buckets (``cluster.buckets``), owned by the caller."""
+        """The current weights as buckets (``cluster.weight_buckets``), owned by the caller."""
         sender, *others = self._actors
         # Their number is known and stays: a streaming task would take several milliseconds longer.
-        self._buckets = self._buckets or len(await self.layouts())
+        self._buckets = self._buckets or len(await self.bucket_specs())
         *buckets, sent = sender.weights.options(num_returns=self._buckets + 1).remote()
         end, *_ = await self._all("weights", [sent, *(actor.attend_weights.remote() for actor in others)])
         if end is not None:
             raise RuntimeError(f"the learner's weights come in more than the {self._buckets} buckets of before")
         return buckets
 
-    # What a broadcast needs (``cluster.broadcast.Sender``).
+    async def bucket_specs(self) -> list[BucketSpec]:
+        (specs,) = await self._all("bucket_specs", [self._actors[0].bucket_specs.remote()])
+        return list(specs)
 
-    @property
-    def ranks(self) -> int:
-        return len(self._actors)
+    async def connect(self, transport: Transport, engines: Sequence[Any], processes: int, timeout_s: float) -> None:
+        """Prepare a direct transfer (``cluster.weight_sync.WeightProvider``). Raises WeightSyncFailed."""
+        arguments = (transport, list(engines), processes, timeout_s)
+        answers = await self._all("connect", [actor.connect.remote(*arguments) for actor in self._actors])
+        if failure := next(filter(None, answers), ""):
+            raise WeightSyncFailed(failure)
 
-    async def layouts(self) -> list[Layout]:
-        (layouts,) = await self._all("layouts", [self._actors[0].layouts.remote()])
-        return list(layouts)
-
-    async def open(self, timeout_s: float) -> tuple[str, int]:
-        ((address, port),) = await self._all("open", [self._actors[0].open.remote(timeout_s)])
-        return address, port
-
-    async def enter(self, meeting: Meeting) -> str:
-        senders = self._actors[: meeting.senders]
-        answers = await self._all("enter", [actor.enter.remote(meeting, rank) for rank, actor in enumerate(senders)])
-        return next(filter(None, answers), "")
-
-    async def broadcast(self, generation: int) -> str:
-        answers = await self._all("broadcast", [actor.broadcast.remote(generation) for actor in self._actors])
-        return next(filter(None, answers), "")
+    async def send_weights(self, version: int) -> float:
+        """Replace the weights of the connected engines; seconds of the slowest one. Raises WeightSyncFailed."""
+        results = await self._all("send_weights", [actor.send_weights.remote(version) for actor in self._actors])
+        if failure := next(filter(None, (result.failure for result in results)), ""):
+            raise WeightSyncFailed(failure)
+        return max(result.seconds for result in results)
 
     async def export(self, path: str | Path) -> None:
         """Write a Hugging Face folder."""
@@ -234,7 +223,7 @@ class LearnerGroup:
 
     async def restore(self, files: Sequence[ray.ObjectRef]) -> int:
         """Take up a state, with any number of ranks; returns the step that comes next."""
-        self.changes += 1
+        self.weights_revision += 1
         steps = await self._all("restore", [actor.restore.remote(list(files)) for actor in self._actors])
         return int(steps[0])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from ergo_rl.cluster.engine import Engine, EngineDied, EngineRefused, Picture, Sampling
+from ergo_rl.cluster.engine import Engine, EngineDied, EngineImage, EngineRefused, Sampling
 from ergo_rl.episodes.families import ModelFamily, Tokenizer, family_of, load_tokenizer
 from ergo_rl.episodes.prompts import ReservedText, fill
 from ergo_rl.episodes.types import Question, View
@@ -36,7 +36,7 @@ class EngineVerifier:
             prompt = self._family.first_prompt(prompts.system, fill(prompts.verify, question, self._family))
             token_ids = self._tokenizer.encode(prompt, add_special_tokens=False)
             view = await asyncio.to_thread(refit, crop, self._family, self._config.max_visual_tokens)
-            completion = await self._engine.generate(token_ids, [Picture.of(view.pixels)], self._sampling)
+            completion = await self._engine.generate(token_ids, [EngineImage.of(view.pixels)], self._sampling)
         except (ReservedText, EngineRefused) as error:
             raise VerifierUnavailable(f"{type(error).__name__}: {error}") from error
         except EngineDied as error:

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import Faults, Pool
+from ergo_rl.cluster.worker_pool import Faults, WorkerPool
 from ergo_rl.episodes.types import Question, Trajectory, Verdict
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.reward_worker import RewardWorker
@@ -20,7 +20,7 @@ ROLE = "reward"
 class RewardPool:
     """Reward workers as one thing. They hold no state, so a dead one is replaced and its work done again."""
 
-    def __init__(self, pool: Pool, config: RewardConfig) -> None:
+    def __init__(self, pool: WorkerPool, config: RewardConfig) -> None:
         self._pool, self.config = pool, config
 
     @classmethod
@@ -29,14 +29,14 @@ class RewardPool:
 
         Raises ValueError for a weight without a term."""
         weights_of(config)
-        cluster.request(ROLE, config.resources)
+        cluster.declare(ROLE, config.resources)
         actor_class = ray.remote(RewardWorker)
 
         def spawn(index: int) -> Any:
             return actor_class.options(**cluster.actor_options(ROLE)).remote(config)
 
         faults = Faults(config.restarts, config.stall_s, config.backoff_s)
-        return cls(Pool(spawn, config.workers, faults, "reward workers"), config)
+        return cls(WorkerPool(spawn, config.workers, faults, "reward workers"), config)
 
     async def ready(self, deadline_s: float) -> None:
         await self._pool.ready(deadline_s)

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from ergo_rl.cluster.pool import WorkerDied
+from ergo_rl.cluster.worker_pool import WorkerDied
 from ergo_rl.episodes.families import ModelFamily
 from ergo_rl.episodes.types import Question, View
 

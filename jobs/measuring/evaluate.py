@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import together
+from ergo_rl.cluster.worker_pool import gather_or_cancel
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import family_of
 from ergo_rl.episodes.questions import DatasetError, QuestionStream
@@ -74,7 +74,7 @@ async def compare(
     with Cluster.connect(config.cluster) as cluster:
         with console.status("starting engines (20 to 60 s on a CPU)"):
             rollouts, rewards = launch_players(cluster, config)
-            await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+            await gather_or_cancel(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
         for source in sources:
             with console.status(f"{len(questions)} questions, boxes from: {source}"):
                 evaluation = await evaluate(questions, rollouts, rewards, config.evaluation, source)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, without_image
+from ergo_rl.actors.rollout_worker import SamplingConfig, SkippedQuestion, derive_seed, without_image
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes import images
 from ergo_rl.episodes.questions import DatasetError
@@ -57,7 +57,7 @@ class Evaluation:
     """Every question was played once; what could not be played is counted and named, never left out in silence."""
 
     groups: tuple[Group, ...]
-    unplayable: tuple[Unplayable, ...]
+    unplayable: tuple[SkippedQuestion, ...]
 
     def metrics(self, config: MetricsConfig) -> Metrics:
         """As ``eval/...``; shares are of the questions that were played."""
@@ -69,12 +69,12 @@ class Evaluation:
         """95 % intervals of the figures that are shares (Wilson's, each of its own number of cases) and of the mean
         area ratio (normal), by their names in ``metrics``."""
         metrics = self.metrics(config)
-        facts = [facts for group in self.groups for facts in group.played.facts]
+        facts = [facts for group in self.groups for facts in group.result.summaries]
         scored = sum(isinstance(score, Score) for group in self.groups for score in group.scores)
         pairs = covered_and_paid(self.groups)
         cases = dict.fromkeys(("full_image_rate", "tiny_box_rate", "bad_box_rate", "answered_rate"), len(facts))
         cases |= dict.fromkeys(("accuracy", "region", "box", "format"), scored)
-        cases["coverage"] = sum(len(group.played.facts) for group in self.groups if group.question.boxes)
+        cases["coverage"] = sum(len(group.result.summaries) for group in self.groups if group.question.boxes)
         cases["region_precision"] = sum(paid for _, paid in pairs)
         cases["region_recall"] = sum(covered for covered, _ in pairs)
         named = {f"eval/{name}": count for name, count in cases.items()}
@@ -97,20 +97,20 @@ async def evaluate(
     places = asyncio.Semaphore(config.in_flight)
     greedy: SamplingConfig = replace(rollouts.config.sampling, temperature=0.0)
 
-    async def one(number: int, question: Question) -> Group | Unplayable:
+    async def one(number: int, question: Question) -> Group | SkippedQuestion:
         async with places:
             box = await asyncio.to_thread(choose_box, question, source, config)
-            rollout = await rollouts.play(question, seed=0, samples=1, sampling=greedy, box=box)
-            if isinstance(rollout, Unplayable):
+            rollout = await rollouts.rollout(question, seed=0, samples=1, sampling=greedy, box=box)
+            if isinstance(rollout, SkippedQuestion):
                 return rollout
             seen = without_image(question)
             scores = await rewards.score(seen, rollout.trajectories)
-            return Group(number, seen, rollout.played, scores, rollout.trajectories)
+            return Group(number, seen, rollout.result, scores, rollout.trajectories)
 
     answers = await asyncio.gather(*(one(number, question) for number, question in enumerate(questions)))
     return Evaluation(
         tuple(answer for answer in answers if isinstance(answer, Group)),
-        tuple(answer for answer in answers if isinstance(answer, Unplayable)),
+        tuple(answer for answer in answers if isinstance(answer, SkippedQuestion)),
     )
 
 
@@ -122,7 +122,7 @@ def choose_box(question: Question, source: BoxSource, config: EvaluationConfig) 
     if source is BoxSource.WHOLE:
         return Box(0, 0, width, height)
     if source is BoxSource.RANDOM:
-        draw = random.Random(stable_seed("random box", question.id))
+        draw = random.Random(derive_seed("random box", question.id))
         side = math.sqrt(config.random_area)
         w, h = max(1, round(width * side)), max(1, round(height * side))
         x, y = draw.randint(0, width - w), draw.randint(0, height - h)

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes.images import UnreadableImage
 from ergo_rl.episodes.parsing import BoxOutcome, parse_answer
 from ergo_rl.episodes.types import Box, Outcome, Question
@@ -113,7 +113,7 @@ async def play(question: Question, player: Player, config: TrainConfig, mode: Mo
             box = await asyncio.to_thread(choose_box, question, BoxSource.ORACLE, config.evaluation)
         except UnreadableImage as error:
             return NotPlayed(f"UnreadableImage: {error}")
-    return await player.play(question, Manner(budget, mode is Mode.DIRECT), box)
+    return await player.play(question, EvalMode(budget, mode is Mode.DIRECT), box)
 
 
 def judge(question: Question, found: Play, player: Player, config: TrainConfig, mode: Mode, budget: int) -> Record:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes import images
 from ergo_rl.episodes.parsing import parse_answer
 from ergo_rl.episodes.types import Question, Trajectory
@@ -27,7 +27,7 @@ _SHOWN_SIDE = 1600
 async def answer(config: TrainConfig, question: Question, player: Player) -> Play | NotPlayed:
     """Both turns, at the budgets of the recipe."""
     try:
-        return await player.play(question, Manner.usual(config.episode))
+        return await player.play(question, EvalMode.usual(config.episode))
     finally:
         await player.close()
 

@@ -18,11 +18,11 @@ import httpx
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ergo_rl.actors.rollout_worker import Manner
-from ergo_rl.cluster.compat import keep_serve_local
+from ergo_rl.actors.rollout_worker import EvalMode
+from ergo_rl.cluster.compat import bind_serve_localhost
 from ergo_rl.cluster.engine import EngineDied
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import PoolExhausted
+from ergo_rl.cluster.worker_pool import PoolExhausted
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import family_of
 from ergo_rl.episodes.types import Question
@@ -109,7 +109,7 @@ class Chat:
         except images.UnreadableImage as error:  # said before it waits for its turn
             raise Refused(f"the picture cannot be used: {error}", "messages", "invalid_image") from error
         question = Question(name, encoded, asked.text, "", asked.options)
-        play = await self._player.play(question, Manner.usual(self._config.episode))
+        play = await self._player.play(question, EvalMode.usual(self._config.episode))
         if isinstance(play, NotPlayed) and play.passing:
             raise _unavailable(play.reason)
         if isinstance(play, NotPlayed):
@@ -145,7 +145,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, config: TrainConfig, how: ServeConfig, endpoint: EndpointConfig | None, family: str
     ) -> None:
-        keep_serve_local()
+        bind_serve_localhost()
         self._chat = Chat(await start_player(config, endpoint, family), config, how)
 
     async def __call__(self, request: Request) -> Response:

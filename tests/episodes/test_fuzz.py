@@ -192,7 +192,7 @@ def epoch(path: Path, scenes: CoarseToFine, **keys: Any) -> tuple[list[str], lis
             break
         try:
             scene = scenes.open_scene(question)
-        except (UnreadableImage, ReservedText) as error:  # what a rollout worker makes Unplayable of
+        except (UnreadableImage, ReservedText) as error:  # what a rollout worker makes SkippedQuestion of
             assert str(error)
             unplayable.append(question.id)
         else:

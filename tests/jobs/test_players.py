@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes.types import Box, Question
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.jobs.measuring import evaluate
@@ -44,7 +44,7 @@ def question(name: str = "q", source: str = "", image: bytes = b"", boxes: bool 
     return Question(name, image or file.getvalue(), "Which mark?", "ring", (), target, source)
 
 
-def play(server: Server, config: TrainConfig, manner: Manner, box: Box | None = None) -> Play | NotPlayed:
+def play(server: Server, config: TrainConfig, manner: EvalMode, box: Box | None = None) -> Play | NotPlayed:
     async def one() -> Play | NotPlayed:
         player = EndpointPlayer(config, await endpoint_at(server.url, "", config), FAMILY)
         try:
@@ -68,7 +68,7 @@ def pictures(body: dict[str, Any]) -> list[np.ndarray]:
 
 def test_both_turns_over_an_endpoint(server: Server, config: TrainConfig) -> None:
     """672 pixels seen as 6 x 6 visual tokens: a quarter of each side, so 28 .. 84 is 112 .. 336 of the original."""
-    found = play(server, config, Manner(36))
+    found = play(server, config, EvalMode(36))
     assert isinstance(found, Play) and found.trajectory.crop is not None
     assert found.trajectory.crop.box == Box(112, 112, 336, 336) and found.trajectory.outcome == "answered"
     assert found.visual_tokens(FAMILY) == (36, 36) and found.reply_tokens == 14
@@ -81,19 +81,19 @@ def test_both_turns_over_an_endpoint(server: Server, config: TrainConfig) -> Non
 
 
 def test_a_box_in_its_mouth_and_an_answer_at_once(server: Server, config: TrainConfig) -> None:
-    oracle = play(server, config, Manner(36), Box(0, 0, 336, 336))
+    oracle = play(server, config, EvalMode(36), Box(0, 0, 336, 336))
     assert isinstance(oracle, Play) and oracle.trajectory.crop is not None
     assert oracle.trajectory.crop.box == Box(0, 0, 336, 336)
     assert server.bodies[1]["messages"][1]["content"] == "<think>there</think><zoom>[0, 0, 84, 84]</zoom>"
     server.say = lambda messages: READ
-    direct = play(server, config, Manner(16, direct=True))
+    direct = play(server, config, EvalMode(16, direct=True))
     assert isinstance(direct, Play) and len(direct.trajectory.turns) == 1 and direct.visual_tokens(FAMILY) == (16,)
     assert len(server.bodies) == 3 and server.bodies[2]["max_tokens"] == 48
 
 
 def test_what_an_endpoint_refuses_is_named(server: Server, config: TrainConfig) -> None:
     server.say = lambda messages: 503
-    lost = play(server, config, Manner(36))
+    lost = play(server, config, EvalMode(36))
     assert isinstance(lost, NotPlayed) and lost.passing and "status 503, 1 attempts" in lost.reason
     with pytest.raises(ConfigError, match="does not list its models"):
         asyncio.run(endpoint_at("http://127.0.0.1:1/v1", "", config))

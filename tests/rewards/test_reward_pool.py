@@ -11,8 +11,8 @@ import pytest
 import ray
 
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import Pool
 from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.worker_pool import WorkerPool
 from ergo_rl.episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.reward_pool import RewardPool
@@ -114,7 +114,7 @@ def test_a_worker_whose_engine_died_is_replaced_and_its_work_done_again(
     config, lives = config_for(endpoint), iter(range(10))
 
     async def run() -> tuple[Any, int]:
-        pool = Pool(lambda index: ray.remote(Mortal).options(num_cpus=0.1).remote(config, next(lives)), 1)
+        pool = WorkerPool(lambda index: ray.remote(Mortal).options(num_cpus=0.1).remote(config, next(lives)), 1)
         rewards = RewardPool(pool, config)
         await rewards.ready(60)
         try:
