@@ -170,12 +170,12 @@ class SharedMemoryEngine:
             client.init_weight_transfer_engine({})
 
     def send_weights(self) -> None:
-        if self._is_sender:
-            self._client.start_weight_update()
-        for bucket in self._weights.weights():
+        for index, bucket in enumerate(self._weights.weights()):
             file = self._file(bucket) if self._writes else None
             paths = dict(entry for entry in _all_gather(file and (self._domain, str(file.path))) if entry)
             if self._is_sender:
+                if index == 0:  # generation pauses only now that there is something to load
+                    self._client.start_weight_update()
                 self._client.update_weights({"paths": paths, "spec": asdict(bucket.spec)})
             _all_gather(None)  # the engines have opened the file when rank 0 has their answers
             if file is not None:
