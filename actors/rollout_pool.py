@@ -1,4 +1,4 @@
-"""What jobs see of the rollout workers: play, load weights, resize."""
+"""All rollout workers of a run behind one interface: roll out, load weights, resize."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 
 import ray
 
-from ergo_rl.actors.rollout_worker import Manner, Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
-from ergo_rl.cluster.broadcast import NotDelivered, Published
-from ergo_rl.cluster.buckets import Layout
-from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.actors.rollout_worker import (
+    EvalMode,
+    GroupResult,
+    RolloutConfig,
+    RolloutWorker,
+    SamplingConfig,
+    SkippedQuestion,
+)
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import Faults, Pool
+from ergo_rl.cluster.weight_sync import WeightSnapshot
+from ergo_rl.cluster.worker_pool import Faults, WorkerPool
 from ergo_rl.episodes.episode import EpisodeConfig
 from ergo_rl.episodes.types import Box, Question, Trajectory
 
@@ -24,134 +29,125 @@ ROLE = "rollout"
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """The facts of a played group, and a reference to its ``tuple[Trajectory, ...]``."""
+    """One finished group."""
 
-    played: Played
+    result: GroupResult
     trajectories: ray.ObjectRef
+    """To a ``tuple[Trajectory, ...]``."""
 
 
 class RolloutPool:
-    """Rollout workers as one thing. New and replaced workers are given the current weights before they play, and what
-    is asked while weights are on their way is played with the new ones; what is being played goes on."""
+    """New and replaced workers get the current weights before they take calls. Rollouts requested while weights are on
+    their way use the new ones; running ones continue."""
 
-    def __init__(self, pool: Pool, config: RolloutConfig, cluster: Cluster) -> None:
+    def __init__(self, pool: WorkerPool, config: RolloutConfig, cluster: Cluster) -> None:
         self._pool, self.config, self._cluster = pool, config, cluster
         self._settled = asyncio.Event()
         self._settled.set()
-        self._published: Published | None = None
-        self._joining = 0
+        self._target: WeightSnapshot | None = None
+        self._pending = 0
 
     @classmethod
     def launch(cls, cluster: Cluster, config: RolloutConfig, episode: EpisodeConfig) -> RolloutPool:
-        """Create the workers; they start in the background (``await ready()``)."""
-        cluster.request(ROLE, config.resources)
+        """Create the workers; ``ready()`` starts them and waits."""
+        cluster.declare(ROLE, config.resources)
         actor_class = ray.remote(RolloutWorker)
 
         def spawn(index: int) -> Any:
             return actor_class.options(**cluster.actor_options(ROLE)).remote(config, episode)
 
-        async def catch_up(worker: Any) -> None:
-            await self._catch_up(worker)
+        async def prepare(worker: Any) -> None:
+            await self._sync_new_worker(worker)
 
         faults = Faults(config.restarts, config.stall_s, config.backoff_s)
-        self = cls(Pool(spawn, config.size.least, faults, "rollout workers", catch_up), config, cluster)
+        self = cls(WorkerPool(spawn, config.size.min, faults, "rollout workers", prepare), config, cluster)
         return self
 
-    async def _catch_up(self, worker: Any) -> None:
-        """Give a new worker what was published last; if something else was meanwhile, that, too. Why it comes to an
-        end: ``cluster.broadcast``."""
-        held: Published | None = None
-        self._joining += 1
+    async def _sync_new_worker(self, worker: Any) -> None:
+        """Load the weights that were published last into a new worker, and again if others were published meanwhile.
+        ``cluster.weight_sync`` says why this ends."""
+        held: WeightSnapshot | None = None
+        self._pending += 1
         try:
-            while self._published is not None and self._published is not held:
-                published = self._published
-                buckets = await published.buckets()
+            while self._target is not None and self._target is not held:
+                target = self._target
+                buckets = await target.buckets()
                 if buckets is None:
-                    await published.outdated.wait()
+                    await target.outdated.wait()
                 else:
-                    await worker.load_weights.remote(published.version, *buckets)
-                    held = published
+                    await worker.load_weights.remote(target.version, *buckets)
+                    held = target
         finally:
-            self._joining -= 1
+            self._pending -= 1
 
     async def ready(self, deadline_s: float) -> None:
         await self._pool.ready(deadline_s)
 
-    async def play(
+    async def rollout(
         self,
         question: Question,
         seed: int,
         samples: int | None = None,
         sampling: SamplingConfig | None = None,
         box: Box | None = None,
-        manner: Manner | None = None,
-    ) -> Rollout | Unplayable:
-        """Play ``question`` (``group_size`` times unless told otherwise) on the least loaded worker; ``box`` is used
-        in place of the policy's own, ``manner`` in place of the usual episode."""
+        mode: EvalMode | None = None,
+    ) -> Rollout | SkippedQuestion:
+        """Sample a group of trajectories for ``question`` on the least loaded worker.
+
+        samples: ``group_size`` by default; box: replaces the policy's own; mode: replaces the usual episode."""
         count = range(self.config.group_size if samples is None else samples)
         await self._settled.wait()
-        played, reference = await self._pool.call(
-            "play", question, tuple(count), seed, sampling, box, manner, num_returns=2
+        result, reference = await self._pool.call(
+            "rollout", question, tuple(count), seed, sampling, box, mode, num_returns=2
         )
-        return played if isinstance(played, Unplayable) else Rollout(played, reference)
+        return result if isinstance(result, SkippedQuestion) else Rollout(result, reference)
 
-    async def play_everywhere(self, question: Question, seed: int, samples: int) -> list[tuple[Trajectory, ...]]:
-        """The same play on every worker (to prove what weights they hold)."""
+    async def rollout_everywhere(self, question: Question, seed: int, samples: int) -> list[tuple[Trajectory, ...]]:
+        """Do the same rollout on every worker, to check what weights they hold. Raises ValueError if the question
+        cannot be used."""
         await self._settled.wait()
-        answers = await self._pool.call_all("play", question, tuple(range(samples)), seed, None)
-        for played, _ in answers:
-            if isinstance(played, Unplayable):
-                raise ValueError(f"question {played.question_id!r} cannot be played: {played.reason}")
+        answers = await self._pool.call_all("rollout", question, tuple(range(samples)), seed, None)
+        for result, _ in answers:
+            if isinstance(result, SkippedQuestion):
+                raise ValueError(f"question {result.question_id!r} cannot be played: {result.reason}")
         return [trajectories for _, trajectories in answers]
 
     async def load_weights(self, version: int, buckets: Sequence[ray.ObjectRef]) -> list[float]:
-        """Every worker takes over ``version``; seconds per worker. Kept for workers that come later."""
+        """Load ``version`` into every worker; seconds per worker. Kept for workers that come later."""
 
         async def kept() -> Sequence[ray.ObjectRef]:
             return list(buckets)
 
-        self.announce(Published(version, kept))
-        async with self._held_back():
+        self.set_target(WeightSnapshot(version, kept))
+        async with self.hold_requests():
             seconds: list[float] = await self._pool.call_all("load_weights", version, *buckets)
         return seconds
 
     async def sleep(self) -> None:
-        """Where ``engine.sleep`` is set: every engine gives its device's memory back until weights are loaded."""
+        """If ``engine.sleep`` is set, every engine gives its device's memory back until weights are loaded."""
         if self.config.engine.sleep:
             await self._pool.call_all("sleep")
 
-    # What a broadcast needs (``cluster.broadcast.Receivers``).
+    # What a direct transfer needs (``cluster.weight_sync.WeightReceivers``).
 
     @property
     def processes(self) -> int:
         return self.config.engine.processes
 
     @property
-    def joining(self) -> bool:
-        return self._joining > 0
+    def has_pending_workers(self) -> bool:
+        return self._pending > 0
 
     def members(self) -> tuple[Any, ...]:
         return self._pool.up()
 
-    def announce(self, published: Published) -> None:
-        if self._published is not None:
-            self._published.outdated.set()
-        self._published = published
-
-    async def enter(self, meeting: Meeting, members: Sequence[Any]) -> None:
-        calls = [(member, (meeting, meeting.senders + place * self.processes)) for place, member in enumerate(members)]
-        _of_all(await self._pool.call_each("enter_group", calls))
-
-    async def receive(
-        self, version: int, meeting: Meeting, layouts: Sequence[Layout], members: Sequence[Any]
-    ) -> list[float]:
-        calls = [(member, (version, meeting.generation, list(layouts))) for member in members]
-        async with self._held_back():
-            return _of_all(await self._pool.call_each("receive_weights", calls))
+    def set_target(self, snapshot: WeightSnapshot) -> None:
+        if self._target is not None:
+            self._target.outdated.set()
+        self._target = snapshot
 
     @asynccontextmanager
-    async def _held_back(self) -> AsyncIterator[None]:
-        """Inside the block what is asked to be played waits."""
+    async def hold_requests(self) -> AsyncIterator[None]:
         self._settled.clear()
         try:
             yield
@@ -163,32 +159,21 @@ class RolloutPool:
         return self._pool.restarts
 
     def __len__(self) -> int:
-        """Workers that play."""
+        """Number of workers."""
         return len(self._pool)
 
     def free(self) -> str:
-        """What new workers would find, in words."""
+        """Say what resources new workers would find."""
         return f"free in the cluster: {self._cluster.free()}, needed for each: {self.config.resources}"
 
     async def resize(self, workers: int) -> None:
-        """Raises TimeoutError where new ones do not come up within the deadline of ``ready``; they are gone then."""
-        self._cluster.expect(ROLE, workers)
+        """Grow or shrink. Raises TimeoutError if new workers do not start within the deadline of ``ready``; they are
+        removed then."""
+        self._cluster.hint_autoscaler(ROLE, workers)
         try:
             await self._pool.resize(workers)
         finally:
-            self._cluster.expect(ROLE, len(self))
+            self._cluster.hint_autoscaler(ROLE, len(self))
 
     async def close(self) -> None:
         await self._pool.close()
-
-
-def _of_all(answers: Sequence[Any]) -> list[float]:
-    """Seconds per worker. Raises NotDelivered where one has none."""
-    failures = [
-        f"rollout worker {place}: {type(one).__name__} {str(one).splitlines()[0] if str(one) else ''}"
-        for place, one in enumerate(answers)
-        if isinstance(one, Exception)
-    ]
-    if failures:
-        raise NotDelivered("; ".join(failures))
-    return list(answers)

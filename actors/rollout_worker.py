@@ -1,4 +1,4 @@
-"""The Ray actor that plays episodes: one vLLM engine, many episodes in flight."""
+"""The Ray actor that runs episodes: one vLLM engine, many episodes in flight."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from typing import Any
 
 from PIL import Image
 
-from ergo_rl.cluster.buckets import Bucket, Layout
-from ergo_rl.cluster.engine import Completion, Engine, EngineConfig, EngineRefused, Picture, Sampling
-from ergo_rl.cluster.meeting import Meeting
+from ergo_rl.cluster.engine import Completion, Engine, EngineConfig, EngineImage, EngineRefused, Sampling
 from ergo_rl.cluster.resources import Resources, Size
+from ergo_rl.cluster.weight_buckets import Bucket
 from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.images import UnreadableImage
@@ -63,48 +62,50 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class TrajectoryFacts:
-    """What the driver needs to know of a trajectory without ever holding its pixels.
-
-    policy_versions: of the weights that sampled the first token of each turn; updates: how often they changed while a
-    turn was being sampled; prompt_tokens: everything but the replies; engine_prompt_tokens, cached_tokens: of all
-    turns' prompts together, as the engine saw them (turn 2 begins with turn 1), and how much of them its prefix cache
-    held."""
+class TrajectorySummary:
+    """What the driver needs to know of a trajectory without ever holding its pixels."""
 
     outcome: Outcome
     box_outcome: str
     crop: Box | None
     area_ratio: float | None
     prompt_tokens: int
+    """Everything but the replies."""
     reply_tokens: tuple[int, ...]
+    """Of each turn."""
     policy_versions: tuple[int, ...]
+    """Of the weights that sampled the first token of each turn."""
     engine_prompt_tokens: int = 0
+    """Of all turns' prompts together, as the engine saw them (turn 2 begins with turn 1)."""
     cached_tokens: int = 0
+    """How many of those its prefix cache held."""
     updates: int = 0
+    """How often the weights changed while a turn was being sampled."""
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
-    """Facts of the G trajectories of one question, in the order of ``sample``; the trajectories themselves
-    travel by reference. ``seconds``: from the first request to the last reply of all of them together."""
+class GroupResult:
+    """Summaries of the trajectories of one question, in the order of ``sample``; the trajectories themselves travel by
+    reference."""
 
     question_id: str
-    facts: tuple[TrajectoryFacts, ...]
+    summaries: tuple[TrajectorySummary, ...]
     seconds: float = field(default=0.0, compare=False)
+    """From the first request of all of them to the last reply."""
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
-    """How a question is played in an evaluation. tokens: visual-token budget of the coarse view and, unless
-    ``fine_tokens`` says another, of the crop; direct: one turn, the answer from the coarse view alone; its reply may be
-    as long as turn 2's."""
+class EvalMode:
+    """How an evaluation asks a question."""
 
     tokens: int
+    """Visual-token budget of the coarse view and, without ``fine_tokens``, of the crop."""
     direct: bool = False
+    """One turn: the answer from the coarse view alone, in a reply that may be as long as turn 2's."""
     fine_tokens: int | None = None
 
     @classmethod
-    def usual(cls, episode: EpisodeConfig) -> Manner:
+    def usual(cls, episode: EpisodeConfig) -> EvalMode:
         return cls(episode.coarse_tokens, fine_tokens=episode.fine_tokens)
 
     def episodes(self, usual: CoarseToFine) -> CoarseToFine:
@@ -114,22 +115,22 @@ class Manner:
 
 
 @dataclass(frozen=True, slots=True)
-class Unplayable:
-    """A question that cannot be played (unreadable image, reserved text, too long), and why."""
+class SkippedQuestion:
+    """A question that no episode can use (unreadable image, reserved text, too long)."""
 
     question_id: str
     reason: str
 
 
 class RolloutWorker:
-    """One engine and the episodes that run on it. Made a Ray actor by ``RolloutPool``."""
+    """One engine and the episodes that run on it. ``RolloutPool`` makes it a Ray actor."""
 
     def __init__(self, config: RolloutConfig, episode: EpisodeConfig) -> None:
         self._config = config
         self._episode = episode
-        # As many again as the engine decodes at once, so that it never runs dry; a question that waits for its turn is
-        # not decoded yet, so memory does not grow with what is asked.
-        self._places = Places(2 * config.engine.max_num_seqs)
+        # Twice what the engine decodes at once, so that it never runs dry. Images of questions that wait behind are not
+        # decoded yet, so memory does not grow with the number of calls.
+        self._capacity = FairSemaphore(2 * config.engine.max_num_seqs)
 
     async def start(self) -> None:
         model = self._config.engine.model
@@ -139,101 +140,113 @@ class RolloutWorker:
         self._banned_ids = self._family.banned_ids(tokenizer)
         self._engine = await Engine.start(self._config.engine)
         await self._warm_up()
-        # What is there now stays: a collection that went through it (Ray asks for some) would hold up every episode for
-        # half a second.
+        # Keep what exists now out of garbage collection: Ray asks for collections, and going through all of it would
+        # stop every episode for half a second.
         gc.collect()
         gc.freeze()
 
     async def _warm_up(self) -> None:
-        """Play a grey picture once, both turns. An engine's first episode takes ten times as long as the next (2.4 s
-        and 0.2 s on a CPU), and would hold up a step of a run that this worker joins."""
+        """Run both turns once on a grey image. An engine's first episode takes ten times as long as the next (2.4 s
+        and 0.2 s on a CPU), and would delay a step of a run that this worker joins."""
         short = replace(self._config.sampling, coarse_max_tokens=4, fine_max_tokens=4)
         grey = Question("warm-up", _grey_png(), "What is here?", "nothing")
-        await self.play(grey, range(self._config.group_size), 0, short, box=Box(100, 100, 300, 300))
+        await self.rollout(grey, range(self._config.group_size), 0, short, box=Box(100, 100, 300, 300))
 
-    async def play(
+    async def rollout(
         self,
         question: Question,
         samples: Sequence[int],
         seed: int,
         sampling: SamplingConfig | None = None,
         box: Box | None = None,
-        manner: Manner | None = None,
-    ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
-        """Play one question ``len(samples)`` times at once. Turn 2 of a sample starts the moment its turn 1
-        ends. Seeded per (seed, question, sample, turn): the same call on the same weights plays the same. ``box`` is
-        used in place of the policy's own, ``manner`` in place of the episode that the worker was started for
-        (evaluation). More than the engine could do soon wait for their turn. Raises EngineDied."""
-        async with self._places.taken(len(samples)):
-            return await self._play(question, samples, seed, sampling, box, manner)
+        mode: EvalMode | None = None,
+    ) -> tuple[GroupResult | SkippedQuestion, tuple[Trajectory, ...]]:
+        """Run ``len(samples)`` episodes of one question at once. Turn 2 of a sample starts the moment its turn 1 ends.
+        Calls beyond the capacity of the engine wait.
+
+        seed: the same (seed, question, sample, turn) on the same weights samples the same; box: replaces the policy's
+        own; mode: replaces the episode that the worker was started for (evaluation).
+
+        Raises EngineDied."""
+        async with self._capacity.acquire(len(samples)):
+            return await self._rollout(question, samples, seed, sampling, box, mode)
 
     async def check(self) -> None:
         """Raises EngineDied when the engine is gone."""
         await self._engine.check()
 
-    async def _play(
+    async def _rollout(
         self,
         question: Question,
         samples: Sequence[int],
         seed: int,
         sampling: SamplingConfig | None,
         box: Box | None,
-        manner: Manner | None,
-    ) -> tuple[Played | Unplayable, tuple[Trajectory, ...]]:
+        mode: EvalMode | None,
+    ) -> tuple[GroupResult | SkippedQuestion, tuple[Trajectory, ...]]:
         sampling = sampling or self._config.sampling
-        direct = manner is not None and manner.direct
+        direct = mode is not None and mode.direct
         limits = (sampling.coarse_max_tokens, sampling.fine_max_tokens)
         if direct:
             limits = (sampling.fine_max_tokens,) * 2
-        episodes = self._episodes if manner is None else manner.episodes(self._episodes)
+        episodes = self._episodes if mode is None else mode.episodes(self._episodes)
         try:
             scene = await asyncio.to_thread(episodes.prepare, question)
-            coarse = await asyncio.to_thread(Picture.of, scene.coarse.pixels)
+            coarse = await asyncio.to_thread(EngineImage.of, scene.coarse.pixels)
 
-            async def picture_of(view: View) -> Picture:
-                return coarse if view is scene.coarse else await asyncio.to_thread(Picture.of, view.pixels)
+            async def image_of(view: View) -> EngineImage:
+                return coarse if view is scene.coarse else await asyncio.to_thread(EngineImage.of, view.pixels)
 
-            async def one(sample: int) -> Trajectory:
+            async def episode(sample: int) -> Trajectory:
                 async def generate(token_ids: Sequence[int], views: Sequence[View], turn: int) -> Completion:
-                    how = Sampling(
+                    settings = Sampling(
                         max_tokens=limits[turn],
                         temperature=sampling.temperature,
-                        seed=stable_seed(seed, question.id, sample, turn),
+                        seed=derive_seed(seed, question.id, sample, turn),
                         stop_ids=self._stop_ids,
                         banned_ids=self._banned_ids,
                     )
-                    return await self._engine.generate(token_ids, [await picture_of(view) for view in views], how)
+                    return await self._engine.generate(token_ids, [await image_of(view) for view in views], settings)
 
                 if direct:
                     return await episodes.run_single_turn(scene, sample, generate)
                 return await episodes.run(scene, sample, generate, box)
 
             started = time.monotonic()
-            trajectories = tuple(await asyncio.gather(*(one(sample) for sample in samples)))
+            trajectories = tuple(await asyncio.gather(*(episode(sample) for sample in samples)))
             seconds = time.monotonic() - started
         except (UnreadableImage, ReservedText, EngineRefused) as error:
-            return Unplayable(question.id, f"{type(error).__name__}: {error}"), ()
-        return Played(question.id, tuple(map(facts_of, trajectories)), seconds), trajectories
+            return SkippedQuestion(question.id, f"{type(error).__name__}: {error}"), ()
+        return GroupResult(question.id, tuple(map(summarize, trajectories)), seconds), trajectories
 
     def close(self) -> None:
         self._engine.close()
-        gc.unfreeze()  # libraries complain of what is never collected
+        gc.unfreeze()  # libraries complain about objects that are never collected
 
     async def load_weights(self, version: int, *buckets: Bucket) -> float:
-        """Take over the weights of ``version``; seconds it took (generation is paused for most of it)."""
+        """Replace the weights; seconds it took (generation pauses for most of them)."""
         return await _timed(self._engine.load_weights(version, buckets))
 
     async def sleep(self) -> float:
         """Give the device's memory back until weights are loaded; seconds it took."""
         return await _timed(self._engine.sleep())
 
-    async def enter_group(self, meeting: Meeting, first_rank: int) -> float:
-        """Meet the other engines and the learner; seconds it took."""
-        return await _timed(self._engine.enter_group(meeting, first_rank))
+    # The engine's end of a direct transfer; the learner calls these (``cluster.weight_sender.EngineClient``).
 
-    async def receive_weights(self, version: int, generation: int, layouts: Sequence[Layout]) -> float:
-        """Take over the weights of ``version`` as the group is sent them; seconds it took."""
-        return await _timed(self._engine.receive_weights(version, generation, layouts))
+    async def init_weight_transfer(self, transport: str, info: dict[str, Any], timeout_s: float) -> None:
+        await self._engine.init_weight_transfer(transport, info, timeout_s)
+
+    async def start_weight_update(self, transfer: str) -> None:
+        self._transfer_began = time.monotonic()
+        await self._engine.start_weight_update(transfer)
+
+    async def update_weights(self, transfer: str, update: dict[str, Any]) -> None:
+        await self._engine.update_weights(transfer, update)
+
+    async def finish_weight_update(self, transfer: str, version: int) -> float:
+        """Return the seconds since ``start_weight_update``."""
+        await self._engine.finish_weight_update(transfer, version)
+        return time.monotonic() - self._transfer_began
 
 
 async def _timed(work: Awaitable[None]) -> float:
@@ -242,15 +255,16 @@ async def _timed(work: Awaitable[None]) -> float:
     return time.monotonic() - started
 
 
-class Places:
-    """So many places, taken in the order in which they are asked for; who asks for more than there are takes all."""
+class FairSemaphore:
+    """A semaphore whose callers take several places at once, in the order of their calls. A request for more than there
+    are takes all of them."""
 
     def __init__(self, count: int) -> None:
         self._count = self._free = count
         self._turn, self._freed = asyncio.Lock(), asyncio.Event()
 
     @asynccontextmanager
-    async def taken(self, count: int) -> AsyncIterator[None]:
+    async def acquire(self, count: int) -> AsyncIterator[None]:
         count = min(count, self._count)
         async with self._turn:
             while self._free < count:
@@ -270,15 +284,15 @@ def _grey_png() -> bytes:
         return file.getvalue()
 
 
-def stable_seed(*parts: object) -> int:
-    """63 bits, the same in every process and run (``hash`` is not)."""
+def derive_seed(*parts: object) -> int:
+    """Hash ``parts`` to 63 bits, the same in every process and run (``hash`` is not)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def facts_of(trajectory: Trajectory) -> TrajectoryFacts:
+def summarize(trajectory: Trajectory) -> TrajectorySummary:
     turns = trajectory.turns
-    return TrajectoryFacts(
+    return TrajectorySummary(
         outcome=trajectory.outcome,
         box_outcome=trajectory.box_outcome,
         crop=None if trajectory.crop is None else trajectory.crop.box,
@@ -293,5 +307,5 @@ def facts_of(trajectory: Trajectory) -> TrajectoryFacts:
 
 
 def without_image(question: Question) -> Question:
-    """The question without its picture, for those who must not see it or need not carry it."""
+    """Leave the image out, for those who must not see it or need not carry it."""
     return replace(question, image=b"")

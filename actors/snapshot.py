@@ -1,8 +1,8 @@
 """Scored groups as Arrow streams, pixels included: what a checkpoint keeps of the trajectory store.
 
-Three streams with one record batch per group, so that a group at a time is in memory: ``groups`` (a row each),
-``trajectories`` (a row per sample, in the order of ``Group.scores``) and ``views`` (a row per distinct view; the coarse
-view of a group is there once and shared again when it is read).
+There are three streams with one record batch per group, so that only one group at a time is in memory: ``groups`` (one
+row), ``trajectories`` (a row per sample, in the order of ``Group.scores``) and ``views`` (a row per distinct view; the
+coarse view of a group is written once, and shared again when it is read).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from ergo_rl.actors.rollout_worker import Played, facts_of
+from ergo_rl.actors.rollout_worker import GroupResult, summarize
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import (
     Box,
@@ -70,13 +70,13 @@ SCHEMAS = {
     ),
     "views": pa.schema({"box": _CORNERS, "width": pa.int32(), "height": pa.int32(), "pixels": pa.large_binary()}),
 }
-"""By the name of the stream."""
+"""By stream name."""
 
 
 def write_groups(groups: Iterable[Group], files: Mapping[str, IO[bytes]]) -> None:
-    """Fetch the trajectories of one group after the other and append it to the three ``files`` (by stream name).
+    """Fetch the trajectories of one group after the other and append them to the three ``files`` (by stream name).
 
-    Blocks on Ray's object store: call it in a thread. Raises ray.exceptions.ObjectLostError where trajectories are
+    Blocks on Ray's object store: call it in a thread. Raises ray.exceptions.ObjectLostError if trajectories are
     gone."""
     writers = {name: pa.ipc.new_stream(pa.PythonFile(files[name], "w"), schema) for name, schema in SCHEMAS.items()}
     for group in groups:
@@ -88,9 +88,9 @@ def write_groups(groups: Iterable[Group], files: Mapping[str, IO[bytes]]) -> Non
 
 
 def read_groups(files: Mapping[str, IO[bytes]]) -> Iterator[Group]:
-    """The groups as they were written; their trajectories go into the object store, owned by this process.
+    """Read groups as ``write_groups`` wrote them; their trajectories go into the object store, owned by this process.
 
-    Raises pyarrow.ArrowInvalid or ValueError for files that are not what ``write_groups`` writes."""
+    Raises pyarrow.ArrowInvalid or ValueError for other files."""
     readers = [pa.ipc.open_stream(files[name]) for name in SCHEMAS]
     for batches in zip(*readers, strict=True):
         (head,), rows, views = (batch.to_pylist() for batch in batches)
@@ -98,7 +98,7 @@ def read_groups(files: Mapping[str, IO[bytes]]) -> Iterator[Group]:
 
 
 def _rows(group: Group, trajectories: tuple[Trajectory, ...]) -> dict[str, list[dict[str, Any]]]:
-    views: dict[int, View] = {id(view): view for one in trajectories for view in one.views}
+    views: dict[int, View] = {id(view): view for trajectory in trajectories for view in trajectory.views}
     places = {key: place for place, key in enumerate(views)}
     question = group.question
     head = {
@@ -110,7 +110,9 @@ def _rows(group: Group, trajectories: tuple[Trajectory, ...]) -> dict[str, list[
     pairs = zip(trajectories, group.scores, strict=True)
     return {
         "groups": [head],
-        "trajectories": [_row(one, [places[id(view)] for view in one.views], score) for one, score in pairs],
+        "trajectories": [
+            _row(trajectory, [places[id(view)] for view in trajectory.views], score) for trajectory, score in pairs
+        ],
         "views": [
             {"box": _corners(v.box), "width": v.width, "height": v.height, "pixels": v.pixels.tobytes()}
             for v in views.values()
@@ -148,8 +150,8 @@ def _group(head: dict[str, Any], rows: list[dict[str, Any]], views: list[View]) 
         source=head["source"],
     )
     trajectories = tuple(_trajectory(question.id, row, views) for row in rows)
-    played = Played(question.id, tuple(map(facts_of, trajectories)))
-    return Group(head["number"], question, played, tuple(map(_verdict, rows)), ray.put(trajectories))
+    result = GroupResult(question.id, tuple(map(summarize, trajectories)))
+    return Group(head["number"], question, result, tuple(map(_verdict, rows)), ray.put(trajectories))
 
 
 def _trajectory(question_id: str, row: dict[str, Any], views: list[View]) -> Trajectory:

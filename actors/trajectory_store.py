@@ -1,5 +1,5 @@
-"""Scored groups waiting for the learner: references and scores, bounded in staleness. The driver owns them,
-so they outlive the workers that played them."""
+"""Scored groups that wait for the learner: references and scores, bounded in staleness. The driver owns them, so they
+outlive the workers that made them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,36 @@ from dataclasses import dataclass
 
 import ray
 
-from ergo_rl.actors.rollout_worker import Played
+from ergo_rl.actors.rollout_worker import GroupResult
 from ergo_rl.episodes.types import Question, Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The G trajectories of one question, scored. ``number``: its place in the order of questions, from 0;
-    ``question``: without its image."""
+    """The scored trajectories of one question."""
 
     number: int
+    """Position of the question in the order of questions, from 0."""
     question: Question
-    played: Played
+    """Without its image."""
+    result: GroupResult
     scores: tuple[Verdict, ...]
+    """One per trajectory."""
     trajectories: ray.ObjectRef
+    """To a ``tuple[Trajectory, ...]``."""
 
     def __post_init__(self) -> None:
-        if len(self.scores) != len(self.played.facts):
-            raise ValueError(f"{len(self.played.facts)} trajectories but {len(self.scores)} scores")
+        if len(self.scores) != len(self.result.summaries):
+            raise ValueError(f"{len(self.result.summaries)} trajectories but {len(self.scores)} scores")
 
     @property
     def oldest_version(self) -> int:
-        return min(min(facts.policy_versions) for facts in self.played.facts)
+        return min(min(facts.policy_versions) for facts in self.result.summaries)
 
 
 class TrajectoryStore:
-    """Hands out groups in the order their questions were asked, whatever order they were finished in, so that
-    a synchronous run is reproducible. Groups older than a bound are counted, and dropped unless ``keep_stale``."""
+    """Hands out groups in the order of their questions, in whatever order they were finished, so that a synchronous run
+    is reproducible. Groups older than a bound are counted, and dropped unless ``keep_stale`` is set."""
 
     def __init__(self, keep_stale: bool = False) -> None:
         self._keep_stale = keep_stale
@@ -51,7 +54,7 @@ class TrajectoryStore:
 
     @property
     def next_number(self) -> int:
-        """The number of the group that is handed out next."""
+        """Number of the group that is handed out next."""
         return self._next
 
     async def add(self, group: Group) -> None:
@@ -60,21 +63,21 @@ class TrajectoryStore:
             self._changed.notify_all()
 
     async def skip(self, number: int) -> None:
-        """There will be no group of this number (its question could not be played)."""
+        """Give up on the group of this number: its question cannot be used."""
         async with self._changed:
             self._skipped.add(number)
             self._changed.notify_all()
 
     async def fail(self, error: BaseException) -> None:
-        """Whoever waits, or comes to wait, gets this error instead of waiting for ever."""
+        """Raise this error in every ``take`` that would wait, now and later."""
         async with self._changed:
             self._failure = error
             self._changed.notify_all()
 
     async def take(self, oldest: int) -> Group | None:
-        """The next group. One of which any token was sampled before version ``oldest`` is counted; then it is dropped
-        and None comes in its place, whoever wants another one has to have it played; or it is kept (``keep_stale``),
-        to be weighed down by whoever learns from it."""
+        """Wait for the next group and return it. If any of its tokens was sampled before version ``oldest`` it counts
+        as stale: it is dropped and None returned, so that the caller can ask for another one; or, with ``keep_stale``,
+        returned for the learner to weigh down."""
         async with self._changed:
             while True:
                 while self._next not in self._groups and self._next not in self._skipped:
@@ -91,11 +94,11 @@ class TrajectoryStore:
                 return None if stale and not self._keep_stale else group
 
     def contents(self) -> tuple[tuple[Group, ...], tuple[int, ...]]:
-        """The groups that wait here and the numbers that were skipped, both in order."""
+        """Return the waiting groups and the skipped numbers, both in order."""
         return tuple(self._groups[number] for number in sorted(self._groups)), tuple(sorted(self._skipped))
 
     def restore(self, next_number: int, groups: Iterable[Group], skipped: Iterable[int], stale: int) -> None:
-        """What ``contents``, ``next_number`` and ``stale`` said, into an empty store.
+        """Fill an empty store with what ``contents``, ``next_number`` and ``stale`` returned.
 
         Raises ValueError for a group or a skipped number that was handed out before."""
         self._groups = {group.number: group for group in groups}

@@ -24,9 +24,9 @@ import ray
 
 from benchmarks.reporting import parser_of, report
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import Played, RolloutConfig, facts_of
+from ergo_rl.actors.rollout_worker import GroupResult, RolloutConfig, summarize
 from ergo_rl.cluster.placement import Cluster, ClusterConfig
-from ergo_rl.cluster.pool import Faults, Pool
+from ergo_rl.cluster.worker_pool import Faults, WorkerPool
 from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, View
 from ergo_rl.jobs.credit import Crediting
 from ergo_rl.jobs.flow import Flow
@@ -50,11 +50,11 @@ class Timers:
     async def start(self) -> None:
         return None
 
-    async def play(self, worker: int, question: Question, samples: tuple[int, ...], *_: Any) -> Any:
+    async def rollout(self, worker: int, question: Question, samples: tuple[int, ...], *_: Any) -> Any:
         async with self._busy.setdefault(worker, asyncio.Lock()):
             await asyncio.sleep(self._seconds)
         trajectories = tuple(self._trajectory(question.id, sample) for sample in samples)
-        return Played(question.id, tuple(map(facts_of, trajectories))), trajectories
+        return GroupResult(question.id, tuple(map(summarize, trajectories))), trajectories
 
     async def score(self, _: int, question: Question, trajectories: tuple[Trajectory, ...]) -> tuple[Score, ...]:
         return tuple(Score(float(one.sample % 2), {"region": float(one.sample % 2)}) for one in trajectories)
@@ -74,7 +74,7 @@ class Handle:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._process, name)
-        return Call(method, (self._worker,) if name in ("play", "score") else ())
+        return Call(method, (self._worker,) if name in ("rollout", "score") else ())
 
 
 class Call:
@@ -109,8 +109,8 @@ class Questions:
 async def measure(processes: list[Any], workers: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Groups of ``workers`` x ``--rounds``, one step for each round, after a round that is not counted."""
 
-    def pool(size: int, name: str) -> Pool:
-        return Pool(lambda index: Handle(processes[index % len(processes)], index), size, Faults(0), name)
+    def pool(size: int, name: str) -> WorkerPool:
+        return WorkerPool(lambda index: Handle(processes[index % len(processes)], index), size, Faults(0), name)
 
     config = RolloutConfig(group_size=arguments.group_size)
     rollouts = RolloutPool(pool(workers, "timers"), config, Cluster(ClusterConfig()))

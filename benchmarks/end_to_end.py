@@ -172,8 +172,8 @@ class Ours:
         from ergo_rl.actors.rollout_pool import RolloutPool
         from ergo_rl.actors.rollout_worker import RolloutConfig, SamplingConfig
         from ergo_rl.cluster.engine import EngineConfig
-        from ergo_rl.cluster.pool import Faults, Pool
-        from ergo_rl.cluster.weights import WeightChannel
+        from ergo_rl.cluster.weight_sync import WeightChannel
+        from ergo_rl.cluster.worker_pool import Faults, WorkerPool
         from ergo_rl.episodes.episode import EpisodeConfig
         from ergo_rl.examples.panels.scenes import PROMPTS
         from ergo_rl.jobs.credit import Crediting
@@ -196,7 +196,7 @@ class Ours:
         episode = EpisodeConfig(coarse_tokens=visual, fine_tokens=visual, prompts=PROMPTS)
         self._rollouts = RolloutPool.launch(cluster, rollout, episode)
         judge = ray.remote(Judge).options(num_cpus=0)
-        self._rewards = RewardPool(Pool(lambda _: judge.remote(), 1, Faults(), "judges"), RewardConfig())
+        self._rewards = RewardPool(WorkerPool(lambda _: judge.remote(), 1, Faults(), "judges"), RewardConfig())
         learner = LearnerConfig(model=how["model"], threads=how["threads"], optimizer=OptimizerConfig(lr=1e-4))
         self._learners = await LearnerGroup.launch(cluster, learner)
         await asyncio.gather(self._rollouts.ready(900), self._rewards.ready(900))
@@ -225,7 +225,7 @@ class Ours:
                 times.append(time.perf_counter())
                 for name, begin, end in zip(seconds, (0, 0, 1, 2), (3, 1, 2, 3), strict=True):
                     seconds[name].append(times[end] - times[begin])
-                lengths += [sum(facts.reply_tokens) for group in taken for facts in group.played.facts]
+                lengths += [sum(facts.reply_tokens) for group in taken for facts in group.result.summaries]
         await self._weights.settled()
         return seconds | {"lengths": lengths}
 

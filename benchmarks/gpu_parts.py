@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_models import Notes, Sizes, models, question
-from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes.types import Box
 from ergo_rl.jobs.config import ProofConfig, TrainConfig, load_config
 from ergo_rl.jobs.memory_model import GIB, learner_parts, total
@@ -151,7 +151,7 @@ async def _colocated(cluster: Any, config: TrainConfig, sizes: Sizes, folder: Pa
     on until its reply is cut off, so trajectories have one turn. The engine starts first: vLLM sizes its working memory
     by what is free, and takes it that nobody else allocates meanwhile."""
     from ergo_rl.actors.rollout_pool import Rollout, RolloutPool
-    from ergo_rl.cluster.weights import WeightChannel
+    from ergo_rl.cluster.weight_sync import WeightChannel
     from ergo_rl.jobs.proof import Proof
     from ergo_rl.learners.learner_group import LearnerGroup, TrainingGroup
 
@@ -177,14 +177,14 @@ async def _colocated(cluster: Any, config: TrainConfig, sizes: Sizes, folder: Pa
     asked = [question(number, sides) for number in range(sizes.questions)]
     for step in range(1, STEPS + 1):
         started = time.monotonic()
-        played = await asyncio.gather(*(rollouts.play(one, seed=step) for one in asked))
+        played = await asyncio.gather(*(rollouts.rollout(one, seed=step) for one in asked))
         groups = []
         for one in played:
             if not isinstance(one, Rollout):
                 raise RuntimeError(f"{one.question_id} could not be played: {one.reason}")
-            tokens = tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in one.played.facts)
+            tokens = tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in one.result.summaries)
             advantages = tuple((0.5 if place % 2 else -0.5,) for place in range(len(tokens)))
-            groups.append(TrainingGroup(one.played.question_id, one.trajectories, advantages, tokens))
+            groups.append(TrainingGroup(one.result.question_id, one.trajectories, advantages, tokens))
         rollout_s = time.monotonic() - started
         metrics = await learners.update(groups)
         learn_s = time.monotonic() - started - rollout_s
@@ -224,9 +224,9 @@ async def _latency(config: TrainConfig, sizes: Sizes, note: Notes) -> None:
     client = await EngineClient.start(config, family)
     side = math.isqrt(sizes.large) * family.multiple
     ways = {
-        "two_stage_small": Manner(sizes.small),
-        "direct_small": Manner(sizes.small, direct=True),
-        "direct_large": Manner(sizes.large, direct=True),
+        "two_stage_small": EvalMode(sizes.small),
+        "direct_small": EvalMode(sizes.small, direct=True),
+        "direct_large": EvalMode(sizes.large, direct=True),
     }
     found: dict[str, dict[str, Any]] = {way: {"seconds": []} for way in ways}
     for repeat in range(sizes.repeats + 1):

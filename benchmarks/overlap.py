@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.reporting import cpu_seconds, parser_of, report, spread
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.weights import WeightChannel
+from ergo_rl.cluster.weight_sync import WeightChannel
 from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.jobs.credit import Crediting

@@ -32,7 +32,7 @@ import ray
 
 from benchmarks.reporting import cpu_seconds, parser_of, report, spread
 from ergo_rl.actors.rollout_pool import Rollout, RolloutPool
-from ergo_rl.actors.rollout_worker import RolloutConfig, stable_seed
+from ergo_rl.actors.rollout_worker import RolloutConfig, derive_seed
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.episodes import images
 from ergo_rl.episodes.episode import EpisodeConfig, read_box
@@ -70,7 +70,7 @@ class Chat:
             max_num_seqs=engine.max_num_seqs, enforce_eager=engine.enforce_eager,
             enable_prefix_caching=engine.prefix_caching,
             limit_mm_per_prompt={"image": 2, "video": 0}, logprobs_mode="processed_logprobs", generation_config="vllm",
-            worker_extension_cls="ergo_rl.cluster.weight_receiver.WorkerExtension", disable_log_stats=True,
+            worker_extension_cls="ergo_rl.cluster.vllm_worker.WorkerExtension", disable_log_stats=True,
             **engine.extra,
         )  # fmt: skip
         self._family, self._tokenizer = family_of(engine.model), load_tokenizer(engine.model)
@@ -119,7 +119,7 @@ class Chat:
             SamplingParams(
                 max_tokens=(how.coarse_max_tokens, how.fine_max_tokens)[turn],
                 temperature=how.temperature,
-                seed=stable_seed(seed, questions[number].id, sample, turn),
+                seed=derive_seed(seed, questions[number].id, sample, turn),
                 stop_token_ids=[self._tokenizer.convert_tokens_to_ids(self._family.turn_end)],
                 logit_bias=dict.fromkeys(banned, -100.0),
                 logprobs=0,
@@ -130,8 +130,8 @@ class Chat:
 
 async def ours(rollouts: RolloutPool, questions: Sequence[Question], seed: int) -> dict[str, float]:
     """As the training loop plays them: all at once, facts awaited, trajectories by reference."""
-    played = await asyncio.gather(*(rollouts.play(one, seed) for one in questions))
-    facts = [facts for one in played if isinstance(one, Rollout) for facts in one.played.facts]
+    played = await asyncio.gather(*(rollouts.rollout(one, seed) for one in questions))
+    facts = [facts for one in played if isinstance(one, Rollout) for facts in one.result.summaries]
     return {
         "trajectories": len(facts),
         "turns": sum(len(one.reply_tokens) for one in facts),

@@ -1,7 +1,7 @@
 """Seconds and bytes per second of a publish, by each transport, beside a memcpy of the same bytes.
 
     python -m benchmarks.weights                  # a few minutes on two cores; --transport-only: a minute, no engines
-    python -m benchmarks.weights --transport broadcast         # gloo on CPUs; or ipc: shared memory
+    python -m benchmarks.weights --transport ipc               # shared memory
 
 For each size a random Qwen2.5-VL of about so many MB (float32), a learner of one rank that holds it, and a vLLM engine
 that plays it. A publish is
@@ -10,11 +10,10 @@ that plays it. A publish is
     deliver   object store -> a file in shared memory that vLLM's worker maps; generation goes on
     load      vLLM's own life cycle: layer by layer out of the file, packed as its CPU kernels want them; caches cleared
 
-or, with ``--transport broadcast`` or ``ipc``,
+or, with ``--transport ipc``,
 
-    send      learner's parameters -> one array a bucket -> the group -> as many fresh arrays in one receiving process;
-              with ipc -> a file in shared memory that the other process maps. The learner stands still for so long. In
-              a publish, vLLM loads each bucket before it receives the next
+    send      learner's parameters -> a file in shared memory that the receiving process maps. The learner stands still
+              for so long. In a publish, vLLM loads each bucket before it receives the next
 
 Compared with a copy of the same bytes from one warm array into another (``memcpy``), into fresh memory
 (``memcpy_fresh``: in large pages, where the kernel gives them), into a new file in shared memory (``memcpy_shared``:
@@ -30,7 +29,7 @@ import argparse
 import asyncio
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,10 @@ import ray
 from benchmarks.reporting import parser_of, report, spread
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import RolloutConfig
-from ergo_rl.cluster.buckets import Bucket, Layout
 from ergo_rl.cluster.engine import EngineConfig
-from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster, ClusterConfig
-from ergo_rl.cluster.shared_memory import SharedFile, SharedFiles
-from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
+from ergo_rl.cluster.weight_buckets import Bucket, SharedFile, SharedFiles, map_file, memory_domain
+from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig
 from ergo_rl.episodes.episode import EpisodeConfig
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.learners.learner_group import LearnerGroup
@@ -55,7 +52,7 @@ TOKENIZER = "models/panels-policy"
 
 
 class Landing:
-    """Where weights arrive: as a rollout worker, up to the file that vLLM maps, or as vLLM's worker, which it is."""
+    """Where weights arrive: in place of a rollout worker, up to the file that vLLM maps."""
 
     def __init__(self) -> None:
         self._files = SharedFiles()
@@ -63,22 +60,24 @@ class Landing:
     async def land(self, *buckets: Bucket) -> float:
         """Seconds."""
         started = time.perf_counter()
-        files = [self._files.lend(bucket.parts) for bucket in buckets]
+        files = [self._files.acquire(bucket.parts) for bucket in buckets]
         seconds = time.perf_counter() - started
         for file in files:
-            self._files.give_back(file)
+            self._files.release(file)
         return seconds
 
-    async def enter(self, meeting: Meeting) -> None:
-        import torch
+    async def init_weight_transfer(self, *_: Any) -> None:
+        import torch  # noqa: F401  # a real worker has it, so the first transfer does not pay for it
 
-        from ergo_rl.cluster.collective import Group
+    async def start_weight_update(self, transfer: str) -> None:
+        pass
 
-        self._group = Group(meeting, 1, torch.device("cpu"))
+    async def update_weights(self, transfer: str, update: dict[str, Any]) -> None:
+        payload = update["payload"]
+        map_file(payload["paths"][memory_domain()], sum(payload["spec"]["sizes"]))
 
-    async def receive(self, layouts: Sequence[Layout]) -> None:
-        for layout in layouts:
-            self._group.receive(layout.bytes)
+    async def finish_weight_update(self, transfer: str, version: int) -> float:
+        return 0.0
 
 
 def model_of(megabytes: int, folder: Path) -> Path:
@@ -134,21 +133,6 @@ class Times:
         return result
 
 
-async def sending(learners: LearnerGroup, landing: Any, config: WeightsConfig) -> Callable[[], Awaitable[None]]:
-    """What sends all weights once, when learner and landing have met."""
-    ipc = config.transport is Transport.IPC
-    meeting = Meeting(0, *await learners.open(config.timeout_s), 2, config.timeout_s, ipc=ipc)
-    why, _ = await asyncio.gather(learners.enter(meeting), landing.enter.remote(meeting))
-    assert not why, why
-    layouts = await learners.layouts()
-
-    async def once() -> None:
-        why, _ = await asyncio.gather(learners.broadcast(meeting.generation), landing.receive.remote(layouts))
-        assert not why, why
-
-    return once
-
-
 async def measure(cluster: Cluster, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything of one size; what is compared takes turns."""
     learners = await LearnerGroup.launch(cluster, LearnerConfig(model=str(model), threads=1))
@@ -159,25 +143,27 @@ async def measure(cluster: Cluster, model: Path, arguments: argparse.Namespace) 
         rollouts = RolloutPool.launch(cluster, RolloutConfig(engine=engine), EpisodeConfig())
         await rollouts.ready(arguments.deadline)
     times = Times()
-    size = sum(layout.bytes for layout in await learners.layouts())
+    size = sum(spec.bytes for spec in await learners.bucket_specs())
     config = WeightsConfig(arguments.transport)
-    send = None if config.transport is Transport.OBJECT_STORE else await sending(learners, landing, config)
+    direct = config.transport is not Transport.OBJECT_STORE
+    if direct:
+        await learners.connect(config.transport, [landing], 1, config.timeout_s)
     for repeat in range(1 + arguments.repeats):
         times.note(**await asyncio.to_thread(memcpy, size, 3))
         first = "" if repeat else "first_"
-        if send is not None:
-            await times.of(f"{first}send", send())
+        if direct:
+            await times.of(f"{first}send", learners.send_weights(repeat))
         else:
             buckets = await times.of(f"{first}gather", learners.weights())
             await times.of(f"{first}deliver", landing.land.remote(*buckets))
             del buckets
-    if rollouts is not None:  # a learner is in one group at a time: behind the others, not between them
+    if rollouts is not None:  # a learner has one connection at a time: after the others, not between them
         channel = WeightChannel(learners, rollouts, config)
         for version in range(1, arguments.repeats + 1):
             done = await times.of("publish", channel.publish(version))
             assert done.transport is config.transport, "it did not need the object store's help"
     await learners.close()
-    cluster.give_back("learner")
+    cluster.release("learner")
     if rollouts is not None:
         await rollouts.close()
     ray.kill(landing)
@@ -228,7 +214,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[5, 100, 200, 400], help="default 5 100 200 400")
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
     parser.add_argument("--transport-only", action="store_true", help="no engines: up to the file that vLLM maps")
-    transports = [one.value for one in Transport if one is not Transport.AUTO]
+    transports = [Transport.OBJECT_STORE.value, Transport.IPC.value]  # broadcast needs GPUs
     parser.add_argument("--transport", choices=transports, default=Transport.OBJECT_STORE.value)
     parser.add_argument("--deadline", type=float, default=600.0, help="for the start of an engine, s; default 600")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Every shim around a third-party bug: one section each, with its upstream issue and when to remove it.
+"""Workarounds for third-party bugs: a section for each, with its upstream reference and when to remove it.
 
-Nothing runs at import; a process calls what it needs before it imports the package that is repaired.
+Nothing runs at import; a process calls what it needs before it imports the package in question.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 # --- seeded sampling on vLLM's CPU backend ----------------------------------------------------------------------------
-# Where a prompt is prefilled in parts, vLLM samples a token after each part, throws it away, and winds the request's
-# random generator back by an offset that only CUDA generators have: on CPU the engine core dies of "CPU Generator does
-# not use offset" (the same in a fork: RBLN-SW/vllm-rbln #1025). It takes a seeded request and a busy engine.
-# Remove when vLLM's CPUModelRunner keeps the state of generators whose token is discarded.
+# When a prompt is prefilled in parts, vLLM samples a token after each part, discards it, and rewinds the request's
+# random generator by an offset that only CUDA generators have: on CPU the engine core dies of "CPU Generator does not
+# use offset" (the same in a fork: RBLN-SW/vllm-rbln #1025). It needs a seeded request and a busy engine. Remove when
+# vLLM's CPUModelRunner keeps the state of generators whose token is discarded.
 
 
-def keep_discarded_draws() -> None:
-    """Make vLLM's CPU workers restore a generator's state after a discarded token; does nothing on other platforms."""
+def patch_cpu_seeded_sampling() -> None:
+    """Make vLLM's CPU workers restore a generator's state after a discarded token. Does nothing on other platforms."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -38,13 +38,13 @@ def keep_discarded_draws() -> None:
 
     def discarded(runner: Any) -> dict[int, torch.Generator]:
         flags = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
-        return {index: one for index, one in runner.input_batch.generators.items() if flags[index]}
+        return {index: generator for index, generator in runner.input_batch.generators.items() if flags[index]}
 
     def sample_and_restore(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        states = [(one, one.get_state()) for one in discarded(runner).values()]
+        states = [(generator, generator.get_state()) for generator in discarded(runner).values()]
         output = sample(runner, *args, **kwargs)
-        for one, state in states:
-            one.set_state(state)
+        for generator, state in states:
+            generator.set_state(state)
         return output
 
     def bookkeeping_without_them(runner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,17 +59,18 @@ def keep_discarded_draws() -> None:
     CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = sample_and_restore, bookkeeping_without_them
 
 
-# --- pictures of prompts that the prefix cache knows ----------------------------------------------------------------
-# vLLM 0.32 sends a worker no pixels of an image that the prefix cache covers when its request is scheduled first
-# (``strip_covered_mm_data``). If the request is then preempted, as by new weights in mid-reply, and the caches are
-# gone, the worker has nothing to encode and the core dies ("Expected number of multimodal embeddings to match number of
-# input items: 1, but got len(mm_embeddings)=0"). So pixels are always sent, as in 0.26: for free where the worker lives
-# in the core's process. A core with worker processes of its own (tensor parallel) is reached by the plugin's entry
-# point only: install the project there. Remove when vLLM sends them again to a request that is resumed.
+# --- images of prompts that are in the prefix cache ------------------------------------------------------------------
+# vLLM 0.32 sends a worker no pixels of an image that the prefix cache covers when its request is first scheduled
+# (``strip_covered_mm_data``). If the request is then preempted, for instance by new weights in mid-reply, and the
+# caches are cleared, the worker has nothing to encode and the core dies ("Expected number of multimodal embeddings to
+# match number of input items: 1, but got len(mm_embeddings)=0"). So pixels are always sent, as in 0.26, which costs
+# nothing where the worker lives in the core's process. A core with worker processes of its own (tensor parallel) is
+# reached by the plugin's entry point only: install the project there. Remove when vLLM sends the pixels again to a
+# request that is resumed.
 
 
-def keep_pictures() -> None:
-    """In an engine core: every request reaches its worker with the pixels of all its images."""
+def patch_always_send_images() -> None:
+    """In an engine core, send every request to its worker with the pixels of all its images."""
     from vllm.v1.core.sched import output
 
     if hasattr(output, "strip_covered_mm_data"):
@@ -78,13 +79,13 @@ def keep_pictures() -> None:
 
 # --- a Ray that other machines cannot reach --------------------------------------------------------------------------
 # On Linux ``ray.init()`` turns 127.0.0.1 into the machine's address and then listens on every interface, without a
-# password; "bind to the node's address" (ray #55484, #59852) does not change that for a local start in 2.60. With the
-# switch that it has for Windows and macOS, where firewalls ask, a node's address is 127.0.0.1 and all its servers keep
-# to it. Remove when ``ray.init(_node_ip_address="127.0.0.1")`` is taken at its word on Linux.
+# password; "bind to the node's address" (ray #55484, #59852) does not change that for a local start in 2.60. With its
+# switch for Windows and macOS, where firewalls ask, a node's address is 127.0.0.1 and all its servers listen there.
+# Remove when ``ray.init(_node_ip_address="127.0.0.1")`` does so on Linux.
 
 
-def keep_ray_local() -> None:
-    """For this process and its children: a Ray that is started has the address 127.0.0.1, and one there is joined."""
+def bind_ray_localhost() -> None:
+    """In this process and its children, start or join Ray at 127.0.0.1."""
     from ray._private import ray_constants
 
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
@@ -93,11 +94,11 @@ def keep_ray_local() -> None:
 
 # --- a Ray Serve that other machines cannot reach ---------------------------------------------------------------------
 # A replica of Ray Serve 2.60 opens a port for other deployments on every interface, whatever the node's address is, and
-# unpickles what comes there: whoever reaches it runs code. Remove when replicas listen on their node's address.
+# unpickles what arrives: whoever reaches it can run code. Remove when replicas listen on their node's address.
 
 
-def keep_serve_local() -> None:
-    """In a Serve replica's constructor: on a node with the address 127.0.0.1 that port is opened there."""
+def bind_serve_localhost() -> None:
+    """In a Serve replica's constructor, open that port at 127.0.0.1 if this is the node's address."""
     import ray
     from ray.serve._private import replica
 
@@ -108,13 +109,13 @@ def keep_serve_local() -> None:
 
 
 # --- joining a Ray that another process of this machine has started ---------------------------------------------------
-# Since 2.60 a Ray that ``ray.init()`` starts wants a token, kept in ~/.ray; who joins it by its address is not told so,
-# and gets "InvalidAuthToken" for half a minute (only ``address="auto"`` looks for the token). The mode is read once,
-# when Ray is imported. Remove when an address of this machine makes Ray look for its token, too.
+# Since 2.60 a Ray that ``ray.init()`` starts requires a token, kept in ~/.ray; joining it by its address ends in
+# "InvalidAuthToken" after half a minute (only ``address="auto"`` looks for the token). The mode is read once, when Ray
+# is imported. Remove when Ray looks for its token for an address of this machine, too.
 
 
 def join_with_token() -> None:
-    """For this process: Rays that are joined from now on are told this user's token, unless RAY_AUTH_MODE is set."""
+    """In this process, join Ray with this user's token from now on, unless RAY_AUTH_MODE is set."""
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -122,14 +123,14 @@ def join_with_token() -> None:
 
 
 # --- is there an autoscaler? -----------------------------------------------------------------------------------------
-# ``request_resources`` leaves its wish in a cluster without an autoscaler as well, where nobody reads it, and Ray 2.60
-# has no public question for it: ray.train and ray.data look for the machines that an autoscaler may bring, as this
-# does, and its sdk for the switch of the newer one. The older one (v1) may be there unseen: it learns of actors without
-# a place by itself, and brings machines at its own pace. Remove when ``ray.autoscaler.sdk`` can tell.
+# ``request_resources`` also accepts requests in a cluster without an autoscaler, where nobody reads them, and Ray 2.60
+# has no public way to ask: ray.train and ray.data look for the machines that an autoscaler may add, as this does, and
+# its sdk for the switch of the newer one. The older one (v1) can be there unseen; it notices actors without a place by
+# itself, and adds machines at its own pace. Remove when ``ray.autoscaler.sdk`` can tell.
 
 
 def has_autoscaler() -> bool:
-    """Whether the cluster that this process is connected to can grow."""
+    """Tell whether the cluster that this process is connected to can grow."""
     from ray._private.state import state
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
@@ -137,23 +138,23 @@ def has_autoscaler() -> bool:
 
 
 # --- an engine whose actor is killed ---------------------------------------------------------------------------------
-# vLLM's engine core does not look after its parent (0.32; only worker processes do): when an actor is killed, Ray
-# leaves its children alone, and the core would keep its memory for ever. The kernel ends it instead, also one that is
-# stopped (SIGSTOP), which could not look. The signal comes when the *thread* that started the process ends: engines are
-# started by threads that live as long as their process (``asyncio.to_thread`` keeps its own). Remove when vLLM's core
-# ends with its front end.
+# vLLM's engine core does not watch its parent (0.32; only worker processes do): when an actor is killed, Ray leaves its
+# children alone, and the core would keep its memory forever. So the kernel ends it, even if it is stopped (SIGSTOP) and
+# could not watch. The signal is sent when the *thread* that started the process ends; engines are started by threads
+# that live as long as their process (``asyncio.to_thread`` keeps its own). Remove when vLLM's core ends with its front
+# end.
 
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
-    """In a process that vLLM spawned: end when its parent does. Elsewhere, and where there is no Linux, nothing."""
+def die_with_parent() -> None:
+    """In a process that vLLM spawned, on Linux, end when the parent does. Does nothing elsewhere."""
     parent = multiprocessing.parent_process()
     if parent is None or not sys.platform.startswith("linux"):
         return
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent.pid:  # it has ended before it was asked
+    if os.getppid() != parent.pid:  # it ended before the call above
         os._exit(1)
 
 
@@ -163,7 +164,7 @@ def end_with_parent() -> None:
 def vllm_plugin() -> None:
     """Prepare a vLLM process (front end, engine core, worker); the ``vllm.general_plugins`` entry point calls it."""
     repair_torchvision()
-    end_with_parent()
-    from ergo_rl.cluster import weight_receiver  # imports vLLM: only where vLLM already runs, and prepares the rest
+    die_with_parent()
+    from ergo_rl.cluster import vllm_worker  # imports vLLM, so only here; its import applies the other repairs
 
-    weight_receiver.register()
+    vllm_worker.register()

@@ -1,7 +1,7 @@
 """vLLM's ``AsyncLLM`` behind one method: token ids and images in, sampled ids and their log-probs out.
 
-Below both the rollout workers and the reward actors, because both host the same engine. Knows nothing of
-episodes. Runs on vLLM 0.26 (GPU) and 0.32 (CPU).
+Rollout workers and reward actors host the same engine; it knows nothing of episodes. Runs on vLLM 0.26 (GPU) and 0.32
+(CPU).
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ergo_rl.cluster.buckets import Bucket, Layout
-from ergo_rl.cluster.meeting import Meeting
-from ergo_rl.cluster.pool import WorkerDied
-from ergo_rl.cluster.shared_memory import SharedFile, SharedFiles
+from ergo_rl.cluster.weight_buckets import Bucket, SharedFile, SharedFiles, memory_domain
+from ergo_rl.cluster.worker_pool import WorkerDied
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_LAST_WORDS_S = 5.0
+CRASH_GRACE_S = 5.0
+"""How long to wait after an error for vLLM to say that its core has died."""
+
 _ATTEMPTS = 4
-"""vLLM ends a request with "error", or with an EngineGenerateError ("recoverable"), where another attempt may do: so
-when its two caches of processed images have drifted apart, because a request was cancelled on its way between them, or
-while that is mended; the next attempt sends the image again."""
+"""Tries per request when vLLM ends it with "error" or raises EngineGenerateError ("recoverable"): its two caches of
+processed images can disagree after a cancelled request; the retry sends the image again."""
 
 
 @dataclass
@@ -73,43 +72,48 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """One request's sampling. ``banned_ids`` get probability 0 and the log-probs are those of the
-    distribution that was sampled from (after the ban and the temperature)."""
+    """How to sample one reply. Log-probs are those of the distribution that is sampled from, after ban and
+    temperature."""
 
     max_tokens: int
     temperature: float = 1.0
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
     banned_ids: tuple[int, ...] = ()
+    """Tokens that get probability 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """token_ids: as sampled, the stop token included; logprobs: of those tokens, in nats; prompt_length: in
-    tokens, as the engine saw the prompt (placeholders expanded); weight_version: of the weights that
-    sampled the first token; updates: (t, version) where tokens from t on were sampled by later weights; stopped: False
-    where the length limit cut the reply; cached_tokens: how much of the prompt came from the prefix cache."""
+    """One sampled reply."""
 
     token_ids: tuple[int, ...]
+    """As sampled, the stop token included."""
     logprobs: tuple[float, ...]
+    """Of those tokens, in nats."""
     text: str
     stopped: bool
+    """False if the length limit cut the reply."""
     prompt_length: int
+    """Tokens as the engine saw the prompt (placeholders expanded)."""
     weight_version: int
+    """Of the weights that sampled the first token."""
     cached_tokens: int
+    """How many tokens of the prompt came from the prefix cache."""
     updates: tuple[tuple[int, int], ...] = ()
+    """(t, version) where tokens from t on were sampled by later weights."""
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Made once for all requests that show it. name: of its content, by which vLLM's caches know it, so that they need
-    not read all of it for each request."""
+class EngineImage:
+    """An image for one or many requests."""
 
     image: Image
     name: str
+    """Hash of the content, by which vLLM's caches know it without reading all of it for every request."""
 
     @classmethod
-    def of(cls, pixels: NDArray[np.uint8]) -> Picture:
+    def of(cls, pixels: NDArray[np.uint8]) -> EngineImage:
         """pixels: uint8[h, w, 3]."""
         from PIL.Image import fromarray
 
@@ -119,11 +123,15 @@ class Picture:
 
 
 class EngineRefused(ValueError):
-    """The engine will not take this request (too long, malformed). The message says why."""
+    """vLLM rejects this request (too long, malformed). The message says why."""
 
 
 class EngineDied(WorkerDied):
-    """vLLM's core or a worker process of it is gone; this engine will answer nothing any more."""
+    """vLLM's core or one of its worker processes is gone; this engine will not answer again."""
+
+
+class WrongTransfer(RuntimeError):
+    """A call of a weight transfer that is over."""
 
 
 class Engine:
@@ -137,13 +145,17 @@ class Engine:
         self.weight_version = 0
         self._loading = asyncio.Lock()
         self._asleep = False
+        self._transfer = ""
+        """Id of the direct transfer that is under way."""
+        self._updating = False
+        """An update was started and has not finished."""
         self._files = SharedFiles()
         self._ids = itertools.count()
 
     @classmethod
     async def start(cls, config: EngineConfig) -> Engine:
-        """Start vLLM (20 to 40 s on a CPU). Environment variables are set here because vLLM's child
-        processes read them; an engine owns its process (a Ray actor), so nobody else is affected."""
+        """Start vLLM (20 to 40 s on a CPU). Sets environment variables, because vLLM's child processes read them; an
+        engine owns its process (a Ray actor), so nothing else is affected."""
         _prepare_environment(config)
         from ergo_rl.cluster.compat import repair_torchvision
 
@@ -153,7 +165,7 @@ class Engine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from ergo_rl.cluster.weight_receiver import BACKEND, WORKER_EXTENSION
+        from ergo_rl.cluster.vllm_worker import BACKEND, WORKER_EXTENSION
 
         args = AsyncEngineArgs(
             **{
@@ -182,8 +194,8 @@ class Engine:
             await llm.update_weight_version("0")  # of the model's folder, until something is published
         return cls(llm, config)
 
-    async def generate(self, token_ids: Sequence[int], pictures: Sequence[Picture], sampling: Sampling) -> Completion:
-        """Sample one reply. ``token_ids``: ONE placeholder per picture (vLLM expands it; already expanded ids
+    async def generate(self, token_ids: Sequence[int], images: Sequence[EngineImage], sampling: Sampling) -> Completion:
+        """Sample one reply. ``token_ids``: ONE placeholder per image (vLLM expands it; ids that are already expanded
         would be expanded again, without any error).
 
         Raises EngineRefused when vLLM rejects the request, EngineDied when the engine is gone."""
@@ -192,7 +204,7 @@ class Engine:
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         params = SamplingParams(
-            skip_clone=True,  # nobody else has it
+            skip_clone=True,  # it is used for this request only
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             seed=sampling.seed,
@@ -200,16 +212,16 @@ class Engine:
             # vLLM clamps a bias to -100: e^-100 of the probability, nothing in float32.
             logit_bias=dict.fromkeys(sampling.banned_ids, -100.0) or None,
             logprobs=0,
-            # Per token this process makes no text, dictionary or object: with short replies it would keep the core
-            # waiting. The text is made at the end.
+            # Make no text, dictionary or object per token: with short replies the core would wait for this process. The
+            # text is made at the end.
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt: Any = {"prompt_token_ids": list(token_ids)}
-        if pictures:
-            prompt["multi_modal_data"] = {"image": [picture.image for picture in pictures]}
-            prompt["multi_modal_uuids"] = {"image": [picture.name for picture in pictures]}
+        if images:
+            prompt["multi_modal_data"] = {"image": [image.image for image in images]}
+            prompt["multi_modal_uuids"] = {"image": [image.name for image in images]}
         version, final = self.weight_version, None
         for left in reversed(range(_ATTEMPTS)):
             try:
@@ -244,39 +256,65 @@ class Engine:
         )
 
     def _text(self, token_ids: Sequence[int]) -> str:
-        """As vLLM makes it: without special tokens, and without a character at the end that is not complete."""
+        """Decode as vLLM does: without special tokens, and without an incomplete character at the end."""
         tokenizer = self._llm.get_tokenizer()
         text: str = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.rstrip("\ufffd")
 
     async def load_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Replace the weights by ``buckets`` (names as in a checkpoint). The first one is laid out before generation
-        stops, each other one while the one before it is loaded. Raises EngineDied."""
-        async with self._loading, self._written(buckets) as arrivals:
-            await self._replace_weights(version, arrivals)
+        """Replace the weights by ``buckets`` (names as in a checkpoint). The first one is written to shared memory
+        before generation stops, every other one while the one before it is loaded. Raises EngineDied."""
+        async with self._loading, self._written(buckets) as updates, self._watched():
+            await self._start_update()
+            async for update in updates:
+                await self._update(update)
+            await self._finish_update(version)
 
-    async def enter_group(self, meeting: Meeting, first_rank: int) -> None:
-        """Have every worker process meet the learner and others, as ranks from ``first_rank``. Raises EngineDied."""
+    # A direct transfer (``cluster.weight_sender``). Between its calls generation stays paused; what was started last
+    # is what counts, so a call that arrives late, from a transfer that was given up, is refused. All raise EngineDied.
+
+    async def init_weight_transfer(self, transport: str, info: dict[str, Any], timeout_s: float) -> None:
+        """Connect every worker process to the learner. info: of vLLM's own engine for this transport."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        if transport == "shared_memory":
+            return
+        init = {"transport": transport, "payload": info, "timeout_s": timeout_s}
         async with self._loading, self._watched():
-            await self._llm.init_weight_transfer_engine(
-                WeightTransferInitRequest(init_info={"meeting": asdict(meeting), "first_rank": first_rank})
-            )
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init))
 
-    async def receive_weights(self, version: int, generation: int, layouts: Sequence[Layout]) -> None:
-        """Replace the weights by what the group ``generation`` is sent next, in these buckets. Raises EngineDied, and
-        whatever made the broadcast fail."""
+    async def start_weight_update(self, transfer: str) -> None:
+        """Pause generation and prepare for new weights. transfer: an id that the calls below repeat."""
+        async with self._loading, self._watched():
+            await self._start_update()
+            self._transfer = transfer
 
-        async def arrivals() -> AsyncIterator[dict[str, Any]]:
-            for layout in layouts:
-                yield {"generation": generation, "layout": asdict(layout)}
-
+    async def update_weights(self, transfer: str, update: dict[str, Any]) -> None:
+        """Load a part of the weights. Raises WrongTransfer, and LookupError if no learner rank shares the memory of
+        this engine."""
+        payload = update["payload"]
         async with self._loading:
-            await self._replace_weights(version, arrivals())
+            self._check(transfer)
+            part = {"payload": payload}
+            if update["transport"] == "shared_memory":
+                if (domain := memory_domain()) not in payload["paths"]:
+                    raise LookupError(
+                        f"no learner rank shares the memory of {domain}, where an engine is; ranks are on "
+                        f"{', '.join(payload['paths'])}"
+                    )
+                part = {"path": payload["paths"][domain], "spec": payload["spec"]}
+            async with self._watched():
+                await self._update(part)
+
+    async def finish_weight_update(self, transfer: str, version: int) -> None:
+        """Resume generation with the new weights. Raises WrongTransfer."""
+        async with self._loading:
+            self._check(transfer)
+            async with self._watched():
+                await self._finish_update(version)
 
     async def sleep(self) -> None:
-        """Give the device's memory back until weights are loaded. What is asked meanwhile waits; what runs goes on
+        """Give the device's memory back until weights are loaded. Requests wait meanwhile, running ones continue
         afterwards. Raises EngineDied."""
         async with self._loading, self._watched():
             await self._llm.sleep(level=1, mode="keep")
@@ -284,77 +322,89 @@ class Engine:
 
     @asynccontextmanager
     async def _written(self, buckets: Sequence[Bucket]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        """The buckets as files in shared memory, the first one written when the block begins, each other one while the
-        one before it is loaded."""
+        """Write the buckets to shared memory: the first one before the block begins, every other one while the one
+        before it is loaded."""
         tasks: list[asyncio.Task[SharedFile]] = []
 
         def begin() -> None:
             if len(tasks) < len(buckets):
-                tasks.append(asyncio.create_task(asyncio.to_thread(self._files.lend, buckets[len(tasks)].parts)))
+                tasks.append(asyncio.create_task(asyncio.to_thread(self._files.acquire, buckets[len(tasks)].parts)))
 
-        async def arrivals() -> AsyncIterator[dict[str, Any]]:
-            for place, bucket in enumerate(buckets):
-                file = await tasks[place]
+        async def updates() -> AsyncIterator[dict[str, Any]]:
+            for index, bucket in enumerate(buckets):
+                file = await tasks[index]
                 begin()
-                yield {"path": str(file.path), "layout": asdict(bucket.layout)}
-                self._files.give_back(file)
+                yield {"path": str(file.path), "spec": asdict(bucket.spec)}
+                self._files.release(file)
 
         begin()
         await asyncio.gather(*tasks)
         try:
-            yield arrivals()
+            yield updates()
         finally:
             for written in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(written, SharedFile):
-                    self._files.give_back(written)
+                    self._files.release(written)
 
-    async def _replace_weights(self, version: int, arrivals: AsyncIterator[dict[str, Any]]) -> None:
-        """Through vLLM's weight transfer life cycle; then clear every cache that depends on weights.
+    # vLLM's life cycle of a weight update. Running requests are kept: what they have sampled stays, its keys and values
+    # are computed anew, and they continue with the new weights; vLLM says from which token on (``Completion.updates``).
+    # A vLLM that cannot say it (0.26) finishes running requests first, so that no reply mixes weights unstamped. After
+    # a failure the engine stays paused until it gets weights again: it holds parts of two versions.
 
-        Running requests are kept: what they have sampled stays, its keys and values are computed anew, and they go on
-        with the new weights; vLLM says from which token on (``Completion.updates``). A vLLM that cannot say it (0.26)
-        ends what runs first instead, so that no reply mixes weights without being stamped so. Where it fails the engine
-        stays paused until it is given weights again: what it holds is half of two versions."""
+    async def _start_update(self) -> None:
+        self._transfer = ""
+        if self._asleep:  # paused until the KV cache is back, too, which is not in the way while weights load
+            await self._llm.wake_up(tags=["weights"])
+        else:
+            await self._llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
+        if self._updating:
+            # The last update broke off. vLLM refuses another one until it is finished, unless that failed by itself.
+            with suppress(Exception):
+                await self._llm.finish_weight_update()
+        self._updating = True
+        await self._llm.start_weight_update()
+
+    async def _update(self, update: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        llm = self._llm
-        async with self._watched():
-            if self._asleep:  # paused until the KV cache is back, too, which is not in the way while weights load
-                await llm.wake_up(tags=["weights"])
-            else:
-                await llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
-            await llm.start_weight_update()
-            async for arrival in arrivals:
-                await llm.update_weights(WeightTransferUpdateRequest(update_info=arrival))
-            # vLLM 0.26 takes no version here.
-            await llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
-            await self.clear_caches()
-            if self._asleep:
-                await llm.wake_up(tags=["kv_cache"])
-                self._asleep = False
-            else:
-                await llm.resume_generation()
-        self.weight_version = version
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+
+    async def _finish_update(self, version: int) -> None:
+        self._transfer = ""
+        # vLLM 0.26 takes no version here.
+        await self._llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
+        await self.clear_caches()
+        if self._asleep:
+            await self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        else:
+            await self._llm.resume_generation()
+        self.weight_version, self._updating = version, False
+
+    def _check(self, transfer: str) -> None:
+        if transfer != self._transfer:
+            raise WrongTransfer("a part of a weight transfer that was given up")
 
     async def clear_caches(self) -> None:
-        """Of what the weights have computed, while generation is paused. The prefix cache does nothing while blocks are
-        in use unless running requests are reset (vLLM #12284, #28827); the vision-encoder cache is keyed by the image
-        alone (vLLM #44910). The cache of processed images stays: it holds pixels, and clearing its two ends while
-        requests are on their way between them would make the core ask for an image that nobody sends (vLLM #42995)."""
+        """Clear every cache of what the weights have computed, while generation is paused. The prefix cache is not
+        cleared while blocks are in use unless running requests are reset (vLLM #12284, #28827); the vision-encoder
+        cache is keyed by the image alone (vLLM #44910). The cache of processed images stays: it holds pixels, and
+        clearing its two ends while requests are on their way between them would make the core ask for an image that
+        nobody sends (vLLM #42995)."""
         if not await self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not clear its prefix cache: replies would mix old and new weights")
         await self._llm.reset_encoder_cache()
 
     @asynccontextmanager
     async def _watched(self) -> AsyncIterator[None]:
-        """Raises EngineDied for whatever a core says that is about to end: it may take back what it was asked to do
-        ("Call to pause_scheduler method failed: cancelled") before its death is known."""
+        """Raise EngineDied for any error of a core that is dying: calls may fail ("Call to pause_scheduler method
+        failed: cancelled") before its death is known."""
         with _engine_died():
             try:
                 yield
             except Exception as error:
-                ends = time.monotonic() + _LAST_WORDS_S
-                while not self._llm.errored and time.monotonic() < ends:
+                deadline = time.monotonic() + CRASH_GRACE_S
+                while not self._llm.errored and time.monotonic() < deadline:
                     await asyncio.sleep(0.1)
                 if self._llm.errored:
                     raise EngineDied(str(error)) from error
@@ -371,7 +421,7 @@ class Engine:
 
     def close(self) -> None:
         self._llm.shutdown()
-        # Its __del__ shuts it down again, and complains where the interpreter has no modules any more.
+        # Its __del__ shuts it down again, and complains when the interpreter has already dropped its modules.
         self._llm.shutdown = lambda: None
         self._files.close()
 
@@ -387,22 +437,22 @@ def _engine_died() -> Iterator[None]:
 
 
 def _sampled(token_ids: Sequence[int], logprobs: Any) -> tuple[float, ...]:
-    """Nats of each token, out of vLLM's flat log-probs, which may have others at a position, too."""
+    """Pick the log-prob of each token, in nats, out of vLLM's flat log-probs, which may hold others as well."""
     if len(logprobs) != len(token_ids) or [logprobs.token_ids[at] for at in logprobs.start_indices] != token_ids:
         raise RuntimeError("vLLM's log-probs are not those of the tokens that it sampled")
     return tuple(logprobs.logprobs[at] for at in logprobs.start_indices)
 
 
 def _stamps_tokens() -> bool:
-    """Whether this vLLM says which weights sampled which token (0.32 does, 0.26 does not)."""
+    """Tell whether this vLLM says which weights sampled which token (0.32 does, 0.26 does not)."""
     from vllm.outputs import CompletionOutput
 
     return "weight_versions" in {field.name for field in fields(CompletionOutput)}
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a request it rejects: ValueError (0.26), its own client errors (0.32). A dead engine is
-    neither."""
+    """Return what vLLM raises for a request it rejects: ValueError (0.26), its own client errors (0.32). A dead engine
+    is neither."""
     from vllm import exceptions
 
     client_error = getattr(exceptions, "VLLMClientError", None)

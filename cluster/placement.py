@@ -1,4 +1,4 @@
-"""Connect to Ray and decide where each role runs. Knows resources, not what is done with them."""
+"""Connect to Ray and place the actors of each role. Knows resources, not what is done with them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ergo_rl.cluster.compat import has_autoscaler, keep_ray_local
+from ergo_rl.cluster.compat import bind_ray_localhost, has_autoscaler
 from ergo_rl.cluster.resources import Resources
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 10.0
+_POLL_S, _LOG_EVERY_S = 1.0, 10.0
 
 
 @dataclass
@@ -45,20 +45,20 @@ class ClusterConfig:
 
 @dataclass
 class Cluster:
-    """A connection to Ray, and the gangs (all or nothing) that were reserved on it."""
+    """A connection to Ray, and the gangs (all or nothing) reserved on it."""
 
     config: ClusterConfig
     _gangs: dict[str, PlacementGroup] = field(default_factory=dict)
     _resources: dict[str, Resources] = field(default_factory=dict)
     _reserved: list[PlacementGroup] = field(default_factory=list)
-    _expected: dict[str, int] = field(default_factory=dict)
+    _hinted: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
     def connect(cls, config: ClusterConfig) -> Iterator[Cluster]:
-        """Join or start Ray; on leaving, give back what was reserved and stop a Ray that was started here.
+        """Join or start Ray; on exit, release what was reserved and stop a Ray that was started here.
 
-        Raises ConnectionError where the address does not answer or Ray does not start."""
+        Raises ConnectionError if the address does not answer or Ray does not start."""
         joined_already = ray.is_initialized()
         if not joined_already:
             local = config.address is None and "RAY_ADDRESS" not in os.environ
@@ -69,7 +69,7 @@ class Cluster:
                 "_metrics_export_port": config.metrics_port or None,
             }
             if local and config.local_only:
-                keep_ray_local()
+                bind_ray_localhost()
             try:
                 ray.init(
                     # Not None: it would join whatever cluster a file in Ray's temp folder names, also one that is gone.
@@ -87,31 +87,31 @@ class Cluster:
         finally:
             for gang in cluster._reserved:
                 remove_placement_group(gang)
-            if cluster._expected and has_autoscaler():
+            if cluster._hinted and has_autoscaler():
                 request_resources(bundles=[])
             if not joined_already:
                 ray.shutdown()
 
-    def request(self, role: str, resources: Resources) -> None:
-        """Actors of ``role`` each ask for these resources, one by one (workers that may come and go)."""
+    def declare(self, role: str, resources: Resources) -> None:
+        """Set what each actor of ``role`` asks for; they are placed one by one, because workers may come and go."""
         self._resources[role] = resources
 
-    async def reserve(self, role: str, count: int, resources: Resources) -> list[dict[str, Any]]:
-        """Reserve ``count`` places for ``role`` together: all of them or none. The event loop goes on meanwhile, and
-        may reserve others for the same role. Returns what ``ActorClass.options(**...)`` takes, for each place.
+    async def reserve_gang(self, role: str, count: int, resources: Resources) -> list[dict[str, Any]]:
+        """Reserve ``count`` places for ``role`` together: all of them or none. Does not block the event loop, which may
+        reserve others for the same role meanwhile. Returns keyword arguments of ``ActorClass.options`` per place.
 
-        Raises TimeoutError with the numbers when the cluster cannot hold them within ``wait_s``."""
+        Raises TimeoutError with the numbers if the cluster does not offer them within ``wait_s``."""
         bundle = _bundle(resources)
         gang = placement_group([bundle] * count, strategy="PACK")
         self._reserved.append(gang)
         started = said = time.monotonic()
-        while not await asyncio.to_thread(gang.wait, min(_LOOK_EVERY_S, self.config.wait_s)):
+        while not await asyncio.to_thread(gang.wait, min(_POLL_S, self.config.wait_s)):
             message = f"{count} x {bundle} for role {role!r}; free now: {self.free()}"
             if (now := time.monotonic()) > started + self.config.wait_s:
                 raise TimeoutError(
                     f"the cluster did not offer {message} within {self.config.wait_s:.0f} s (cluster.wait_s)"
                 )
-            if now > said + _SAY_EVERY_S:
+            if now > said + _LOG_EVERY_S:
                 said = now
                 logger.warning("waiting for %s", message)
         self._gangs[role] = gang
@@ -120,27 +120,29 @@ class Cluster:
         ]
         return [_asking(resources) | {"scheduling_strategy": strategy} for strategy in strategies]
 
-    def expect(self, role: str, count: int) -> None:
-        """Ray's autoscaler, where there is one, brings machines for ``count`` actors of ``role``, and keeps them,
-        without its usual patience. Without one an actor simply waits for its place."""
-        self._expected[role] = count
+    def hint_autoscaler(self, role: str, count: int) -> None:
+        """Ask Ray's autoscaler, if there is one, for room for ``count`` actors of ``role`` at once instead of waiting
+        for demand, and to keep it. Without an autoscaler an actor simply waits for its place."""
+        self._hinted[role] = count
         if has_autoscaler():
-            places = [_bundle(self._resources[one]) for one, number in self._expected.items() for _ in range(number)]
-            request_resources(bundles=places + [dict(one) for gang in self._reserved for one in gang.bundle_specs])
+            bundles = [_bundle(self._resources[role]) for role, number in self._hinted.items() for _ in range(number)]
+            bundles += [dict(bundle) for gang in self._reserved for bundle in gang.bundle_specs]
+            request_resources(bundles=bundles)
 
-    def give_back(self, role: str) -> None:
-        """What ``role`` reserved last, so that it can be reserved anew; whoever still runs there is killed."""
+    def release(self, role: str) -> None:
+        """Release what ``role`` reserved last, so that it can be reserved anew; actors that still run there are
+        killed."""
         if (gang := self._gangs.pop(role, None)) is not None:
             self._reserved.remove(gang)
             remove_placement_group(gang)
 
     def actor_options(self, role: str) -> dict[str, Any]:
-        """What ``ActorClass.options(**...)`` takes for an actor of a role that was asked for with ``request``."""
+        """Return keyword arguments of ``ActorClass.options`` for an actor of a declared role."""
         return _asking(self._resources[role])
 
     @staticmethod
     def free() -> dict[str, float]:
-        """What Ray has free now: CPU, GPU."""
+        """Return Ray's free CPUs and GPUs."""
         available = ray.available_resources()
         return {name: round(available.get(name, 0.0), 2) for name in ("CPU", "GPU")}
 

@@ -19,8 +19,8 @@ class Resources:
 class Size:
     """How many workers a pool may have; one number where least and most are equal."""
 
-    least: int
-    most: int
+    min: int
+    max: int
 
     @classmethod
     def read(cls, value: Any, key: str) -> Size:

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes.images import UnreadableImage
 from ergo_rl.episodes.prompts import parse_answer
 from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Question
@@ -124,7 +124,7 @@ async def run_mode(
             box = await asyncio.to_thread(choose_box, question, BoxSource.ORACLE, config.evaluation)
         except UnreadableImage as error:
             raise EpisodeError(f"UnreadableImage: {error}") from error
-    return await client.run_episode(question, Manner(budget, mode is Mode.DIRECT), box)
+    return await client.run_episode(question, EvalMode(budget, mode is Mode.DIRECT), box)
 
 
 def score_episode(

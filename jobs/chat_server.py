@@ -17,11 +17,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ergo_rl.actors.rollout_worker import Manner
-from ergo_rl.cluster.compat import keep_serve_local
+from ergo_rl.actors.rollout_worker import EvalMode
+from ergo_rl.cluster.compat import bind_serve_localhost
 from ergo_rl.cluster.engine import EngineDied
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import PoolExhausted
+from ergo_rl.cluster.worker_pool import PoolExhausted
 from ergo_rl.episodes import images
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.chat_protocol import (
@@ -85,7 +85,7 @@ class ChatService:
             raise invalid_image(f"the image cannot be used: {error}") from error
         question = Question(name, encoded, asked.text, "", asked.options)
         try:
-            result = await self._client.run_episode(question, Manner.usual(self._config.episode))
+            result = await self._client.run_episode(question, EvalMode.usual(self._config.episode))
         except EpisodeError as error:
             if error.transient:
                 raise _unavailable(str(error)) from error
@@ -172,7 +172,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, config: TrainConfig, settings: ServeConfig, endpoint: EndpointConfig | None, family: str
     ) -> None:
-        keep_serve_local()
+        bind_serve_localhost()
         self._service = ChatService(await start_client(config, endpoint, family), config, settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from ergo_rl.actors.rollout_worker import RolloutConfig
 from ergo_rl.cluster.placement import ClusterConfig
-from ergo_rl.cluster.weights import WeightsConfig
+from ergo_rl.cluster.weight_sync import WeightsConfig
 from ergo_rl.episodes.episode import EpisodeConfig
 from ergo_rl.episodes.families import ModelFamily
 from ergo_rl.episodes.plugins import import_class, is_import_path

@@ -37,7 +37,7 @@ class Crediting:
                 question_id=group.question.id,
                 trajectories=group.trajectories,
                 advantages=tuple(self._without_truncated(group, self._aged(group, mine, oldest))),
-                tokens=tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in group.played.facts),
+                tokens=tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in group.result.summaries),
             )
             for group, mine in zip(groups, advantages, strict=True)
         ]
@@ -52,7 +52,7 @@ class Crediting:
             parts = [None if isinstance(score, Unscored) else score.parts for score in group.scores]
             return term_advantages(parts, self.weights, config)
         by_turn = config.credit is Credit.TURN
-        turns = [len(facts.reply_tokens) for facts in group.played.facts]
+        turns = [len(facts.reply_tokens) for facts in group.result.summaries]
         earned = [
             None if isinstance(score, Unscored) else score.turns[:played] if by_turn else (score.total,)
             for score, played in zip(group.scores, turns, strict=True)
@@ -67,7 +67,7 @@ class Crediting:
     def _without_truncated(self, group: Group, advantages: Advantages) -> Advantages:
         if not self.config.loss.mask_truncated:
             return advantages
-        pairs = zip(group.played.facts, advantages, strict=True)
+        pairs = zip(group.result.summaries, advantages, strict=True)
         return [(math.nan,) if facts.outcome is Outcome.TRUNCATED else mine for facts, mine in pairs]
 
 

@@ -13,10 +13,10 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import SamplingConfig, Unplayable, stable_seed, without_image
+from ergo_rl.actors.rollout_worker import SamplingConfig, SkippedQuestion, derive_seed, without_image
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import together
+from ergo_rl.cluster.worker_pool import gather_or_cancel
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import family_of
 from ergo_rl.episodes.types import Box, Question, Score
@@ -69,7 +69,7 @@ class Evaluation:
 
     groups: tuple[Group, ...]
     """Questions that were answered, in their order; each group has one trajectory."""
-    unplayable: tuple[Unplayable, ...]
+    unplayable: tuple[SkippedQuestion, ...]
     """Questions that were skipped, with the reason; the figures count them."""
 
     def metrics(self, config: MetricsConfig) -> Metrics:
@@ -84,12 +84,12 @@ class Evaluation:
         """95 % intervals by the names of ``metrics``: Wilson's for shares, each with its own number of counts, the
         normal one for the mean area ratio."""
         metrics = self.metrics(config)
-        facts = [facts for group in self.groups for facts in group.played.facts]
+        facts = [facts for group in self.groups for facts in group.result.summaries]
         scored = sum(isinstance(score, Score) for group in self.groups for score in group.scores)
         pairs = covered_and_paid(self.groups)
         counts = dict.fromkeys(("full_image_rate", "tiny_box_rate", "bad_box_rate", "answered_rate"), len(facts))
         counts |= dict.fromkeys(("accuracy", "region", "box", "format"), scored)
-        counts["coverage"] = sum(len(group.played.facts) for group in self.groups if group.question.boxes)
+        counts["coverage"] = sum(len(group.result.summaries) for group in self.groups if group.question.boxes)
         counts["region_precision"] = sum(paid for _, paid in pairs)
         counts["region_recall"] = sum(covered for covered, _ in pairs)
         named = {f"eval/{name}": count for name, count in counts.items()}
@@ -112,20 +112,20 @@ async def evaluate(
     slots = asyncio.Semaphore(config.in_flight)
     greedy: SamplingConfig = replace(rollouts.config.sampling, temperature=0.0)
 
-    async def run(number: int, question: Question) -> Group | Unplayable:
+    async def run(number: int, question: Question) -> Group | SkippedQuestion:
         async with slots:
             box = await asyncio.to_thread(choose_box, question, source, config)
-            rollout = await rollouts.play(question, seed=0, samples=1, sampling=greedy, box=box)
-            if isinstance(rollout, Unplayable):
+            rollout = await rollouts.rollout(question, seed=0, samples=1, sampling=greedy, box=box)
+            if isinstance(rollout, SkippedQuestion):
                 return rollout
             seen = without_image(question)
             scores = await rewards.score(seen, rollout.trajectories)
-            return Group(number, seen, rollout.played, scores, rollout.trajectories)
+            return Group(number, seen, rollout.result, scores, rollout.trajectories)
 
     answers = await asyncio.gather(*(run(number, question) for number, question in enumerate(questions)))
     return Evaluation(
         tuple(answer for answer in answers if isinstance(answer, Group)),
-        tuple(answer for answer in answers if isinstance(answer, Unplayable)),
+        tuple(answer for answer in answers if isinstance(answer, SkippedQuestion)),
     )
 
 
@@ -137,7 +137,7 @@ def choose_box(question: Question, source: BoxSource, config: EvaluationConfig) 
     if source is BoxSource.WHOLE:
         return Box(0, 0, width, height)
     if source is BoxSource.RANDOM:
-        draw = random.Random(stable_seed("random box", question.id))
+        draw = random.Random(derive_seed("random box", question.id))
         side = math.sqrt(config.random_area)
         w, h = max(1, round(width * side)), max(1, round(height * side))
         x, y = draw.randint(0, width - w), draw.randint(0, height - h)
@@ -199,7 +199,7 @@ async def compare_boxes(
     with Cluster.connect(config.cluster) as cluster:
         with console.status("starting engines (20 to 60 s on a CPU)"):
             rollouts, rewards = launch_workers(cluster, config)
-            await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+            await gather_or_cancel(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
         for source in sources:
             with console.status(f"{len(questions)} questions, boxes from: {source}"):
                 evaluation = await evaluate(questions, rollouts, rewards, config.evaluation, source)

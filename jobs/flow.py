@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import Unplayable, stable_seed, without_image
+from ergo_rl.actors.rollout_worker import SkippedQuestion, derive_seed, without_image
 from ergo_rl.actors.trajectory_store import Group, TrajectoryStore
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.metrics import Metrics
@@ -175,15 +175,15 @@ class Flow:
     async def _play_and_score(self, number: int, question: Question) -> None:
         try:
             with self._timed("play"):
-                rollout = await self._rollouts.play(question, stable_seed(self._seed, number))
-            if isinstance(rollout, Unplayable):
+                rollout = await self._rollouts.rollout(question, derive_seed(self._seed, number))
+            if isinstance(rollout, SkippedQuestion):
                 await self._set_aside(number, rollout)
                 return
             self._unplayable_in_a_row = 0
             seen = without_image(question)
             with self._timed("score"):
                 scores = await self._rewards.score(seen, rollout.trajectories)
-            await self._store.add(Group(number, seen, rollout.played, scores, rollout.trajectories))
+            await self._store.add(Group(number, seen, rollout.result, scores, rollout.trajectories))
             del self._in_flight[number]
         except Exception as error:  # to whoever waits at the store: a task's error would be lost here
             await self._store.fail(error)
@@ -194,7 +194,7 @@ class Flow:
         yield
         self._slowest[what] = max(self._slowest.get(what, 0.0), time.monotonic() - started)
 
-    async def _set_aside(self, number: int, question: Unplayable) -> None:
+    async def _set_aside(self, number: int, question: SkippedQuestion) -> None:
         """Count a question that cannot be played and let another one take its place."""
         if self._on_bad_row is OnBadRow.ERROR:
             raise BadRow(f"question {question.question_id!r} cannot be played: {question.reason}")

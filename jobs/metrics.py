@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ergo_rl.actors.rollout_worker import TrajectoryFacts
+from ergo_rl.actors.rollout_worker import TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Score
 
@@ -35,7 +35,7 @@ class MetricsConfig:
 def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
     """Rates are shares of all trajectories played, area ratios means over those with a crop, and coverage
     (the crop contains the target) is a share of the trajectories whose question says where the target is."""
-    pairs = [(group, facts) for group in groups for facts in group.played.facts]
+    pairs = [(group, facts) for group in groups for facts in group.result.summaries]
     everyone = [facts for _, facts in pairs]
     ratios = [facts.area_ratio for facts in everyone if facts.area_ratio is not None]
     located = [(group, facts) for group, facts in pairs if group.question.boxes]
@@ -61,7 +61,7 @@ def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
 def staleness_metrics(groups: Sequence[Group], version: int) -> Metrics:
     """How old trajectories are when ``version`` learns from them, in versions, by the oldest of their tokens; and the
     share of them that lived through an update in the middle of a turn."""
-    everyone = [facts for group in groups for facts in group.played.facts]
+    everyone = [facts for group in groups for facts in group.result.summaries]
     ages = [float(version - min(facts.policy_versions)) for facts in everyone]
     return {
         "rollout/staleness_mean": _mean(ages),
@@ -102,7 +102,7 @@ def covered_and_paid(groups: Sequence[Group]) -> list[tuple[bool, bool]]:
     return [
         (covers(group.question, facts), score.parts["region"] > 0.5)
         for group in groups
-        for facts, score in zip(group.played.facts, group.scores, strict=True)
+        for facts, score in zip(group.result.summaries, group.scores, strict=True)
         if group.question.boxes and isinstance(score, Score) and "region" in score.parts
     ]
 
@@ -111,12 +111,12 @@ def _totals(group: Group) -> list[float]:
     return [score.total for score in group.scores if isinstance(score, Score)]
 
 
-def covers(question: Question, facts: TrajectoryFacts) -> bool:
+def covers(question: Question, facts: TrajectorySummary) -> bool:
     """Whether the crop holds every target box."""
     return facts.crop is not None and all(facts.crop.contains(box) for box in question.boxes)
 
 
-def _within(facts: TrajectoryFacts, low: float, high: float) -> bool:
+def _within(facts: TrajectorySummary, low: float, high: float) -> bool:
     return facts.area_ratio is not None and low <= facts.area_ratio <= high
 
 

@@ -108,7 +108,7 @@ def _processes(
     largest = largest_view(config.episode)
     gpus = rollout.resources.gpus
     needs = engine_memory(policy, rollout.engine, largest, memory if gpus else None)
-    add_engines("rollout", rollout.size.most, gpus, needs)
+    add_engines("rollout", rollout.size.max, gpus, needs)
     gpus = reward.resources.gpus
     if verifier is not None:
         crop = min(config.episode.fine_tokens, reward.verifier.max_visual_tokens)

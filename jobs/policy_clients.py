@@ -4,7 +4,7 @@ endpoint. All clients run the same two-turn episode (``episodes.episode``), gree
 Example::
 
     client = await EngineClient.start(config, family_of(config.rollout.engine.model, config.episode.family))
-    result = await client.run_episode(question, Manner.usual(config.episode))
+    result = await client.run_episode(question, EvalMode.usual(config.episode))
     await client.close()
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
+from ergo_rl.actors.rollout_worker import EvalMode, RolloutWorker, SamplingConfig, SkippedQuestion
 from ergo_rl.cluster.engine import EngineDied
 from ergo_rl.episodes.episode import CoarseToFine
 from ergo_rl.episodes.families import FAMILIES, ModelFamily, family_of
@@ -61,7 +61,7 @@ class PolicyClient(Protocol):
     @property
     def family(self) -> ModelFamily: ...
 
-    async def run_episode(self, question: Question, manner: Manner, box: Box | None = None) -> EpisodeResult:
+    async def run_episode(self, question: Question, manner: EvalMode, box: Box | None = None) -> EpisodeResult:
         """Run one greedy episode. box: of a baseline, in pixels of the original, in place of the policy's own.
 
         Raises EpisodeError."""
@@ -83,14 +83,14 @@ class EngineClient:
         await worker.start()
         return cls(worker, family, replace(config.rollout.sampling, temperature=0.0))
 
-    async def run_episode(self, question: Question, manner: Manner, box: Box | None = None) -> EpisodeResult:
+    async def run_episode(self, question: Question, manner: EvalMode, box: Box | None = None) -> EpisodeResult:
         try:
-            played, trajectories = await self._worker.play(question, (0,), 0, self._sampling, box, manner)
+            played, trajectories = await self._worker.rollout(question, (0,), 0, self._sampling, box, manner)
         except EngineDied as error:
             raise EpisodeError(f"the engine has died: {error}", transient=True) from error
-        if isinstance(played, Unplayable):
+        if isinstance(played, SkippedQuestion):
             raise EpisodeError(played.reason)
-        return EpisodeResult(trajectories[0], played.seconds, sum(played.facts[0].reply_tokens))
+        return EpisodeResult(trajectories[0], played.seconds, sum(played.summaries[0].reply_tokens))
 
     async def check(self) -> None:
         """Raises EngineDied when the engine is gone."""
@@ -107,14 +107,14 @@ class PoolClient:
         self._rollouts, self.family = rollouts, family
         self._sampling = replace(rollouts.config.sampling, temperature=0.0)
 
-    async def run_episode(self, question: Question, manner: Manner, box: Box | None = None) -> EpisodeResult:
-        rollout = await self._rollouts.play(
-            question, seed=0, samples=1, sampling=self._sampling, box=box, manner=manner
+    async def run_episode(self, question: Question, manner: EvalMode, box: Box | None = None) -> EpisodeResult:
+        rollout = await self._rollouts.rollout(
+            question, seed=0, samples=1, sampling=self._sampling, box=box, mode=manner
         )
-        if isinstance(rollout, Unplayable):
+        if isinstance(rollout, SkippedQuestion):
             raise EpisodeError(rollout.reason)
         (trajectory,) = await rollout.trajectories
-        return EpisodeResult(trajectory, rollout.played.seconds, sum(rollout.played.facts[0].reply_tokens))
+        return EpisodeResult(trajectory, rollout.result.seconds, sum(rollout.result.summaries[0].reply_tokens))
 
     async def close(self) -> None:
         await self._rollouts.close()
@@ -129,7 +129,7 @@ class EndpointClient:
         self._chat, self._config, self._model, self.family = ChatEndpoint(endpoint), config, endpoint.model, family
         self._episodes = CoarseToFine(family, CodepointTokenizer(), config.episode)
 
-    async def run_episode(self, question: Question, manner: Manner, box: Box | None = None) -> EpisodeResult:
+    async def run_episode(self, question: Question, manner: EvalMode, box: Box | None = None) -> EpisodeResult:
         episodes = manner.episodes(self._episodes)
         prompts, sampling, replies = self._config.episode.prompts, self._config.rollout.sampling, list[ChatReply]()
         texts = [around_image(prompts.direct if manner.direct else prompts.coarse, question)]

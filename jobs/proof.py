@@ -14,7 +14,7 @@ import numpy as np
 import ray
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import Unplayable
+from ergo_rl.actors.rollout_worker import SkippedQuestion
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.errors import ErgoError
 from ergo_rl.jobs.config import ProofConfig
@@ -46,8 +46,8 @@ class Proof:
         """With the first of ``questions`` that can be played. Raises DatasetError where none of the first 64 can."""
         why = "there are none"
         for question in islice(questions, MOST_TRIED):
-            answer = await rollouts.play(question, seed=0, samples=1)
-            if not isinstance(answer, Unplayable):
+            answer = await rollouts.rollout(question, seed=0, samples=1)
+            if not isinstance(answer, SkippedQuestion):
                 return cls(rollouts, learners, question, config)
             why = f"the last one, {answer.question_id!r}: {answer.reason}"
         raise DatasetError(f"none of the first {MOST_TRIED} questions could be played; {why}")
@@ -56,7 +56,7 @@ class Proof:
         """Mean and largest absolute difference (nats) per sampled token, over all engines.
 
         Raises WeightsDiffer above the tolerance, or when an engine plays for another version."""
-        plays = await self._rollouts.play_everywhere(self._question, seed=version, samples=self._config.replies)
+        plays = await self._rollouts.rollout_everywhere(self._question, seed=version, samples=self._config.replies)
         differences = []
         for worker, trajectories in enumerate(plays):
             if stale := {turn.policy_version for one in trajectories for turn in one.turns} - {version}:

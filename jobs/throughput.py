@@ -49,7 +49,7 @@ def estimate_throughput(config: TrainConfig, policy: ModelSpec, verifier: ModelS
     width = 2 if config.learner.dtype is Dtype.BFLOAT16 else 4
 
     sampling = _engine_s(policy, tokens - replies, replies, trajectories, rollout.engine.max_num_seqs,
-                        rollout.engine.tensor_parallel_size, rollout.size.most, flops, bandwidth)  # fmt: skip
+                        rollout.engine.tensor_parallel_size, rollout.size.max, flops, bandwidth)  # fmt: skip
     scoring = 0.0
     if verifier is not None and config.reward.verifier.backend is Backend.ENGINE:
         settings = config.reward.verifier

@@ -12,11 +12,11 @@ from itertools import chain
 from pathlib import Path
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import stable_seed
+from ergo_rl.actors.rollout_worker import derive_seed
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import together
-from ergo_rl.cluster.weights import WeightChannel
+from ergo_rl.cluster.weight_sync import WeightChannel
+from ergo_rl.cluster.worker_pool import gather_or_cancel
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.autoscale import scaling
 from ergo_rl.jobs.cli_common import EXPECTED, add_recipe, explain, recipe_of
@@ -110,7 +110,7 @@ async def live(
                 report.add(rollout_metrics(groups, config.metrics) | reward_metrics(groups) | flow.metrics())
                 report.add(staleness_metrics(groups, step))
                 if config.shuffle_rewards:
-                    groups = shuffled(groups, random.Random(stable_seed(config.seed, "shuffle", step)))
+                    groups = shuffled(groups, random.Random(derive_seed(config.seed, "shuffle", step)))
                 batch = credit.batch(groups, oldest)
                 with report.timed("learn"):
                     await rollouts.sleep()
@@ -139,7 +139,7 @@ async def launch(cluster: Cluster, config: TrainConfig, view: View) -> Crew:
     with view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
         rollouts, rewards = launch_workers(cluster, config)
         learners = await LearnerGroup.launch(cluster, config.learner)
-        await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+        await gather_or_cancel(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
     return Crew(rollouts, rewards, learners)
 
 

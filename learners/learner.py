@@ -13,9 +13,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ergo_rl.cluster.buckets import Bucket, Layout, pack
-from ergo_rl.cluster.collective import Group, GroupLost
 from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.cluster.weight_buckets import Bucket, BucketSpec, pack
+from ergo_rl.cluster.weight_sender import TensorSpec
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.types import FloatArray, Trajectory
 from ergo_rl.learners import checkpoint, deepspeed_engine
@@ -199,24 +199,21 @@ class Learner:
         for members in self._gathered_buckets():
             yield pack((weight.name, weight.value(copy=False)) for weight in members)
 
-    def layouts(self) -> list[Layout]:
-        """Return the layout of every bucket that ``broadcast`` sends. Needs no other rank."""
-        return [Layout.of(map(_described, members)) for members in self._buckets_of_weights()]
+    def bucket_specs(self) -> list[BucketSpec]:
+        """Return the layout of every bucket that ``weights`` yields, without gathering. Needs no other rank."""
+        return [BucketSpec.of(map(_described, members)) for members in self._buckets_of_weights()]
 
-    def broadcast(self, group: Group | None) -> str:
-        """Send the weights to the receivers in ``group``, one bucket at a time; ranks without a group help to gather.
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight as a copy on the device, gathered bucket by bucket.
 
-        Every rank must call it, and runs to the end even if the group breaks, because the other ranks do. Returns what
-        broke the group, or an empty text."""
-        broken = ""
+        A copy, because vLLM packs several before it sends them. Every rank must run through it."""
         for members in self._gathered_buckets():
-            if group is not None and not broken:
-                weights = ((weight.name, weight.value(copy=False, device=self.device)) for weight in members)
-                try:
-                    group.send(weights, Layout.of(map(_described, members)))
-                except GroupLost as error:
-                    broken = str(error)
-        return broken
+            for weight in members:
+                yield weight.name, weight.value(device=self.device)
+
+    def tensor_specs(self) -> list[TensorSpec]:
+        """Return what ``named_weights`` yields, in its order, without gathering. Needs no other rank."""
+        return [TensorSpec(*_described(weight)) for members in self._buckets_of_weights() for weight in members]
 
     def export(self, path: Path) -> None:
         """Write a Hugging Face folder that ``from_pretrained`` and ``vllm serve`` load. Every rank must call it."""

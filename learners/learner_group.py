@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
-from ergo_rl.cluster.buckets import Bucket, Layout
-from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import on_one_line
+from ergo_rl.cluster.weight_buckets import Bucket, BucketSpec
+from ergo_rl.cluster.weight_sync import Transport, WeightSyncFailed
+from ergo_rl.cluster.worker_pool import on_one_line
 from ergo_rl.episodes.types import FloatArray, Trajectory
 from ergo_rl.errors import ErgoError
 from ergo_rl.learners.advantages import TurnAdvantages, is_scored
 from ergo_rl.learners.config import LearnerConfig
 
 if TYPE_CHECKING:
-    from ergo_rl.cluster.collective import Door, Group
+    from ergo_rl.cluster.weight_sender import SendResult, WeightSender
     from ergo_rl.learners.learner import Learner  # imports torch, which the driver does not need
 
 ROLE = "learner"
@@ -73,9 +73,7 @@ class LearnerRank:
     def __init__(self, config: LearnerConfig) -> None:
         self._config = config
         self._learner: Learner
-        self._door: Door | None = None
-        self._group: Group | None = None
-        self._generation = 0
+        self._sender: WeightSender | None = None
 
     def address(self) -> tuple[str, int]:
         """Return where this process can listen as rank 0."""
@@ -113,37 +111,32 @@ class LearnerRank:
         for _ in self._learner.weights():
             pass
 
-    def layouts(self) -> list[Layout]:
-        return self._learner.layouts()
+    def bucket_specs(self) -> list[BucketSpec]:
+        return self._learner.bucket_specs()
 
-    def open(self, timeout_s: float) -> tuple[str, int]:
-        """Listen for the next broadcast group; return the address."""
-        from ergo_rl.cluster.collective import Door
+    def connect(self, transport: Transport, engines: Sequence[Any], processes: int, timeout_s: float) -> str:
+        """Prepare a direct transfer of weights to the engines.
 
-        self._door = Door(ray.util.get_node_ip_address(), timeout_s)
-        return self._door.address, self._door.port
+        Returns what went wrong, or an empty text: an exception would end all ranks."""
+        from ergo_rl.cluster.weight_sender import WeightSender
 
-    def enter(self, meeting: Meeting, rank: int) -> str:
-        """Join the receivers of weights as one of their senders. Returns what went wrong, or an empty text."""
-        from ergo_rl.cluster.collective import Group, GroupLost
-
-        if self._group is not None:
-            self._group.close()
-        self._group = None
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
+        learner = self._learner
         try:
-            self._group = Group(meeting, rank, self._learner.device, self._door if rank == 0 else None)
-        except GroupLost as error:
+            self._sender = WeightSender.connect(
+                transport, engines, processes, timeout_s, learner, learner.rank, learner.device
+            )
+        except WeightSyncFailed as error:
             return str(error)
-        self._generation = meeting.generation
         return ""
 
-    def broadcast(self, generation: int) -> str:
-        """Send the weights, or, without a group, take part in gathering them.
-
-        Returns what went wrong, or an empty text."""
-        if self._learner.rank == 0 and (self._group is None or generation != self._generation):
-            raise ValueError(f"group {generation} is to be sent weights; the last one met was {self._generation}")
-        return self._learner.broadcast(self._group)
+    def send_weights(self, version: int) -> SendResult:
+        """Send the weights to the connected engines, or take part in gathering them for rank 0."""
+        if self._sender is None:
+            raise RuntimeError("send_weights without a connection to the engines")
+        return self._sender.send(version)
 
     def export(self, path: Path) -> None:
         self._learner.export(path)
@@ -172,7 +165,7 @@ class LearnerGroup:
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
-        self.changes = 0
+        self.weights_revision = 0
         """Weight-changing calls issued so far (update, restore). Ranks execute calls in the order of issue."""
         self._buckets = 0
 
@@ -181,7 +174,7 @@ class LearnerGroup:
         """Reserve resources for all ranks together, start them, and load the model.
 
         Raises TimeoutError when the cluster has no room for them, LearnerFailed when one does not start."""
-        places = await cluster.reserve(ROLE, config.ranks, config.resources)
+        places = await cluster.reserve_gang(ROLE, config.ranks, config.resources)
         group = cls([ray.remote(LearnerRank).options(**place).remote(config) for place in places])
         (address, port), *_ = await group._all("start", [group._actors[0].address.remote()])
         await group._all("start", [actor.start.remote(rank, address, port) for rank, actor in enumerate(group._actors)])
@@ -190,7 +183,7 @@ class LearnerGroup:
     async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
         """Make one optimiser step; return its metrics (``learners.metrics.UpdateReport``, as ``learner/...``)."""
         batches = shard_groups(groups, len(self._actors))
-        self.changes += 1
+        self.weights_revision += 1
         pairs = zip(self._actors, batches, strict=True)
         reports = await self._all("update", [actor.update.remote(batch) for actor, batch in pairs])
         return dict(reports[0])
@@ -201,38 +194,35 @@ class LearnerGroup:
         return list(answers[0])
 
     async def weights(self) -> list[ray.ObjectRef]:
-        """Return the current weights as references to buckets (``cluster.buckets``), owned by the caller."""
+        """Return the current weights as references to buckets (``cluster.weight_buckets``), owned by the caller."""
         sender, *others = self._actors
         # The number of buckets never changes, so it is asked once: a streaming task would take milliseconds longer.
-        self._buckets = self._buckets or len(await self.layouts())
+        self._buckets = self._buckets or len(await self.bucket_specs())
         *buckets, sent = sender.weights.options(num_returns=self._buckets + 1).remote()
         end, *_ = await self._all("weights", [sent, *(actor.join_weight_gather.remote() for actor in others)])
         if end is not None:
             raise RuntimeError(f"the learner's weights no longer fit into {self._buckets} buckets")
         return buckets
 
-    # What a broadcast needs (``cluster.broadcast.Sender``).
+    async def bucket_specs(self) -> list[BucketSpec]:
+        (specs,) = await self._all("bucket_specs", [self._actors[0].bucket_specs.remote()])
+        return list(specs)
 
-    @property
-    def ranks(self) -> int:
-        return len(self._actors)
+    async def connect(self, transport: Transport, engines: Sequence[Any], processes: int, timeout_s: float) -> None:
+        """Prepare a direct transfer (``cluster.weight_sync.WeightProvider``). Raises WeightSyncFailed."""
+        arguments = (transport, list(engines), processes, timeout_s)
+        answers = await self._all("connect", [actor.connect.remote(*arguments) for actor in self._actors])
+        if failure := next(filter(None, answers), ""):
+            raise WeightSyncFailed(failure)
 
-    async def layouts(self) -> list[Layout]:
-        (layouts,) = await self._all("layouts", [self._actors[0].layouts.remote()])
-        return list(layouts)
+    async def send_weights(self, version: int) -> float:
+        """Replace the weights of the connected engines; return the seconds of the slowest rank.
 
-    async def open(self, timeout_s: float) -> tuple[str, int]:
-        ((address, port),) = await self._all("open", [self._actors[0].open.remote(timeout_s)])
-        return address, port
-
-    async def enter(self, meeting: Meeting) -> str:
-        senders = self._actors[: meeting.senders]
-        answers = await self._all("enter", [actor.enter.remote(meeting, rank) for rank, actor in enumerate(senders)])
-        return next(filter(None, answers), "")
-
-    async def broadcast(self, generation: int) -> str:
-        answers = await self._all("broadcast", [actor.broadcast.remote(generation) for actor in self._actors])
-        return next(filter(None, answers), "")
+        Raises WeightSyncFailed."""
+        results = await self._all("send_weights", [actor.send_weights.remote(version) for actor in self._actors])
+        if failure := next(filter(None, (result.failure for result in results)), ""):
+            raise WeightSyncFailed(failure)
+        return max(result.seconds for result in results)
 
     async def export(self, path: str | Path) -> None:
         """Write a Hugging Face folder."""
@@ -249,7 +239,7 @@ class LearnerGroup:
 
     async def restore(self, files: Sequence[ray.ObjectRef]) -> int:
         """Load a state, saved by any number of ranks; return the next step."""
-        self.changes += 1
+        self.weights_revision += 1
         steps = await self._all("restore", [actor.restore.remote(list(files)) for actor in self._actors])
         return int(steps[0])
 

@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import Faults, Pool
+from ergo_rl.cluster.worker_pool import Faults, WorkerPool
 from ergo_rl.episodes.types import Box, Question, Trajectory, Unscored, Verdict, View
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.endpoint import VerifierUnavailable
@@ -66,7 +66,7 @@ class RewardWorker:
 class RewardPool:
     """All reward workers. They hold no state, so a dead one is replaced and its calls are made again."""
 
-    def __init__(self, pool: Pool, config: RewardConfig) -> None:
+    def __init__(self, pool: WorkerPool, config: RewardConfig) -> None:
         self._pool, self.config = pool, config
 
     @classmethod
@@ -78,14 +78,14 @@ class RewardPool:
         own_terms: terms handed over as objects, by name; Ray sends them to the workers, functions of a script or
         notebook included. Raises ValueError for a weight without a term."""
         term_weights(config, own_terms)
-        cluster.request(ROLE, config.resources)
+        cluster.declare(ROLE, config.resources)
         actor_class = ray.remote(RewardWorker)
 
         def spawn(index: int) -> Any:
             return actor_class.options(**cluster.actor_options(ROLE)).remote(config, own_terms)
 
         faults = Faults(config.restarts, config.stall_s, config.backoff_s)
-        return cls(Pool(spawn, config.workers, faults, "reward workers"), config)
+        return cls(WorkerPool(spawn, config.workers, faults, "reward workers"), config)
 
     async def ready(self, deadline_s: float) -> None:
         await self._pool.ready(deadline_s)

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ergo_rl.cluster.engine import Engine, EngineDied, EngineRefused, Picture, Sampling
-from ergo_rl.cluster.pool import WorkerDied
+from ergo_rl.cluster.engine import Engine, EngineDied, EngineImage, EngineRefused, Sampling
+from ergo_rl.cluster.worker_pool import WorkerDied
 from ergo_rl.episodes.families import ModelFamily, Tokenizer, family_of, load_tokenizer
 from ergo_rl.episodes.prompts import ReservedText, around_image, fill
 from ergo_rl.episodes.types import Question, View
@@ -65,7 +65,7 @@ class EngineVerifier:
             prompt = self._family.first_prompt(prompts.system, fill(prompts.verify, question, self._family))
             token_ids = self._tokenizer.encode(prompt, add_special_tokens=False)
             view = await asyncio.to_thread(resize_view, crop, self._family, self._config.max_visual_tokens)
-            completion = await self._engine.generate(token_ids, [Picture.of(view.pixels)], self._sampling)
+            completion = await self._engine.generate(token_ids, [EngineImage.of(view.pixels)], self._sampling)
         except (ReservedText, EngineRefused) as error:
             raise VerifierUnavailable(f"{type(error).__name__}: {error}") from error
         except EngineDied as error:

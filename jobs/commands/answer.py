@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes import images
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.answer import config_of_model, describe, write_images
@@ -25,7 +25,7 @@ async def ask(config: TrainConfig, question: Question, url: str, served_model: s
         print(f"starting {config.rollout.engine.model} (20 to 60 s on a CPU)", file=sys.stderr)
     client = await start_client(config, endpoint, family)
     try:
-        result = await client.run_episode(question, Manner.usual(config.episode))
+        result = await client.run_episode(question, EvalMode.usual(config.episode))
     finally:
         await client.close()
     print(describe(result, client.family))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ray
 
-from ergo_rl.cluster.compat import join_with_token, keep_ray_local
+from ergo_rl.cluster.compat import bind_ray_localhost, join_with_token
 from ergo_rl.jobs.cli_common import command
 from ergo_rl.jobs.scale import ADDRESS, Sizes, ask
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = json.loads((folder / ADDRESS).read_text()) if folder else {}
     address: str = options.address or known.get("address", "auto")
     if address.startswith("127.0.0.1:"):
-        keep_ray_local()
+        bind_ray_localhost()
     if known.get("token") and not options.address:
         join_with_token()
     try:

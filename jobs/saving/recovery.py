@@ -76,7 +76,7 @@ class Revival:
             logger.warning("%s; starting the learner again from %s (%d left)", error, place, self._left)
             run.view.say(f"[bold red]{error}[/bold red]; starting the learner again from {place} ({self._left} left)")
             await asyncio.sleep(self._config.backoff_s * 2 ** (done - 1))
-            cluster.give_back(ROLE)
+            cluster.release(ROLE)
             try:
                 learners = await LearnerGroup.launch(cluster, config.learner)
             except LearnerFailed as another:

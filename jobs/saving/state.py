@@ -9,7 +9,7 @@
 =============================  =======================================================================================
 
 There is no generator among it: every draw of the run is seeded by a number that is there
-(``stable_seed(seed, number)`` for rollouts, the step for the learner and the shuffle control, the version for the
+(``derive_seed(seed, number)`` for rollouts, the step for the learner and the shuffle control, the version for the
 proof).
 """
 

@@ -1,5 +1,5 @@
-"""Weights by broadcast to real Ray actors whose engines are a number: who holds what when, whoever comes, goes or
-dies."""
+"""Direct transfers to real Ray actors whose engines are a number: which worker holds which version, whichever starts,
+stops or dies."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ import ray
 from ergo_rl.actors import rollout_pool
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import RolloutConfig
-from ergo_rl.cluster.buckets import Layout
 from ergo_rl.cluster.engine import EngineConfig
-from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.resources import Resources
-from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
+from ergo_rl.cluster.weight_sender import EngineClient
+from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig, WeightSyncFailed
 from ergo_rl.episodes.episode import EpisodeConfig
-
-LAYOUT = Layout(("w",), ("int64",), ((),), (8,))
 
 
 class Worker:
-    """In place of a rollout worker. ``dies_in`` says of which version it does not survive the broadcast."""
+    """Stands in for a rollout worker. ``dies_in``: the version whose direct transfer it does not survive."""
 
     def __init__(self, config: RolloutConfig, episode: EpisodeConfig) -> None:
         self.holds: Any = "the model's folder"
-        self.place: Any = None
+        self.rank: Any = None
         self.dies_in = -1
 
     async def start(self) -> None:
         pass
 
-    async def enter_group(self, meeting: Meeting, first_rank: int) -> float:
-        self.place = meeting.generation, first_rank, meeting.world
-        return 0.0
+    async def init_weight_transfer(self, transport: str, info: dict[str, Any], timeout_s: float) -> None:
+        self.rank = info["connection"], info["rank_offset"], info["world_size"]
 
-    async def receive_weights(self, version: int, generation: int, layouts: Sequence[Layout]) -> float:
+    async def start_weight_update(self, transfer: str) -> None:
+        self.transfer = transfer
+
+    async def update_weights(self, transfer: str, update: dict[str, Any]) -> None:
+        assert transfer == self.transfer and update == {"transport": "nccl", "payload": {"names": ["w"]}}
+
+    async def finish_weight_update(self, transfer: str, version: int) -> float:
         if version == self.dies_in:
             os._exit(1)
-        assert generation == self.place[0] and list(layouts) == [LAYOUT]
+        assert transfer == self.transfer
         self.holds = version, "broadcast"
         return 0.5
 
@@ -52,46 +54,53 @@ class Worker:
         return 0.25
 
     async def state(self) -> tuple[Any, Any]:
-        return self.holds, self.place
+        return self.holds, self.rank
 
     async def die_in(self, version: int) -> None:
         self.dies_in = version
 
 
 class Learner:
-    """Weights are how often they were updated."""
+    """Its weights are the number of updates. It drives the workers with the client of a real learner."""
 
     def __init__(self) -> None:
-        self.changes, self.asked, self.opened = 0, 0, 0
-        self.why = ""
-        self.ranks = 3  # of which only the first takes part in a broadcast
+        self.weights_revision, self.asked, self.connections = 0, 0, 0
+        self.failure = ""
+        self._client: EngineClient
 
     def update(self) -> None:
-        self.changes += 1
+        self.weights_revision += 1
 
     async def weights(self) -> list[Any]:
         self.asked += 1
-        return [ray.put(f"after {self.changes}")]
+        return [ray.put(f"after {self.weights_revision}")]
 
-    async def layouts(self) -> list[Layout]:
-        return [LAYOUT]
+    async def connect(self, transport: Transport, engines: Sequence[Any], processes: int, timeout_s: float) -> None:
+        self.connections += 1
+        self._client = EngineClient("nccl", engines, processes, timeout_s)
+        info = {"connection": self.connections, "rank_offset": 1, "world_size": 1 + processes * len(engines)}
+        await asyncio.to_thread(self._client.init_weight_transfer_engine, info)
+        if self._client.failure:
+            raise WeightSyncFailed(self._client.failure)
 
-    async def open(self, timeout_s: float) -> tuple[str, int]:
-        self.opened += 1
-        return "127.0.0.1", 1
+    async def send_weights(self, version: int) -> float:
+        def send() -> None:
+            self._client.version = version
+            self._client.start_weight_update()
+            self._client.update_weights({"names": ["w"]})
+            self._client.finish_weight_update()
 
-    async def enter(self, meeting: Meeting) -> str:
-        return self.why
-
-    async def broadcast(self, generation: int) -> str:
-        return self.why
+        await asyncio.to_thread(send)
+        if failure := self.failure or self._client.failure:
+            raise WeightSyncFailed(failure)
+        return self._client.seconds
 
 
 Story = Callable[[RolloutPool, Learner, WeightChannel], Coroutine[Any, Any, None]]
 
 
 def run(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, story: Story, workers: int = 2, processes: int = 1) -> None:
-    async def play() -> None:
+    async def go() -> None:
         config = RolloutConfig(
             workers=workers,
             resources=Resources(cpus=0.01),
@@ -107,20 +116,22 @@ def run(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, story: Story, workers
             await pool.close()
 
     monkeypatch.setattr(rollout_pool, "RolloutWorker", Worker)
-    asyncio.run(play())
+    asyncio.run(go())
 
 
 async def held(pool: RolloutPool) -> list[Any]:
     return [holds for holds, _ in await pool._pool.call_all("state")]
 
 
-async def places(pool: RolloutPool) -> list[Any]:
-    return [place for _, place in await pool._pool.call_all("state")]
+async def ranks(pool: RolloutPool) -> list[Any]:
+    return [rank for _, rank in await pool._pool.call_all("state")]
 
 
-def test_a_group_lives_as_long_as_its_members(ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks follow one another: the sender is 0, each engine of two processes takes two. Who is new holds the last
-    version before he is a member; one object is made for two latecomers."""
+def test_publish_keeps_the_connection_while_members_are_the_same(
+    ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks follow one another: the learner is 0, each engine of two processes takes two. A new worker holds the last
+    version before it is a member; two late workers share one object."""
 
     async def story(pool: RolloutPool, learner: Learner, channel: WeightChannel) -> None:
         for version in (1, 2):
@@ -128,23 +139,23 @@ def test_a_group_lives_as_long_as_its_members(ray_cluster: Cluster, monkeypatch:
             publication = await channel.publish(version)
             assert (publication.transport, publication.load_s) == (Transport.BROADCAST, 0.5)
             assert await held(pool) == [(version, "broadcast")] * 2
-        (first, *_), (same, *_) = await places(pool)
-        assert (learner.opened, first) == (1, same)
-        assert [place[1:] for place in await places(pool)] == [(1, 5), (3, 5)]
+        (first, *_), (same, *_) = await ranks(pool)
+        assert (learner.connections, first) == (1, same)
+        assert [rank[1:] for rank in await ranks(pool)] == [(1, 5), (3, 5)]
         await pool.resize(4)
         assert await held(pool) == [(2, "broadcast")] * 2 + [(2, "after 2")] * 2 and learner.asked == 1
         learner.update()
         assert (await channel.publish(3)).transport is Transport.BROADCAST
-        assert await held(pool) == [(3, "broadcast")] * 4 and learner.opened == 2
-        assert [place[1:] for place in await places(pool)] == [(1, 9), (3, 9), (5, 9), (7, 9)]
-        assert len({place[0] for place in await places(pool)} | {first}) == 2, "a number of its own"
+        assert await held(pool) == [(3, "broadcast")] * 4 and learner.connections == 2
+        assert [rank[1:] for rank in await ranks(pool)] == [(1, 9), (3, 9), (5, 9), (7, 9)]
+        assert len({rank[0] for rank in await ranks(pool)} | {first}) == 2, "a new connection"
         await pool.resize(1)
-        assert (await channel.publish(4)).transport is Transport.BROADCAST and learner.opened == 3
+        assert (await channel.publish(4)).transport is Transport.BROADCAST and learner.connections == 3
 
     run(ray_cluster, monkeypatch, story, processes=2)
 
 
-def test_what_a_broadcast_does_not_deliver_the_object_store_does(
+def test_publish_after_failed_transfer_uses_the_object_store(
     ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story(pool: RolloutPool, learner: Learner, channel: WeightChannel) -> None:
@@ -156,21 +167,21 @@ def test_what_a_broadcast_does_not_deliver_the_object_store_does(
             await asyncio.sleep(0.01)
         assert await held(pool) == [(1, "after 1")] * 2 and pool.restarts == 1
         assert (await channel.publish(2)).transport is Transport.BROADCAST
-        assert await held(pool) == [(2, "broadcast")] * 2 and learner.opened == 2
-        learner.why = "Connection closed by peer"
+        assert await held(pool) == [(2, "broadcast")] * 2 and learner.connections == 2
+        learner.failure = "Connection closed by peer"
         assert (await channel.publish(3)).transport is Transport.OBJECT_STORE
-        assert await held(pool) == [(3, "after 1")] * 2 and learner.opened == 2
-        learner.why = ""
-        assert (await channel.publish(4)).transport is Transport.BROADCAST and learner.opened == 3
+        assert await held(pool) == [(3, "after 1")] * 2 and learner.connections == 2
+        learner.failure = ""
+        assert (await channel.publish(4)).transport is Transport.BROADCAST and learner.connections == 3
 
     run(ray_cluster, monkeypatch, story)
 
 
-def test_the_only_worker_may_die_and_its_successor_gets_weights_whatever_the_learner_does(
+def test_replaced_only_worker_gets_weights_whether_or_not_the_learner_moved_on(
     ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the learner stands where it stood, at once. If it has gone on, with the publish that follows, which goes
-    through the object store because somebody waits; and it plays for no version that it does not hold."""
+    """At once while the learner's weights are the published ones. Otherwise with the publish that follows, which goes
+    through the object store because a worker waits; and it takes no calls before it holds a version."""
 
     async def story(pool: RolloutPool, learner: Learner, channel: WeightChannel) -> None:
         await channel.publish(7)
@@ -180,7 +191,7 @@ def test_the_only_worker_may_die_and_its_successor_gets_weights_whatever_the_lea
         learner.update()
         ray.kill(pool.members()[0])
         playing = asyncio.create_task(pool._pool.call("state"))
-        while not pool.joining:
+        while not pool.has_pending_workers:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         assert not playing.done() and pool.members() == ()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from ergo_rl.actors.rollout_worker import Played, facts_of
+from ergo_rl.actors.rollout_worker import GroupResult, summarize
 from ergo_rl.actors.snapshot import SCHEMAS, read_groups, write_groups
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Turn, Unscored
@@ -38,7 +38,7 @@ def group(number: int) -> Group:
     )
     found = replace(found, turns=(turn, found.turns[1]))
     question = Question(f"q{number}", b"", "Which “mark”?", "B", ("ring", "bar"), (Box(1, 2, 3, 4),), "panels")
-    played = Played(question.id, (facts_of(found), facts_of(lost)))
+    played = GroupResult(question.id, (summarize(found), summarize(lost)))
     scores = (Score(2.5, {"region": 1.0, "box": 0.0}, (1.5, 1.0)), Unscored("http://host/v1: status 503"))
     trajectories: Any = (found, lost)
     return Group(number, question, played, scores, trajectories)
@@ -60,18 +60,18 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def test_what_is_written_is_read_again_bit_by_bit() -> None:
+def test_snapshot_round_trip_is_bit_by_bit() -> None:
     groups = [group(7), group(9)]
     found = list(read_groups(written(groups)))  # type: ignore[arg-type]
     assert len(found) == 2
     for before, after in zip(groups, found, strict=True):
-        assert (after.number, after.question, after.played, after.scores) == (
-            before.number, before.question, before.played, before.scores,
+        assert (after.number, after.question, after.result, after.scores) == (
+            before.number, before.question, before.result, before.scores,
         )  # fmt: skip
         assert same(before.trajectories, after.trajectories)
 
 
-def test_the_coarse_view_of_a_group_is_stored_once_and_shared_again() -> None:
+def test_snapshot_stores_the_coarse_view_once() -> None:
     files = written([group(1)])
     views = pa.ipc.open_stream(files["views"]).read_all()
     assert views.num_rows == 2
@@ -81,11 +81,11 @@ def test_the_coarse_view_of_a_group_is_stored_once_and_shared_again() -> None:
     assert first.views[0] is second.views[0]
 
 
-def test_no_groups() -> None:
+def test_snapshot_without_groups_is_empty() -> None:
     assert list(read_groups(written([]))) == []  # type: ignore[arg-type]
 
 
-def test_a_stream_that_is_cut_off_is_refused() -> None:
+def test_snapshot_truncated_stream_raises() -> None:
     files = written([group(1)])
     files["views"] = io.BytesIO(files["views"].getvalue()[:400])
     with pytest.raises((pa.ArrowInvalid, OSError, ValueError)):

@@ -7,16 +7,16 @@ import asyncio
 import pytest
 import ray
 
-from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts
+from ergo_rl.actors.rollout_worker import GroupResult, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group, TrajectoryStore
 from ergo_rl.episodes.types import Outcome, Question, Score
 
 
 def group(number: int, *versions: int) -> Group:
-    facts = tuple(TrajectoryFacts(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (v, v)) for v in versions)
+    facts = tuple(TrajectorySummary(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (v, v)) for v in versions)
     question = Question(f"q{number}", b"", "?", "ring")
     scores = tuple(Score(1.0) for _ in versions)
-    return Group(number, question, Played(question.id, facts), scores, ray.ObjectRef.nil())
+    return Group(number, question, GroupResult(question.id, facts), scores, ray.ObjectRef.nil())
 
 
 async def take(store: TrajectoryStore, count: int, oldest: int = 0) -> list[int | None]:
@@ -24,7 +24,7 @@ async def take(store: TrajectoryStore, count: int, oldest: int = 0) -> list[int 
     return [None if one is None else one.number for one in taken]
 
 
-def test_groups_come_in_the_order_of_their_questions() -> None:
+def test_take_returns_groups_in_the_order_of_questions() -> None:
     async def story() -> None:
         store = TrajectoryStore()
         for number in (2, 0, 1):
@@ -35,7 +35,7 @@ def test_groups_come_in_the_order_of_their_questions() -> None:
     asyncio.run(story())
 
 
-def test_take_waits_for_what_is_still_playing_and_passes_over_what_was_skipped() -> None:
+def test_take_waits_for_missing_groups_and_passes_over_skipped_ones() -> None:
     async def story() -> None:
         store = TrajectoryStore()
         await store.add(group(2, 0, 0))
@@ -49,7 +49,7 @@ def test_take_waits_for_what_is_still_playing_and_passes_over_what_was_skipped()
     asyncio.run(story())
 
 
-def test_what_is_too_old_is_dropped_counted_and_said() -> None:
+def test_take_stale_group_is_dropped_and_counted() -> None:
     """A group is as old as its oldest turn. Whoever takes learns of it at once: nobody else would have another question
     played in its place, and the next take might wait for ever."""
 
@@ -63,7 +63,7 @@ def test_what_is_too_old_is_dropped_counted_and_said() -> None:
     asyncio.run(story())
 
 
-def test_what_is_too_old_may_be_kept_and_is_counted() -> None:
+def test_take_stale_group_with_keep_stale_is_returned_and_counted() -> None:
     async def story() -> None:
         store = TrajectoryStore(keep_stale=True)
         for number, versions in enumerate([(3, 2), (4, 4)]):
@@ -74,7 +74,7 @@ def test_what_is_too_old_may_be_kept_and_is_counted() -> None:
     asyncio.run(story())
 
 
-def test_a_failure_reaches_whoever_waits() -> None:
+def test_fail_raises_in_every_waiting_take() -> None:
     async def story() -> None:
         store = TrajectoryStore()
         taking = asyncio.create_task(store.take(oldest=0))
@@ -88,7 +88,7 @@ def test_a_failure_reaches_whoever_waits() -> None:
     asyncio.run(story())
 
 
-def test_contents_and_restore() -> None:
+def test_restore_continues_from_contents() -> None:
     async def story() -> None:
         store = TrajectoryStore()
         for number in (3, 0, 4):
@@ -107,7 +107,7 @@ def test_contents_and_restore() -> None:
     asyncio.run(story())
 
 
-def test_a_group_has_one_score_per_trajectory() -> None:
+def test_group_with_too_few_scores_raises() -> None:
     one = group(0, 0, 0)
     with pytest.raises(ValueError, match="2 trajectories but 1 scores"):
-        Group(0, one.question, one.played, (Score(1.0),), one.trajectories)
+        Group(0, one.question, one.result, (Score(1.0),), one.trajectories)

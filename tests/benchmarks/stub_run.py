@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from ergo_rl.cluster.compat import end_with_parent
+from ergo_rl.cluster.compat import die_with_parent
 
 STEP_S = 0.1
 SAVE_S = 0.2
@@ -44,7 +44,7 @@ def end_with_kernel() -> None:
     import multiprocessing
 
     multiprocessing.process._parent_process = type("Parent", (), {"pid": os.getppid()})()  # type: ignore[attr-defined]
-    end_with_parent()
+    die_with_parent()
 
 
 def state(pid: int) -> str:

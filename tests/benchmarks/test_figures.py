@@ -148,7 +148,7 @@ class InProcess:
 
         def remote(*arguments: Any) -> Any:
             answer = asyncio.ensure_future(method(*arguments))
-            return [self._first(answer), answer] if name == "play" else answer
+            return [self._first(answer), answer] if name == "rollout" else answer
 
         return SimpleNamespace(remote=remote, options=lambda **_: SimpleNamespace(remote=remote))
 
@@ -160,7 +160,7 @@ class InProcess:
 def test_the_simulation_plays_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three workers, 2 + 1 rounds of groups of 4 in 50 ms each: no faster than the timers."""
     monkeypatch.setattr(driver.RewardPool, "score", _judged)
-    monkeypatch.setattr("ergo_rl.cluster.pool.ray.cancel", lambda answer: None)
+    monkeypatch.setattr("ergo_rl.cluster.worker_pool.ray.cancel", lambda answer: None)
     arguments = argparse.Namespace(group_size=4, rounds=2, seconds=0.05)
     processes: Any = [InProcess(0.05), InProcess(0.05)]
     found = asyncio.run(driver.measure(processes, 3, arguments))

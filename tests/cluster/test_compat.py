@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lives import still
-from ergo_rl.cluster.compat import end_with_parent
+from ergo_rl.cluster.compat import die_with_parent
 from tests.conftest import ROOT
 
 # The set-up script may have hooked every interpreter of this environment; most cases start without that.
@@ -32,7 +32,7 @@ def run_fresh(code: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_qwen_image_processor_works_after_the_repair_and_a_second_repair_changes_nothing() -> None:
+def test_repair_torchvision_twice_then_image_processor_works() -> None:
     # 56 x 56 pixels in patches of 14: a grid of 4 x 4, 16 rows of 3 channels x 2 frames x 14 x 14 = 1176 values.
     code = """
         repair_torchvision()
@@ -81,12 +81,12 @@ def test_the_copy_in_the_environment_leaves_the_choice_of_packages_open() -> Non
     assert run_fresh(unhooked + textwrap.dedent(code), module).splitlines() == ["[]", "1", "torchvision::nms"]
 
 
-def test_the_repair_imports_nothing_by_itself() -> None:
+def test_repair_torchvision_imports_nothing() -> None:
     code = "repair_torchvision(); print([name for name in ('torch', 'torchvision') if name in sys.modules])"
     assert run_fresh(UNHOOKED + code) == "[]"
 
 
-def test_a_missing_torchvision_is_reported_as_missing() -> None:
+def test_repair_torchvision_missing_package_is_reported() -> None:
     code = """
         sys.path = [path for path in sys.path if "site-packages" not in path]
         repair_torchvision()
@@ -102,8 +102,8 @@ PARENT = """
 import multiprocessing, time
 
 def child(told):
-    from ergo_rl.cluster.compat import end_with_parent
-    end_with_parent()
+    from ergo_rl.cluster.compat import die_with_parent
+    die_with_parent()
     told.send(multiprocessing.current_process().pid)
     time.sleep(1000)
 
@@ -118,7 +118,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a service of Linux")
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_process_ends_with_the_one_that_spawned_it_even_where_it_is_stopped(stopped: bool, tmp_path: Path) -> None:
+def test_die_with_parent_killed_parent_then_child_ends_even_if_stopped(stopped: bool, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -135,8 +135,8 @@ def test_a_process_ends_with_the_one_that_spawned_it_even_where_it_is_stopped(st
     assert not still([(child, "")])
 
 
-def test_elsewhere_nothing_is_changed() -> None:
+def test_die_with_parent_outside_vllm_changes_nothing() -> None:
     """This process was not spawned by multiprocessing: it does not end with the shell that runs the tests."""
-    end_with_parent()
+    die_with_parent()
     found = ctypes.c_int(-1)
     assert ctypes.CDLL(None).prctl(2, ctypes.byref(found), 0, 0, 0) == 0 and found.value == 0  # PR_GET_PDEATHSIG

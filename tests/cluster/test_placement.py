@@ -40,7 +40,7 @@ def sockets_of(family: list[tuple[int, str]]) -> dict[str, str]:
     return found
 
 
-def test_a_ray_that_we_start_listens_to_this_machine_only(ray_cluster: Cluster) -> None:
+def test_connect_local_ray_listens_on_loopback_only(ray_cluster: Cluster) -> None:
     """Whoever reaches the ports of Ray can run code: none of them is on another interface."""
     assert ray.util.get_node_ip_address() == "127.0.0.1"
     owners = sockets_of([(os.getpid(), "pytest"), *descendants(os.getpid())])
@@ -51,7 +51,7 @@ def test_a_ray_that_we_start_listens_to_this_machine_only(ray_cluster: Cluster) 
     assert not elsewhere
 
 
-def test_two_who_reserve_for_one_role_at_once_each_get_their_own_places(ray_cluster: Cluster) -> None:
+def test_reserve_gang_concurrent_calls_get_separate_places(ray_cluster: Cluster) -> None:
     @ray.remote
     class Placed:
         def where(self) -> Any:
@@ -59,7 +59,7 @@ def test_two_who_reserve_for_one_role_at_once_each_get_their_own_places(ray_clus
             return found.id.hex() if found else None
 
     async def story() -> list[list[Any]]:
-        gangs = await asyncio.gather(*(ray_cluster.reserve("pairs", 2, Resources(cpus=0.01)) for _ in range(3)))
+        gangs = await asyncio.gather(*(ray_cluster.reserve_gang("pairs", 2, Resources(cpus=0.01)) for _ in range(3)))
         actors = [[Placed.options(**place).remote() for place in places] for places in gangs]  # type: ignore[attr-defined]
         try:
             async with asyncio.timeout(60):

@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from ergo_rl.actors.rollout_pool import Rollout
-from ergo_rl.actors.rollout_worker import Played, RolloutConfig, Unplayable, facts_of
+from ergo_rl.actors.rollout_worker import GroupResult, RolloutConfig, SkippedQuestion, summarize
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.jobs import run, train
@@ -101,16 +101,16 @@ class Rollouts:
         self.version, self.holds, self.asleep = version, buckets[0].value, False
         return [0.0]
 
-    async def play(self, question: Question, seed: int, **_: Any) -> Rollout | Unplayable:
+    async def rollout(self, question: Question, seed: int, **_: Any) -> Rollout | SkippedQuestion:
         await asyncio.sleep(0.001 * (seed % 5))
         assert self.version >= 0, "nobody plays before the first weights"
         assert not self.asleep, "nobody plays without them"
         if question.id in self.world.unplayable:
-            return Unplayable(question.id, "no picture")
+            return SkippedQuestion(question.id, "no picture")
         salt = int(_digest(self.holds, question.id, seed)[:6], 16)
         played = tuple(trajectory(question.id, n, seed=salt, version=self.version) for n in range(2))
-        facts = tuple(map(facts_of, played))
-        return Rollout(Played(question.id, facts), Reference(played))  # type: ignore[arg-type]
+        facts = tuple(map(summarize, played))
+        return Rollout(GroupResult(question.id, facts), Reference(played))  # type: ignore[arg-type]
 
 
 @dataclass

@@ -89,7 +89,7 @@ def test_five_hundred_configs_are_taken_or_refused_with_a_reason(tmp_path: Path)
 def holds(config: TrainConfig, overrides: list[str]) -> None:
     """What the rest of the program relies on, whatever was asked for."""
     assert not out_of_range(config)
-    assert config.rollout.size.least <= config.rollout.size.most
+    assert config.rollout.size.min <= config.rollout.size.max
     for step in range(4):
         config.evaluation.due(step, config.total_steps), config.proof.due(step, config.total_steps)
         config.checkpoint.due(step, config.total_steps)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import ray
 
-from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts
+from ergo_rl.actors.rollout_worker import GroupResult, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Outcome, Question, Score, Unscored, Verdict
 from ergo_rl.jobs.credit import Crediting
@@ -25,12 +25,12 @@ def score(region: float, box: float, accuracy: float = 0.0) -> Score:
 
 def group(*scores: Verdict, truncated: tuple[int, ...] = (), replies: tuple[int, ...] = (5, 7)) -> Group:
     facts = tuple(
-        TrajectoryFacts(
+        TrajectorySummary(
             Outcome.TRUNCATED if place in truncated else Outcome.ANSWERED, "ok", None, 0.1, 100, replies, (0,)
         )
         for place in range(len(scores))
     )
-    return Group(0, Question("q", b"", "?", "ring"), Played("q", facts), scores, ray.ObjectRef.nil())
+    return Group(0, Question("q", b"", "?", "ring"), GroupResult("q", facts), scores, ray.ObjectRef.nil())
 
 
 def crediting(loss: LossConfig | None = None, **advantages: object) -> Crediting:

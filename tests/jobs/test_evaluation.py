@@ -8,7 +8,7 @@ import pytest
 import ray
 from PIL import Image
 
-from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts, Unplayable
+from ergo_rl.actors.rollout_worker import GroupResult, SkippedQuestion, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Outcome, Question, Score
 from ergo_rl.jobs.evaluation import BoxSource, Evaluation, EvaluationConfig, choose_box, wilson
@@ -51,19 +51,19 @@ def test_evaluation_metrics_compare_region_reward_with_coverage() -> None:
 
     def group(covered: bool, paid: bool) -> Group:
         crop = Box(0, 0, 60, 60) if covered else Box(100, 0, 160, 60)
-        facts = TrajectoryFacts(Outcome.ANSWERED, "ok", crop, 0.18, 90, (20, 10), (0, 0))
+        facts = TrajectorySummary(Outcome.ANSWERED, "ok", crop, 0.18, 90, (20, 10), (0, 0))
         parts = {"region": float(paid), "accuracy": float(paid)}
-        return Group(0, question(), Played("q", (facts,)), (Score(1.0, parts),), ray.ObjectRef.nil())
+        return Group(0, question(), GroupResult("q", (facts,)), (Score(1.0, parts),), ray.ObjectRef.nil())
 
     groups = tuple(group(covered, paid) for covered in (True, False) for paid in (True, False))
-    found = Evaluation(groups, (Unplayable("bad", "no picture"),)).metrics(MetricsConfig())
+    found = Evaluation(groups, (SkippedQuestion("bad", "no picture"),)).metrics(MetricsConfig())
     assert found["eval/region_precision"] == found["eval/region_recall"] == 0.5
     assert found["eval/coverage"] == found["eval/accuracy"] == 0.5
     bounds = Evaluation(groups, ()).intervals(MetricsConfig())
     assert bounds["eval/coverage"] == pytest.approx(wilson(2, 4)) and bounds["eval/region_recall"] == wilson(1, 2)
     assert bounds["eval/area_ratio"] == pytest.approx((0.18, 0.18))
     assert found["eval/unplayable"] == 1 and found["eval/trajectories"] == 4
-    assert Evaluation((), (Unplayable("bad", "no picture"),)).metrics(MetricsConfig()) == {"eval/unplayable": 1.0}
+    assert Evaluation((), (SkippedQuestion("bad", "no picture"),)).metrics(MetricsConfig()) == {"eval/unplayable": 1.0}
 
 
 def test_evaluation_is_due_at_its_interval() -> None:

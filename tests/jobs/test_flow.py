@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ergo_rl.actors.rollout_pool import Rollout
-from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts, Unplayable
+from ergo_rl.actors.rollout_worker import GroupResult, SkippedQuestion, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Outcome, Question, Score
 from ergo_rl.jobs.flow import Flow, FlowState
 from ergo_rl.jobs.saving.state import flow_cells, flow_state
 from ergo_rl.questions.dataset import Cursor, OnBadRow
 
-FACTS = TrajectoryFacts(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (0, 0))
+FACTS = TrajectorySummary(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (0, 0))
 EPOCH = 10
 
 
@@ -54,13 +54,13 @@ def flow_of(
 ) -> Flow:
     """Two trajectories a question, of rewards 0 and 1; of 1 and 1 for the questions ``equal``."""
 
-    async def play(question: Question, seed: int) -> Rollout | Unplayable:
+    async def rollout(question: Question, seed: int) -> Rollout | SkippedQuestion:
         number = int(question.id[1:])
         await asyncio.sleep(delay(number))
         if number in unplayable:
-            return Unplayable(question.id, "no picture")
+            return SkippedQuestion(question.id, "no picture")
         facts = replace(FACTS, policy_versions=(version(), version()))
-        return Rollout(Played(question.id, (facts, facts)), ray.ObjectRef.nil())
+        return Rollout(GroupResult(question.id, (facts, facts)), ray.ObjectRef.nil())
 
     async def score(question: Question, trajectories: Any) -> tuple[Score, ...]:
         return Score(1.0 if int(question.id[1:]) in equal else 0.0), Score(1.0)
@@ -69,7 +69,7 @@ def flow_of(
         def __len__(self) -> int:
             return 1
 
-    pools: Any = Pools(play=play, score=score, restarts=0)
+    pools: Any = Pools(rollout=rollout, score=score, restarts=0)
     questions: Any = Questions()
     return Flow(questions, pools, pools, 0, OnBadRow.SKIP, state, keep_stale)
 

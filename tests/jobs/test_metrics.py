@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import ray
 
-from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts
+from ergo_rl.actors.rollout_worker import GroupResult, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Outcome, Question, Score, Unscored, Verdict
 from ergo_rl.jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics, staleness_metrics
@@ -16,9 +16,9 @@ WHOLE, RIGHT, WRONG, TINY = Box(0, 0, 100, 100), Box(10, 10, 60, 60), Box(60, 60
 TARGET = Box(20, 20, 30, 30)
 
 
-def facts(crop: Box | None, outcome: Outcome = Outcome.ANSWERED, box_outcome: str = "ok") -> TrajectoryFacts:
+def facts(crop: Box | None, outcome: Outcome = Outcome.ANSWERED, box_outcome: str = "ok") -> TrajectorySummary:
     ratio = None if crop is None else crop.area / 10_000
-    return TrajectoryFacts(outcome, box_outcome, crop, ratio, 90, (20, 10) if crop else (20,), (0,))
+    return TrajectorySummary(outcome, box_outcome, crop, ratio, 90, (20, 10) if crop else (20,), (0,))
 
 
 def test_staleness_by_hand() -> None:
@@ -32,9 +32,9 @@ def test_staleness_by_hand() -> None:
     }
 
 
-def group(members: list[TrajectoryFacts], scores: list[Verdict], boxes: tuple[Box, ...] = (TARGET,)) -> Group:
+def group(members: list[TrajectorySummary], scores: list[Verdict], boxes: tuple[Box, ...] = (TARGET,)) -> Group:
     question = Question("q", b"", "?", "ring", boxes=boxes)
-    return Group(0, question, Played("q", tuple(members)), tuple(scores), ray.ObjectRef.nil())
+    return Group(0, question, GroupResult("q", tuple(members)), tuple(scores), ray.ObjectRef.nil())
 
 
 def test_rollout_metrics_by_hand() -> None:

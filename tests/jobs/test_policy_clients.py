@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes.types import Box
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.jobs.policy_clients import EndpointClient, EpisodeError, EpisodeResult, endpoint_at
@@ -19,7 +19,7 @@ from tests.factories import FAMILY
 from tests.jobs.conftest import LOOK, READ, Server, question
 
 
-def run_episode(server: Server, config: TrainConfig, manner: Manner, box: Box | None = None) -> EpisodeResult:
+def run_episode(server: Server, config: TrainConfig, manner: EvalMode, box: Box | None = None) -> EpisodeResult:
     async def run() -> EpisodeResult:
         client = EndpointClient(config, await endpoint_at(server.url, "", config), FAMILY)
         try:
@@ -43,7 +43,7 @@ def sent_images(body: dict[str, Any]) -> list[np.ndarray]:
 
 def test_endpoint_client_sends_both_turns_with_lossless_images(server: Server, config: TrainConfig) -> None:
     """672 pixels seen as 6 x 6 visual tokens: a quarter of each side, so 28 .. 84 is 112 .. 336 of the original."""
-    found = run_episode(server, config, Manner(36))
+    found = run_episode(server, config, EvalMode(36))
     assert found.trajectory.crop is not None
     assert found.trajectory.crop.box == Box(112, 112, 336, 336) and found.trajectory.outcome == "answered"
     assert found.visual_tokens(FAMILY) == (36, 36) and found.reply_tokens == 14
@@ -56,12 +56,12 @@ def test_endpoint_client_sends_both_turns_with_lossless_images(server: Server, c
 
 
 def test_endpoint_client_replaces_the_box_or_answers_directly(server: Server, config: TrainConfig) -> None:
-    oracle = run_episode(server, config, Manner(36), Box(0, 0, 336, 336))
+    oracle = run_episode(server, config, EvalMode(36), Box(0, 0, 336, 336))
     assert oracle.trajectory.crop is not None
     assert oracle.trajectory.crop.box == Box(0, 0, 336, 336)
     assert server.bodies[1]["messages"][1]["content"] == "<think>there</think><zoom>[0, 0, 84, 84]</zoom>"
     server.say = lambda messages: READ
-    direct = run_episode(server, config, Manner(16, direct=True))
+    direct = run_episode(server, config, EvalMode(16, direct=True))
     assert len(direct.trajectory.turns) == 1 and direct.visual_tokens(FAMILY) == (16,)
     assert len(server.bodies) == 3 and server.bodies[2]["max_tokens"] == 48
 
@@ -69,7 +69,7 @@ def test_endpoint_client_replaces_the_box_or_answers_directly(server: Server, co
 def test_endpoint_failures_are_named_and_marked_transient(server: Server, config: TrainConfig) -> None:
     server.say = lambda messages: 503
     with pytest.raises(EpisodeError, match="status 503, 1 attempts") as failed:
-        run_episode(server, config, Manner(36))
+        run_episode(server, config, EvalMode(36))
     assert failed.value.transient
     with pytest.raises(ConfigError, match="does not list its models"):
         asyncio.run(endpoint_at("http://127.0.0.1:1/v1", "", config))

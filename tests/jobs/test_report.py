@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from ergo_rl.actors.rollout_worker import Played, facts_of
+from ergo_rl.actors.rollout_worker import GroupResult, summarize
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.jobs import report
@@ -59,7 +59,8 @@ def write_run(folder: Path) -> Path:
         scores: list[Verdict] = [Score(3.5, {"region": 1.0, "accuracy": 1.0}), Score(1.0 + step / 100, {"region": 0.0})]
         scores.append(Unscored("the reward model timed out") if step == 10 else Score(0.0, {"region": 0.0}))
         earned = [(1.0 + step / 1000,), (0.5, -0.5), (math.nan,) if step == 10 else (-1.0 - step / 1000,)]
-        group = Group(step, question, Played("q", tuple(map(facts_of, played))), tuple(scores), ray.ObjectRef.nil())
+        result = GroupResult("q", tuple(map(summarize, played)))
+        group = Group(step, question, result, tuple(scores), ray.ObjectRef.nil())
         write_group(folder / SAMPLES / folder_of(step), step, group, played, earned)
     return folder
 

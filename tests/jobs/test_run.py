@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import ray
 
-from ergo_rl.actors.rollout_worker import facts_of
-from ergo_rl.actors.trajectory_store import Group, Played
+from ergo_rl.actors.rollout_worker import summarize
+from ergo_rl.actors.trajectory_store import Group, GroupResult
 from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, Unscored, View
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.jobs.run import Run
@@ -62,7 +62,7 @@ def test_samples_show_every_box_and_every_part(config: TrainConfig) -> None:
     found = Trajectory("q", 0, (coarse, crop), (turn, turn), Outcome.ANSWERED, "ok")
     lost = Trajectory("q", 1, (coarse,), (turn,), Outcome.BAD_BOX, "no_tag")
     scores = (Score(2.5, {"region": 1.0}), Unscored("timeout"))
-    played = Played("q", (facts_of(found), facts_of(lost)))
+    played = GroupResult("q", (summarize(found), summarize(lost)))
     group = Group(0, Question("q", b"", "Which?", "ring"), played, scores, ray.ObjectRef.nil())
     with Run.open(config) as run:
         assert [step for step in range(5) if run.due_samples(step)] == [0, 2, 4]

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ergo_rl.cluster.buckets import Bucket, tensors_of
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.weight_buckets import Bucket, unpack
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
 from ergo_rl.learners.learner_group import (
@@ -195,7 +195,7 @@ async def files_of(references: Sequence[ray.ObjectRef]) -> dict[str, torch.Tenso
     for reference in references:
         file = await reference
         if isinstance(file, Bucket):
-            tensors |= tensors_of(torch.from_numpy(np.concatenate(file.parts)), file.layout)
+            tensors |= unpack(torch.from_numpy(np.concatenate(file.parts)), file.layout)
         else:
             tensors |= safetensors.torch.load(file)
     return tensors

@@ -11,8 +11,8 @@ import pytest
 import ray
 
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import Pool
 from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.worker_pool import WorkerPool
 from ergo_rl.episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.endpoint import VerifierUnavailable
@@ -134,7 +134,7 @@ def test_worker_with_a_dead_engine_is_replaced_and_its_call_repeated(ray_cluster
     config, lives = config_for(endpoint), iter(range(10))
 
     async def run() -> tuple[Any, int]:
-        pool = Pool(lambda index: ray.remote(Mortal).options(num_cpus=0.1).remote(config, next(lives)), 1)
+        pool = WorkerPool(lambda index: ray.remote(Mortal).options(num_cpus=0.1).remote(config, next(lives)), 1)
         rewards = RewardPool(pool, config)
         await rewards.ready(60)
         try:

@@ -70,7 +70,7 @@ async def played(stack: Stack, recipe: TrainConfig) -> list[Trajectory]:
             chosen = range(round * QUESTIONS, (round + 1) * QUESTIONS)
             limits = [replace(recipe.rollout.sampling, fine_max_tokens=3 + 7 * n % 46) for n in chosen]
             plays = await asyncio.gather(
-                *(stack.rollouts.play(varied(n), 11, SAMPLES, limit) for n, limit in zip(chosen, limits, strict=True))
+                *(stack.rollouts.rollout(varied(n), 11, SAMPLES, at) for n, at in zip(chosen, limits, strict=True))
             )
             for play in plays:
                 assert isinstance(play, Rollout), play

@@ -97,9 +97,9 @@ def test_score_takes_the_reference_of_a_rollout(
     untied: Stack, rewards: RewardPool, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     async def story() -> None:
-        rollout = await untied.rollouts.play(questions[0], seed=1)
+        rollout = await untied.rollouts.rollout(questions[0], seed=1)
         verdicts = await rewards.score(questions[0], rollout.trajectories)  # type: ignore[union-attr]
-        facts = rollout.played.facts  # type: ignore[union-attr]
+        facts = rollout.result.summaries  # type: ignore[union-attr]
         assert len(verdicts) == len(facts) == 8
         for verdict, fact in zip(verdicts, facts, strict=True):
             assert isinstance(verdict, Score)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ergo_rl.actors.rollout_pool import Rollout
-from ergo_rl.actors.rollout_worker import Unplayable
+from ergo_rl.actors.rollout_worker import SkippedQuestion
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.jobs.config import TrainConfig
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.system
 
 
 async def play(stack: Stack, question: Question, seed: int, samples: int = 8) -> tuple[Trajectory, ...]:
-    rollout = await stack.rollouts.play(question, seed, samples)
+    rollout = await stack.rollouts.rollout(question, seed, samples)
     assert isinstance(rollout, Rollout), rollout
     trajectories: tuple[Trajectory, ...] = await rollout.trajectories
     return trajectories
@@ -55,7 +55,7 @@ def test_log_probs_are_of_the_distribution_that_was_sampled(
 
     async def story() -> None:
         cool = replace(recipe.rollout.sampling, temperature=0.7)
-        rollout = await untied.rollouts.play(questions[0], 7, 8, cool)
+        rollout = await untied.rollouts.rollout(questions[0], 7, 8, cool)
         assert isinstance(rollout, Rollout)
         group = await rollout.trajectories
         learner = untied.learners._actors[0]
@@ -69,7 +69,7 @@ def test_log_probs_are_of_the_distribution_that_was_sampled(
     runner.run(story())
 
 
-def test_the_same_seed_plays_the_same_and_another_one_does_not(
+def test_rollout_same_seed_is_reproducible_and_another_differs(
     untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     async def story() -> None:
@@ -82,11 +82,9 @@ def test_the_same_seed_plays_the_same_and_another_one_does_not(
     runner.run(story())
 
 
-def test_prompts_prefilled_in_parts_keep_their_seeds(
-    tied: Stack, runner: asyncio.Runner, questions: list[Question]
-) -> None:
+def test_rollout_chunked_prefill_keeps_seeds(tied: Stack, runner: asyncio.Runner, questions: list[Question]) -> None:
     """Ninety-six tokens a step for 48 prompts of about 60 each: what is sampled after a part is thrown away and must
-    not use up the request's random numbers (vLLM on CPU died of it: ``cluster.compat.keep_discarded_draws``)."""
+    not use up the request's random numbers (vLLM on CPU died of it: ``cluster.compat.patch_cpu_seeded_sampling``)."""
 
     async def story() -> None:
         busy = await asyncio.gather(*(play(tied, one, seed=8) for one in questions[:6]))
@@ -116,7 +114,7 @@ def test_vision_tokens_are_never_sampled(tied: Stack, runner: asyncio.Runner, qu
     runner.run(story())
 
 
-def test_an_image_that_the_engine_core_has_lost_is_sent_again(
+def test_rollout_resends_an_image_the_core_has_lost(
     untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     """vLLM's front end keeps account of the processed images that its core has; requests that are cancelled on their
@@ -136,7 +134,9 @@ def test_an_image_that_the_engine_core_has_lost_is_sent_again(
     runner.run(story())
 
 
-def test_turn_two_reuses_turn_one(untied: Stack, runner: asyncio.Runner, questions: list[Question]) -> None:
+def test_turn_two_reuses_the_prefix_cache_of_turn_one(
+    untied: Stack, runner: asyncio.Runner, questions: list[Question]
+) -> None:
     """Turn 2 finds the whole 32-token blocks of turn 1, prompt and reply, in the prefix cache (all but the last)."""
 
     async def story() -> None:
@@ -158,13 +158,13 @@ def test_turn_two_reuses_turn_one(untied: Stack, runner: asyncio.Runner, questio
         ({"text": "why " * 400}, "EngineRefused: .*512"),
     ],
 )
-def test_what_cannot_be_played_says_why(
+def test_rollout_unusable_question_says_why(
     change: dict[str, Any], reason: str, untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     async def story() -> None:
         bad = replace(questions[0], **change)
-        answer, good = await asyncio.gather(untied.rollouts.play(bad, seed=0), play(untied, questions[1], seed=0))
-        assert isinstance(answer, Unplayable) and answer.question_id == questions[0].id
+        answer, good = await asyncio.gather(untied.rollouts.rollout(bad, seed=0), play(untied, questions[1], seed=0))
+        assert isinstance(answer, SkippedQuestion) and answer.question_id == questions[0].id
         assert len(good) == 8, "others are not disturbed"
         assert re.search(reason, answer.reason), answer.reason
 
@@ -192,7 +192,7 @@ def test_a_dead_worker_is_replaced_with_the_current_weights(
     runner.run(story())
 
 
-def test_the_stack_listens_to_this_machine_only(everything: Everything) -> None:
+def test_stack_listens_on_loopback_only(everything: Everything) -> None:
     """Ray, engines and ranks: none of their ports is on another interface."""
     import os
 

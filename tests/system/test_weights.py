@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from ergo_rl.actors.rollout_pool import Rollout
-from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
+from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.jobs.config import ProofConfig, TrainConfig
 from ergo_rl.jobs.proof import Proof, WeightsDiffer
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.system
 
 
 async def play_all(stack: Stack, questions: list[Question]) -> list[tuple[Any, ...]]:
-    rollouts = await asyncio.gather(*(stack.rollouts.play(one, seed=5) for one in questions))
+    rollouts = await asyncio.gather(*(stack.rollouts.rollout(one, seed=5) for one in questions))
     return list(await asyncio.gather(*(one.trajectories for one in rollouts)))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("which", ["untied", "tied", "qwen3"])
-def test_a_perturbed_learner_and_the_engine_agree_on_prompts_and_images_seen_before(
+def test_publish_perturbed_weights_then_engine_agrees_on_cached_prompts_and_images(
     which: str, everything: Everything, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     """Every weight changes, the vision tower's too; the same prompts and images before and after (so every cache is
@@ -84,7 +84,7 @@ def test_the_proof_notices_a_forgotten_cache(
     runner.run(story())
 
 
-def test_an_engine_that_sleeps_plays_nothing_until_it_has_new_weights(
+def test_sleeping_engine_answers_only_after_new_weights(
     untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
     """vLLM's own sleep, on a CPU without the memory that it would give back: what is asked meanwhile waits, and is
@@ -110,14 +110,14 @@ def test_an_engine_that_sleeps_plays_nothing_until_it_has_new_weights(
     runner.run(story())
 
 
-@pytest.mark.parametrize("transport", [Transport.BROADCAST, Transport.IPC])
-def test_weights_reach_every_engine_and_a_group_that_breaks_is_repaired(
-    transport: Transport, untied: Stack, runner: asyncio.Runner, questions: list[Question]
+def test_direct_transfer_reaches_every_engine_and_recovers_after_a_failure(
+    untied: Stack, runner: asyncio.Runner, questions: list[Question]
 ) -> None:
-    """gloo, and shared memory, in pieces of half a megabyte: to one engine; a second one comes and holds what it
-    missed; to both; the group breaks when each has two pieces of ten or so (layers with some of their weights, running
-    replies on hold) and the object store delivers the same version; a new group for the next. Each time the learner's
+    """Shared memory, in pieces of half a megabyte: to one engine; a second one starts and holds what it missed; to
+    both; the transfer breaks when each has two pieces of ten or so (layers with some of their weights, running replies
+    on hold) and the object store delivers the same version; a new connection for the next. Each time the learner's
     log-probs are those of every engine, within 1e-5 nats on average."""
+    transport = Transport.IPC
 
     async def in_pieces(size: int) -> int:
         def on_learner(rank: Any) -> int:
@@ -129,16 +129,16 @@ def test_weights_reach_every_engine_and_a_group_that_breaks_is_repaired(
         return before
 
     def break_at_the_third(rank: Any) -> None:
-        group, sent = rank._group, []
-        send = group.send
+        client, sent = rank._sender._client, []
+        update = client.update_weights
 
-        def break_then_send(weights: Any, layout: Any) -> None:
-            sent.append(layout)
+        def break_then_update(update_info: Any) -> None:
+            sent.append(update_info)
             if len(sent) == 3:
-                group.close()
-            send(weights, layout)
+                client.fail("broken by the test")
+            update(update_info)
 
-        group.send = break_then_send
+        client.update_weights = break_then_update
 
     async def story() -> None:
         learner = untied.learners._actors[0]
@@ -181,7 +181,7 @@ def sampled_by(trajectory: Trajectory) -> np.ndarray:
     return np.concatenate(found)
 
 
-def test_no_turn_mixes_weights_without_saying_which_token_is_whose(
+def test_publish_during_replies_stamps_every_token(
     tied: Stack, runner: asyncio.Runner, recipe: TrainConfig, questions: list[Question]
 ) -> None:
     """Version b is published while long replies of version a are being sampled, and the engine is not drained. Every
@@ -189,7 +189,7 @@ def test_no_turn_mixes_weights_without_saying_which_token_is_whose(
     served b); under the other version log-probs are elsewhere.
 
     The prompts are so long that blocks behind the image are in the prefix cache when they are asked again, and b must
-    have it encoded anew (vLLM's core died of it: ``cluster.compat.keep_pictures``)."""
+    have it encoded anew (vLLM's core died of it: ``cluster.compat.patch_always_send_images``)."""
     long = replace(recipe.rollout.sampling, coarse_max_tokens=250)
     asked = [replace(one, text=f"{one.text} Look at every panel before you answer." * 3) for one in questions[12:14]]
 
@@ -202,8 +202,8 @@ def test_no_turn_mixes_weights_without_saying_which_token_is_whose(
         await tied.remember()
         await tied.perturb(seed=17)
         for one in asked:
-            assert isinstance(await tied.rollouts.play(one, 22, 1), Rollout)
-        playing = asyncio.gather(*(tied.rollouts.play(one, 23, 4, long) for one in asked))
+            assert isinstance(await tied.rollouts.rollout(one, 22, 1), Rollout)
+        playing = asyncio.gather(*(tied.rollouts.rollout(one, 23, 4, long) for one in asked))
         while await tied.on_worker(furthest) < 16:
             assert not playing.done()
             await asyncio.sleep(0.02)
@@ -218,7 +218,7 @@ def test_no_turn_mixes_weights_without_saying_which_token_is_whose(
         assert len(crossed) >= 4, "replies this long were still being sampled"
         assert {turn.versions for turn in crossed} == {(a, b)}
         assert {turn.versions for turn in turns} - {(a, b)} <= {(a,), (b,)}
-        facts = [facts for one in rollouts for facts in one.played.facts]  # type: ignore[union-attr]
+        facts = [facts for one in rollouts for facts in one.result.summaries]  # type: ignore[union-attr]
         assert sum(one.updates for one in facts) == len(crossed)
 
         new = await tied.learners.logprobs(ray.put(trajectories))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ergo_rl.cluster.resources import Resources
-from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
+from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig
 
 
 class Source:
@@ -39,7 +39,7 @@ class Sink:
         return [0.25, 0.5]
 
 
-def test_a_publication_is_waited_for_or_goes_on_by_itself() -> None:
+def test_publish_waits_for_the_receivers_or_returns_before() -> None:
     async def story() -> None:
         source, sink = Source(), Sink()
         channel = WeightChannel(source, sink)
@@ -55,7 +55,7 @@ def test_a_publication_is_waited_for_or_goes_on_by_itself() -> None:
     asyncio.run(story())
 
 
-def test_whoever_stops_waiting_stops_nothing() -> None:
+def test_settled_cancelled_then_loading_continues() -> None:
     async def story() -> None:
         sink = Sink()
         channel = WeightChannel(Source(), sink)
@@ -69,7 +69,7 @@ def test_whoever_stops_waiting_stops_nothing() -> None:
     asyncio.run(story())
 
 
-def test_what_goes_wrong_behind_ones_back_rises_from_the_next_call() -> None:
+def test_publish_after_a_failed_load_raises_its_error() -> None:
     async def story() -> None:
         sink = Sink()
         channel = WeightChannel(Source(), sink)
@@ -91,13 +91,12 @@ def test_what_goes_wrong_behind_ones_back_rises_from_the_next_call() -> None:
         ("auto", (1, 0.5), "object_store"),
         ("auto", (1, 0), "object_store"),
         ("object_store", (1, 1), "object_store"),
-        ("broadcast", (0, 0), "broadcast"),
         ("broadcast", (1, 1), "broadcast"),
         ("ipc", (0, 0), "ipc"),
         ("ipc", (0.5, 0.5), "ipc"),
     ],
 )
-def test_the_transport_is_what_the_placement_allows(asked: str, gpus: tuple[float, float], chosen: str) -> None:
+def test_for_roles_resolves_the_transport_from_gpus(asked: str, gpus: tuple[float, float], chosen: str) -> None:
     roles = [Resources(gpus=share) for share in gpus]
     assert WeightsConfig(Transport(asked)).for_roles(*roles).transport == chosen
 
@@ -105,6 +104,7 @@ def test_the_transport_is_what_the_placement_allows(asked: str, gpus: tuple[floa
 @pytest.mark.parametrize(
     ("asked", "gpus"),
     [
+        ("broadcast", (0, 0)),
         ("broadcast", (1, 0)),
         ("broadcast", (0.5, 0.5)),
         ("broadcast", (1, 0.5)),
@@ -114,6 +114,6 @@ def test_the_transport_is_what_the_placement_allows(asked: str, gpus: tuple[floa
         ("ipc", (1, 1)),
     ],
 )
-def test_a_transport_that_cannot_be_between_such_roles_is_refused(asked: str, gpus: tuple[float, float]) -> None:
+def test_for_roles_impossible_transport_raises(asked: str, gpus: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=rf"{asked} needs .* got .*; set weights.transport=object_store"):
         WeightsConfig(Transport(asked)).for_roles(*[Resources(gpus=share) for share in gpus])

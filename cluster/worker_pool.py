@@ -1,19 +1,17 @@
-"""A pool of like Ray actors: spread calls, replace the dead and the hung, resubmit what they held, resize meanwhile."""
+"""A pool of identical Ray actors: spreads calls, replaces dead and hung workers, retries their calls, resizes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
-
-from ergo_rl.errors import ErgoError
 
 logger = logging.getLogger(__name__)
 
@@ -24,33 +22,34 @@ Prepare = Callable[[ActorHandle], Awaitable[None]]
 LONGEST_BACKOFF_S = 60.0
 
 
-class PoolExhausted(ErgoError, RuntimeError):
-    """Workers kept dying and the budget of restarts is spent."""
+class PoolExhausted(RuntimeError):
+    """Workers kept dying until the budget of restarts was spent."""
 
 
 class WorkerDied(RuntimeError):
-    """Raised by a worker's method: this worker can do nothing any more (its engine is gone), so replace it. One that
-    answered all calls with errors, at once, would draw all the work."""
+    """Raised by a worker's method: its engine is gone, so replace the worker. If it went on answering with errors it
+    would attract all calls, because it answers at once."""
 
 
 DEAD = (RayActorError, OutOfMemoryError, WorkerDied)
-"""A worker's death: Ray's words for an actor that has ended (the second where its memory monitor ended it), and its
-own."""
+"""Errors that mean a worker is gone: Ray's two (the second when its memory monitor ended the actor), and its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What a pool does about workers that fail. restarts: replacements before it gives up; stall_s: a worker that has
-    work and finishes none of it for so long counts as dead; backoff_s: wait before the second replacement in a row,
-    doubled each time, ``LONGEST_BACKOFF_S`` at most (a call that succeeds ends the row)."""
+    """What a pool does about workers that fail."""
 
     restarts: int = 3
+    """Replacements before the pool gives up."""
     stall_s: float = 900.0
+    """A worker that has calls and finishes none of them for so long counts as dead."""
     backoff_s: float = 2.0
+    """Wait before the second replacement in a row; doubled each time, ``LONGEST_BACKOFF_S`` at most. A finished call
+    ends the row."""
 
 
 class _Hung(Exception):
-    """A worker has work and finishes none of it."""
+    """A worker has calls and finishes none of them."""
 
 
 @dataclass(eq=False)
@@ -59,23 +58,22 @@ class _Worker:
     actor: ActorHandle
     load: int = 0
     progress: float = 0.0
-    """When it last began to have work or finished some (``time.monotonic``)."""
+    """When it last got its first call or finished one (``time.monotonic``)."""
     in_a_row: int = 0
     """Replacements since it last finished a call."""
-    missed: float | None = None
-    """When it was found dead, until its replacement has done its first work."""
+    found_dead: float | None = None
+    """When, until its replacement has finished its first call."""
     starting: bool = False
-    """Its actor (a replacement) is not up yet: the cluster may have no room for it for a long time."""
+    """Its replacement is not up yet, perhaps for long: the cluster may have no room for it."""
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     repair: asyncio.Task[None] | None = None
 
 
-class Pool:
+class WorkerPool:
     """Calls go to the least loaded worker. One asyncio loop owns the pool.
 
-    A worker's death is no caller's business, nor that it hangs: the worker is replaced, the others make its calls
-    meanwhile, until the budget of restarts is spent (PoolExhausted). What a method raises rises here as it was
-    raised."""
+    Callers never see a dead or hung worker: the call is retried on another one while it is replaced, until the budget
+    of restarts is spent (PoolExhausted). Other errors of a method are raised as they are."""
 
     def __init__(
         self,
@@ -102,11 +100,11 @@ class Pool:
         return len(self._workers)
 
     async def ready(self, deadline_s: float) -> None:
-        """Wait until every worker has started; replacements are given as long. Raises TimeoutError with what is free in
-        the cluster, PoolExhausted where one dies."""
+        """Start every worker and wait; replacements get the same deadline. Raises TimeoutError with what is free in the
+        cluster, PoolExhausted if a worker dies."""
         self._start_deadline_s = deadline_s
         try:
-            await asyncio.wait_for(together(*(self._start(worker) for worker in self._workers)), deadline_s)
+            await asyncio.wait_for(gather_or_cancel(*(self._start(worker) for worker in self._workers)), deadline_s)
         except TimeoutError:
             up = sum(worker.ready.is_set() for worker in self._workers)
             free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
@@ -118,42 +116,37 @@ class Pool:
             raise PoolExhausted(f"{self.name}: one died while it started: {error}") from error
 
     async def call(self, method: str, *args: Any, num_returns: int = 1) -> Any:
-        """Call ``method`` on the least loaded worker. References among ``args`` go to Ray as they are.
+        """Call ``method`` on the least loaded worker. References among ``args`` are passed to Ray as they are.
 
-        With ``num_returns`` above 1 only the first return value is awaited; the others come back as
-        references owned by this process, so they outlive the worker."""
+        With ``num_returns`` above 1 only the first return value is awaited; the others are references owned by this
+        process, so they outlive the worker."""
         while True:
             worker = await self._least_loaded()
             actor = worker.actor
             try:
                 answer = getattr(actor, method).options(num_returns=num_returns).remote(*args)
                 first = await self._watched(worker, answer if num_returns == 1 else answer[0])
-                self._back(worker)
+                self._note_recovery(worker)
                 return first if num_returns == 1 else (first, *answer[1:])
             except (*DEAD, _Hung) as error:
                 self._replace(worker, actor, error)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """Call ``method`` on every worker that is up, at least one. A replacement that has not started is left out
-        while others are up: where a machine was lost there may be no room for it. It is prepared when it has."""
+        while others are up, because after the loss of a machine there may be no room for it; it is prepared when it
+        starts."""
         workers = list(self._workers)
         answers = await asyncio.gather(*(self._call_one(worker, method, args) for worker in workers))
         return [answer[0] for answer in answers if answer]
 
     def up(self) -> tuple[ActorHandle, ...]:
-        """The actors that take calls now."""
+        """Return the actors that take calls now."""
         return tuple(worker.actor for worker in self._workers if worker.ready.is_set())
 
-    async def call_each(self, method: str, calls: Sequence[tuple[ActorHandle, tuple[Any, ...]]]) -> list[Any]:
-        """Call ``method`` once on each of these actors, with its own arguments; returns when all have ended. What an
-        actor raised, or that it died, stands in place of its answer: nothing is called again, but the dead are
-        replaced."""
-        return await asyncio.gather(*(self._call_once(actor, method, args) for actor, args in calls))
-
     async def resize(self, size: int) -> None:
-        """Grow or shrink. New workers take calls once started and prepared; removed ones finish what they hold.
+        """Grow or shrink. New workers take calls once started and prepared; removed ones finish their calls.
 
-        Raises TimeoutError where a new one does not come up within the deadline of ``ready``; it is gone then."""
+        Raises TimeoutError if a new one does not start within the deadline of ``ready``; it is removed then."""
         if size < 1:
             raise ValueError(f"a pool of {self.name} needs at least one worker, got {size}")
         async with self._resizing:
@@ -186,15 +179,16 @@ class Pool:
         self._workers = []
 
     async def _join(self, worker: _Worker) -> None:
-        """A new worker comes into the list when it has started: ``call_all`` does not wait for its start, and from then
-        on cannot miss it."""
+        """List a new worker only once it has started: so ``call_all`` does not wait for its start, and from then on
+        cannot miss it."""
         await self._begin(worker.actor.start.remote())
         self._workers.append(worker)
         await self._admit(worker)
 
     async def _start(self, worker: _Worker) -> None:
         await self._begin(worker.actor.start.remote())
-        worker.starting = False  # from here on ``call_all`` waits for it: it may be being given what is out of date
+        # From here on ``call_all`` waits for it: what it is being prepared with may be out of date by then.
+        worker.starting = False
         await self._admit(worker)
 
     @staticmethod
@@ -222,7 +216,7 @@ class Pool:
         return min(ready, key=lambda worker: (worker.load, worker.index))
 
     async def _call_one(self, worker: _Worker, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """(answer,), or () where the worker is left out."""
+        """Return (answer,), or () if the worker is left out."""
         while True:
             if worker.starting and any(other.ready.is_set() for other in self._workers):
                 return ()
@@ -233,18 +227,6 @@ class Pool:
             except (*DEAD, _Hung) as error:
                 self._replace(worker, actor, error)
 
-    async def _call_once(self, actor: ActorHandle, method: str, args: tuple[Any, ...]) -> Any:
-        worker = next((worker for worker in self._workers if worker.actor is actor), None)
-        if worker is None:
-            return LookupError("it is no worker any more")
-        try:
-            return await self._watched(worker, getattr(actor, method).remote(*args))
-        except (*DEAD, _Hung) as error:
-            self._replace(worker, actor, error)
-            return error
-        except Exception as error:  # the caller's to judge
-            return error
-
     async def _until_ready(self, worker: _Worker) -> None:
         async with self._changed:
             while not worker.ready.is_set():
@@ -253,7 +235,8 @@ class Pool:
                 await self._changed.wait()
 
     async def _watched(self, worker: _Worker, answer: ray.ObjectRef) -> Any:
-        """The answer, unless the worker hangs: it has work, and no call of it has ended for ``stall_s``."""
+        """Await the answer. Raises _Hung if no call of this worker, of several that may run, has ended for
+        ``stall_s``."""
         if worker.load == 0:
             worker.progress = time.monotonic()
         worker.load += 1
@@ -273,17 +256,17 @@ class Pool:
                 raise failure from failure.__cause__
             return waiting.result()
         except asyncio.CancelledError:
-            ray.cancel(answer)  # nobody waits for it: let the worker do something else
+            ray.cancel(answer)  # nobody waits for it any more, so free the worker
             raise
         finally:
             worker.load -= 1
             waiting.cancel()
 
     def _replace(self, worker: _Worker, dead: ActorHandle, error: Exception) -> None:
-        """Begin to replace a dead actor. Many callers may see one death: one repair is begun."""
+        """Begin to replace a dead actor, once, however many callers see its death."""
         if worker.actor is dead and worker.repair is None:
             worker.ready.clear()
-            worker.missed = time.monotonic()
+            worker.found_dead = time.monotonic()
             worker.starting = True
             worker.repair = asyncio.create_task(self._repair(worker, error))
 
@@ -306,7 +289,7 @@ class Pool:
                 try:
                     await asyncio.wait_for(self._start(worker), self._start_deadline_s)
                     return
-                except Exception as another:  # whatever it is, the budget bounds how often it is tried
+                except Exception as another:  # whatever it is, the budget limits the attempts
                     error = another
             why = f"{type(error).__name__} {on_one_line(error)}"
             self._exhausted = f"{self.name}: worker {worker.index} died and no restarts are left: {why}"
@@ -316,9 +299,9 @@ class Pool:
             async with self._changed:
                 self._changed.notify_all()
 
-    def _back(self, worker: _Worker) -> None:
-        if worker.missed is not None and worker.ready.is_set():
-            waited, worker.missed = time.monotonic() - worker.missed, None
+    def _note_recovery(self, worker: _Worker) -> None:
+        if worker.found_dead is not None and worker.ready.is_set():
+            waited, worker.found_dead = time.monotonic() - worker.found_dead, None
             logger.warning(
                 "%s: worker %d has done its first work, %.1f s after it was found dead", self.name, worker.index, waited
             )
@@ -330,22 +313,22 @@ class Pool:
 
 
 def on_one_line(error: BaseException) -> str:
-    """Ray's messages have many, and a log is read line by line."""
+    """Join the lines of Ray's long messages, because logs are read line by line."""
     return " ".join(str(error).split())
 
 
-async def together(*work: Coroutine[Any, Any, Any]) -> None:
-    """Wait for all; the first error cancels the others and rises as it is."""
+async def gather_or_cancel(*work: Coroutine[Any, Any, Any]) -> None:
+    """Wait for all. The first error cancels the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:
-            for one in work:
-                group.create_task(one)
+            for coroutine in work:
+                group.create_task(coroutine)
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
 
 
 def _original(error: RayTaskError) -> Exception:
-    """What the method raised, with Ray's account of where it happened as a note."""
+    """Return what the method raised, with Ray's traceback as a note."""
     cause = error.cause
     if not isinstance(cause, Exception):
         return error

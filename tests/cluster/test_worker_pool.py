@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import OutOfMemoryError
 
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.pool import Faults, Pool, PoolExhausted, WorkerDied
+from ergo_rl.cluster.worker_pool import Faults, PoolExhausted, WorkerDied, WorkerPool
 
 
 @ray.remote(num_cpus=0.01)
@@ -68,13 +68,13 @@ class Clerk:
         return "facts", [1, 2, 3]
 
 
-Story = Callable[[Pool], Coroutine[Any, Any, None]]
+Story = Callable[[WorkerPool], Coroutine[Any, Any, None]]
 
 
 def run(story: Story, size: int = 2, restarts: int = 3, prepare: Any = None, stall_s: float = 60.0) -> None:
     async def play() -> None:
         faults = Faults(restarts, stall_s, backoff_s=0.1)
-        pool = Pool(lambda index: Clerk.remote(index), size, faults, "clerks", prepare)
+        pool = WorkerPool(lambda index: Clerk.remote(index), size, faults, "clerks", prepare)
         try:
             await pool.ready(60)
             await story(pool)
@@ -84,16 +84,16 @@ def run(story: Story, size: int = 2, restarts: int = 3, prepare: Any = None, sta
     asyncio.run(play())
 
 
-def test_calls_go_to_the_least_loaded_worker(ray_cluster: Cluster) -> None:
-    async def story(pool: Pool) -> None:
+def test_call_uses_the_least_loaded_worker(ray_cluster: Cluster) -> None:
+    async def story(pool: WorkerPool) -> None:
         answers = await asyncio.gather(*(pool.call("who", 0.2) for _ in range(4)))
         assert sorted(index for index, _, _ in answers) == [0, 0, 1, 1]
 
     run(story)
 
 
-def test_what_a_method_raises_rises_as_it_was(ray_cluster: Cluster) -> None:
-    async def story(pool: Pool) -> None:
+def test_call_raises_what_the_method_raised(ray_cluster: Cluster) -> None:
+    async def story(pool: WorkerPool) -> None:
         with pytest.raises(KeyError, match="no such row"):
             await pool.call("fail")
         assert pool.restarts == 0
@@ -101,8 +101,8 @@ def test_what_a_method_raises_rises_as_it_was(ray_cluster: Cluster) -> None:
     run(story)
 
 
-def test_several_returns_leave_the_rest_as_references(ray_cluster: Cluster) -> None:
-    async def story(pool: Pool) -> None:
+def test_call_several_returns_leaves_the_rest_as_references(ray_cluster: Cluster) -> None:
+    async def story(pool: WorkerPool) -> None:
         facts, payload = await pool.call("pair", num_returns=2)
         assert facts == "facts" and isinstance(payload, ray.ObjectRef)
         await pool.close()  # the reference is ours: it outlives the worker
@@ -111,7 +111,9 @@ def test_several_returns_leave_the_rest_as_references(ray_cluster: Cluster) -> N
     run(story)
 
 
-def test_a_death_is_no_callers_business(ray_cluster: Cluster, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_call_on_dying_worker_is_retried_and_worker_replaced(
+    ray_cluster: Cluster, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """The worker is replaced, brought up to date, and the call is made again."""
     seen: list[Any] = []
 
@@ -119,7 +121,7 @@ def test_a_death_is_no_callers_business(ray_cluster: Cluster, tmp_path: Any, cap
         seen.append(actor)
         await actor.teach.remote(7)
 
-    async def story(pool: Pool) -> None:
+    async def story(pool: WorkerPool) -> None:
         assert await pool.call("die_unless", str(tmp_path / "flag")) == "done"
         assert pool.restarts == 1
         async with asyncio.timeout(60):  # the other worker answered; the replacement comes by itself
@@ -134,7 +136,7 @@ def test_a_death_is_no_callers_business(ray_cluster: Cluster, tmp_path: Any, cap
     run(story, prepare=teach)
 
 
-def test_the_others_go_on_while_there_is_no_room_for_a_replacement(ray_cluster: Cluster) -> None:
+def test_call_all_without_room_for_a_replacement_uses_the_others(ray_cluster: Cluster) -> None:
     """As after the loss of a machine: the third actor that is made asks for more than the cluster has."""
     made: list[int] = []
 
@@ -143,7 +145,7 @@ def test_the_others_go_on_while_there_is_no_room_for_a_replacement(ray_cluster: 
         return Clerk.options(num_cpus=0.01 if len(made) < 3 else 5000).remote(index)  # type: ignore[attr-defined]
 
     async def story() -> None:
-        pool = Pool(spawn, 2, Faults(restarts=1, stall_s=60, backoff_s=0.1), "clerks")
+        pool = WorkerPool(spawn, 2, Faults(restarts=1, stall_s=60, backoff_s=0.1), "clerks")
         try:
             await pool.ready(60)
             pids = {pid: index for index, _, pid in await pool.call_all("who")}
@@ -160,8 +162,8 @@ def test_the_others_go_on_while_there_is_no_room_for_a_replacement(ray_cluster: 
     asyncio.run(story())
 
 
-def test_many_callers_see_one_death_and_it_is_replaced_once(ray_cluster: Cluster, tmp_path: Any) -> None:
-    async def story(pool: Pool) -> None:
+def test_death_seen_by_many_callers_is_replaced_once(ray_cluster: Cluster, tmp_path: Any) -> None:
+    async def story(pool: WorkerPool) -> None:
         flag = str(tmp_path / "flag")
         calls = [pool.call("who", 0.5) for _ in range(5)]
         assert await asyncio.gather(*calls, pool.call("die_unless", flag))
@@ -170,16 +172,16 @@ def test_many_callers_see_one_death_and_it_is_replaced_once(ray_cluster: Cluster
     run(story, size=1)
 
 
-def test_a_worker_that_the_memory_monitor_ends_is_replaced(ray_cluster: Cluster, tmp_path: Any) -> None:
-    async def story(pool: Pool) -> None:
+def test_worker_killed_by_memory_monitor_is_replaced(ray_cluster: Cluster, tmp_path: Any) -> None:
+    async def story(pool: WorkerPool) -> None:
         assert await pool.call("run_out_of_memory_unless", str(tmp_path / "flag")) == "done"
         assert pool.restarts == 1
 
     run(story, size=1)
 
 
-def test_a_spent_budget_ends_every_call(ray_cluster: Cluster) -> None:
-    async def story(pool: Pool) -> None:
+def test_call_after_spent_restarts_raises_pool_exhausted(ray_cluster: Cluster) -> None:
+    async def story(pool: WorkerPool) -> None:
         answers = await asyncio.gather(*(pool.call("die") for _ in range(3)), return_exceptions=True)
         assert all(isinstance(answer, PoolExhausted) for answer in answers)
         with pytest.raises(PoolExhausted, match="no restarts are left"):
@@ -188,8 +190,8 @@ def test_a_spent_budget_ends_every_call(ray_cluster: Cluster) -> None:
     run(story, size=1, restarts=1)
 
 
-def test_resize_adds_prepared_workers_and_lets_removed_ones_finish(ray_cluster: Cluster) -> None:
-    async def story(pool: Pool) -> None:
+def test_resize_prepares_new_workers_and_drains_removed_ones(ray_cluster: Cluster) -> None:
+    async def story(pool: WorkerPool) -> None:
         await pool.resize(3)
         answers = await asyncio.gather(*(pool.call("who", 0.2) for _ in range(3)))
         assert sorted(index for index, _, _ in answers) == [0, 1, 2]
@@ -202,9 +204,9 @@ def test_resize_adds_prepared_workers_and_lets_removed_ones_finish(ray_cluster: 
     run(story, size=1)
 
 
-def test_ready_gives_up_with_the_numbers(ray_cluster: Cluster) -> None:
+def test_ready_without_resources_raises_with_numbers(ray_cluster: Cluster) -> None:
     async def play() -> None:
-        pool = Pool(lambda index: Clerk.options(num_cpus=10_000).remote(index), 1, Faults(0), "giants")
+        pool = WorkerPool(lambda index: Clerk.options(num_cpus=10_000).remote(index), 1, Faults(0), "giants")
         with pytest.raises(TimeoutError, match="only 0 of 1 giants were ready after 1 s; free in the cluster"):
             await pool.ready(1)
         await pool.close()
@@ -212,7 +214,7 @@ def test_ready_gives_up_with_the_numbers(ray_cluster: Cluster) -> None:
     asyncio.run(play())
 
 
-def test_a_gang_that_cannot_be_held_is_refused_with_the_numbers(ray_cluster: Cluster) -> None:
+def test_reserve_gang_without_resources_raises_with_numbers(ray_cluster: Cluster) -> None:
     from ergo_rl.cluster.placement import ClusterConfig
     from ergo_rl.cluster.resources import Resources
 
@@ -220,7 +222,7 @@ def test_a_gang_that_cannot_be_held_is_refused_with_the_numbers(ray_cluster: Clu
         asyncio.run(Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000)))
 
 
-def test_the_loop_goes_on_while_places_are_waited_for(ray_cluster: Cluster) -> None:
+def test_reserve_gang_does_not_block_the_event_loop(ray_cluster: Cluster) -> None:
     from ergo_rl.cluster.placement import ClusterConfig
     from ergo_rl.cluster.resources import Resources
 
@@ -235,10 +237,10 @@ def test_the_loop_goes_on_while_places_are_waited_for(ray_cluster: Cluster) -> N
     asyncio.run(story())
 
 
-def test_a_hung_worker_counts_as_dead(ray_cluster: Cluster, tmp_path: Any) -> None:
+def test_hung_worker_is_replaced(ray_cluster: Cluster, tmp_path: Any) -> None:
     """What it held is done again elsewhere, its own call and those behind it."""
 
-    async def story(pool: Pool) -> None:
+    async def story(pool: WorkerPool) -> None:
         started = time.monotonic()
         calls = [pool.call("hang_unless", str(tmp_path / "flag")), *(pool.call("who") for _ in range(3))]
         first, *others = await asyncio.gather(*calls)
@@ -248,10 +250,10 @@ def test_a_hung_worker_counts_as_dead(ray_cluster: Cluster, tmp_path: Any) -> No
     run(story, size=1, stall_s=3.0)
 
 
-def test_slow_is_not_hung(ray_cluster: Cluster) -> None:
+def test_slow_worker_is_not_replaced(ray_cluster: Cluster) -> None:
     """Six seconds of work, but every two seconds some of it is done."""
 
-    async def story(pool: Pool) -> None:
+    async def story(pool: WorkerPool) -> None:
         assert len(await asyncio.gather(*(pool.call("who", nap) for nap in (2.0, 4.0, 6.0)))) == 3
         await asyncio.sleep(4)  # and without work nothing is expected
         await pool.call("who")
@@ -260,7 +262,7 @@ def test_slow_is_not_hung(ray_cluster: Cluster) -> None:
     run(story, size=1, stall_s=3.5)
 
 
-def test_a_replacement_that_fails_to_start_is_replaced_with_back_off(ray_cluster: Cluster) -> None:
+def test_replacement_that_fails_to_start_is_retried_with_back_off(ray_cluster: Cluster) -> None:
     lives = iter(range(100))
 
     @ray.remote(num_cpus=0.01)
@@ -272,7 +274,7 @@ def test_a_replacement_that_fails_to_start_is_replaced_with_back_off(ray_cluster
                 os._exit(1)
 
     async def play() -> None:
-        pool = Pool(lambda index: Feeble.remote(next(lives)), 1, Faults(4, 60.0, backoff_s=0.5), "feeble")
+        pool = WorkerPool(lambda index: Feeble.remote(next(lives)), 1, Faults(4, 60.0, backoff_s=0.5), "feeble")
         await pool.ready(60)
         started = time.monotonic()
         with pytest.raises(PoolExhausted, match="feeble: worker 0 died and no restarts are left"):
@@ -283,12 +285,12 @@ def test_a_replacement_that_fails_to_start_is_replaced_with_back_off(ray_cluster
     asyncio.run(play())
 
 
-def test_a_worker_that_gives_up_is_replaced_and_its_reason_kept(
+def test_worker_died_error_is_replaced_and_its_reason_kept(
     ray_cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its process is alive and would answer the next call with the same error, at once."""
 
-    async def story(pool: Pool) -> None:
+    async def story(pool: WorkerPool) -> None:
         first = (await pool.call("who"))[2]
         started = time.monotonic()
         with pytest.raises(PoolExhausted, match=r"no restarts are left: WorkerDied .*7 of 8 GPUs"):
@@ -301,8 +303,8 @@ def test_a_worker_that_gives_up_is_replaced_and_its_reason_kept(
     assert "worker 0 died (WorkerDied: the engine is gone: 7 of 8 GPUs fell off the bus" in caplog.text
 
 
-def test_a_caller_that_is_cancelled_leaves_the_repair_to_go_on(ray_cluster: Cluster) -> None:
-    async def story(pool: Pool) -> None:
+def test_cancelled_call_does_not_stop_the_replacement(ray_cluster: Cluster) -> None:
+    async def story(pool: WorkerPool) -> None:
         dying = asyncio.create_task(pool.call("die"))
         while pool.restarts == 0:
             await asyncio.sleep(0.01)
@@ -312,14 +314,14 @@ def test_a_caller_that_is_cancelled_leaves_the_repair_to_go_on(ray_cluster: Clus
     run(story, size=1)
 
 
-def test_a_worker_that_dies_while_the_pool_starts_is_named(ray_cluster: Cluster) -> None:
+def test_ready_with_dying_worker_raises_pool_exhausted(ray_cluster: Cluster) -> None:
     @ray.remote(num_cpus=0.01)
     class Stillborn(Clerk.__ray_metadata__.modified_class):  # type: ignore[name-defined,misc]
         async def start(self) -> None:
             os._exit(1)
 
     async def play() -> None:
-        pool = Pool(lambda index: Stillborn.remote(index), 1, Faults(3), "stillborn")
+        pool = WorkerPool(lambda index: Stillborn.remote(index), 1, Faults(3), "stillborn")
         with pytest.raises(PoolExhausted, match="stillborn: one died while it started"):
             await pool.ready(60)
         await pool.close()
@@ -327,11 +329,11 @@ def test_a_worker_that_dies_while_the_pool_starts_is_named(ray_cluster: Cluster)
     asyncio.run(play())
 
 
-def test_a_resize_that_the_cluster_cannot_hold_changes_nothing(ray_cluster: Cluster) -> None:
+def test_resize_without_resources_raises_and_changes_nothing(ray_cluster: Cluster) -> None:
     sizes = iter((0.01, 10_000, 10_000))
 
     async def play() -> None:
-        pool = Pool(lambda index: Clerk.options(num_cpus=next(sizes)).remote(index), 1, Faults(3), "clerks")
+        pool = WorkerPool(lambda index: Clerk.options(num_cpus=next(sizes)).remote(index), 1, Faults(3), "clerks")
         await pool.ready(60)
         pool._start_deadline_s = 1.0
         with pytest.raises(TimeoutError, match=r"2 of 2 new clerks did not start.*there are 1 now"):
