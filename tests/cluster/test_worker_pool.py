@@ -219,7 +219,7 @@ def test_reserve_gang_without_resources_raises_with_numbers(ray_cluster: Cluster
     from ergo_rl.cluster.resources import Resources
 
     with pytest.raises(TimeoutError, match=r"did not offer 2 x \{'CPU': 5000.*free now: \{'CPU'"):
-        asyncio.run(Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000)))
+        asyncio.run(Cluster(ClusterConfig(wait_s=0.2)).reserve_gang("giants", 2, Resources(cpus=5000)))
 
 
 def test_reserve_gang_does_not_block_the_event_loop(ray_cluster: Cluster) -> None:
@@ -227,7 +227,7 @@ def test_reserve_gang_does_not_block_the_event_loop(ray_cluster: Cluster) -> Non
     from ergo_rl.cluster.resources import Resources
 
     async def story() -> None:
-        waiting = asyncio.create_task(Cluster(ClusterConfig(wait_s=3)).reserve("giants", 1, Resources(cpus=5000)))
+        waiting = asyncio.create_task(Cluster(ClusterConfig(wait_s=3)).reserve_gang("giants", 1, Resources(cpus=5000)))
         ticks = 0
         while not waiting.done():
             await asyncio.sleep(0.02)

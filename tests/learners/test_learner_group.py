@@ -195,7 +195,7 @@ async def files_of(references: Sequence[ray.ObjectRef]) -> dict[str, torch.Tenso
     for reference in references:
         file = await reference
         if isinstance(file, Bucket):
-            tensors |= unpack(torch.from_numpy(np.concatenate(file.parts)), file.layout)
+            tensors |= unpack(torch.from_numpy(np.concatenate(file.parts)), file.spec)
         else:
             tensors |= safetensors.torch.load(file)
     return tensors
