@@ -29,11 +29,12 @@ from typing import Any, Protocol
 import ray
 
 from ergo_rl.cluster.resources import Resources
+from ergo_rl.errors import ErgoError
 
 logger = logging.getLogger(__name__)
 
 
-class WeightSyncFailed(RuntimeError):
+class WeightSyncFailed(ErgoError, RuntimeError):
     """A direct transfer did not reach every engine. The message says which one failed and how."""
 
 
