@@ -23,30 +23,28 @@ from typing import Any
 
 from benchmarks.reporting import parser_of, report, spread
 from ergo_rl.episodes.families import family_of
-from ergo_rl.jobs.commands import DEFAULT_RECIPE
+from ergo_rl.jobs.benchmark_grid import Mode, Record, run_mode, score_episode
+from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
 from ergo_rl.jobs.config import TrainConfig, load_config
-from ergo_rl.jobs.measuring.evaluate import heldout
-from ergo_rl.jobs.measuring.grid import Mode, Record, judge, play
-from ergo_rl.jobs.players import LocalPlayer, NotPlayed
+from ergo_rl.jobs.evaluation import heldout
+from ergo_rl.jobs.policy_clients import EngineClient
 from ergo_rl.jobs.prepare import prepare_embedded
 
 
 async def measure(config: TrainConfig, budgets: Mapping[Mode, int], count: int) -> dict[Mode, list[Record]]:
     """``count`` questions by each mode; the first one, in which the engine warms up, is left out.
 
-    Raises RuntimeError where one cannot be played."""
-    player = await LocalPlayer.start(config, family_of(config.rollout.engine.model, config.episode.family))
+    Raises EpisodeError where one cannot be run."""
+    client = await EngineClient.start(config, family_of(config.rollout.engine.model, config.episode.family))
     found: dict[Mode, list[Record]] = {mode: [] for mode in budgets}
     try:
         for number, question in enumerate(heldout(config)[: count + 1]):
             for mode in list(budgets)[:: 1 if number % 2 else -1]:
-                played = await play(question, player, config, mode, budgets[mode])
-                if isinstance(played, NotPlayed):
-                    raise RuntimeError(f"question {question.id!r} could not be played: {played.reason}")
+                result = await run_mode(question, client, config, mode, budgets[mode])
                 if number:
-                    found[mode].append(judge(question, played, player, config, mode, budgets[mode]))
+                    found[mode].append(score_episode(question, result, client, config, mode, budgets[mode]))
     finally:
-        await player.close()
+        await client.close()
     return found
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ergo_rl.cluster.compat import repair_torchvision
 from ergo_rl.episodes.types import Question
-from ergo_rl.jobs.planning.shapes import KNOWN
+from ergo_rl.jobs.model_shapes import KNOWN
 
 TOKENIZER = "models/panels-policy"
 SMALL: dict[str, Any] = {
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """policy, latency: names in ``jobs/planning/shapes.json``, empty for ``SMALL``; small, large: visual tokens of the
+    """policy, latency: names in ``jobs/model_shapes.json``, empty for ``SMALL``; small, large: visual tokens of the
     latencies, small of the colocated steps, too; reply: tokens of each turn; scale: of the learner's trajectories, 1
     has the method's lengths."""
 

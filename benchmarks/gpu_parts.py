@@ -20,9 +20,9 @@ from benchmarks.gpu_models import Notes, Sizes, models, question
 from ergo_rl.actors.rollout_worker import Manner
 from ergo_rl.episodes.types import Box
 from ergo_rl.jobs.config import ProofConfig, TrainConfig, load_config
-from ergo_rl.jobs.planning.memory import GIB, learner_parts, total
-from ergo_rl.jobs.planning.plan import make_plan
-from ergo_rl.jobs.planning.shapes import shape_of
+from ergo_rl.jobs.memory_model import GIB, learner_parts, total
+from ergo_rl.jobs.model_shapes import model_spec
+from ergo_rl.jobs.placement_plan import make_plan
 
 STEPS = 2
 
@@ -116,7 +116,7 @@ def learner(sizes: Sizes, folder: Path, note: Notes) -> None:
 
     # engines did not sample these trajectories: their log-probs are made up, and no token may leave the loss for it
     config = recipe(sizes, folder, "learner.loss.mismatch_low=0", "learner.loss.mismatch_high=.inf")
-    parts = learner_parts(shape_of(config.learner.model), config, sizes.gpu)
+    parts = learner_parts(model_spec(config.learner.model), config, sizes.gpu)
     note("learner", planned={part.name: part.bytes / GIB for part in parts}, planned_gib=total(parts) / GIB)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
@@ -218,10 +218,10 @@ def latency(sizes: Sizes, folder: Path, note: Notes) -> None:
 
 async def _latency(config: TrainConfig, sizes: Sizes, note: Notes) -> None:
     from ergo_rl.episodes.families import family_of
-    from ergo_rl.jobs.players import LocalPlayer, NotPlayed
+    from ergo_rl.jobs.policy_clients import EngineClient
 
     family = family_of(config.rollout.engine.model)
-    player = await LocalPlayer.start(config, family)
+    client = await EngineClient.start(config, family)
     side = math.isqrt(sizes.large) * family.multiple
     ways = {
         "two_stage_small": Manner(sizes.small),
@@ -232,15 +232,13 @@ async def _latency(config: TrainConfig, sizes: Sizes, note: Notes) -> None:
     for repeat in range(sizes.repeats + 1):
         for place, (way, manner) in enumerate(ways.items()):
             asked = question(1 + repeat * len(ways) + place, side)
-            play = await player.play(asked, manner, Box(0, 0, side, side))
-            if isinstance(play, NotPlayed):
-                raise RuntimeError(f"{way}: {play.reason}")
+            result = await client.run_episode(asked, manner, Box(0, 0, side, side))
             if repeat:  # the first round warms up
-                found[way]["seconds"].append(play.seconds)
-                last = len(play.trajectory.turns[-1].completion_ids)
-                found[way] |= {"visual_tokens": play.visual_tokens(family), "last_reply_tokens": last}
+                found[way]["seconds"].append(result.seconds)
+                last = len(result.trajectory.turns[-1].completion_ids)
+                found[way] |= {"visual_tokens": result.visual_tokens(family), "last_reply_tokens": last}
                 note("latency", small=sizes.small, large=sizes.large, reply=sizes.reply, ways=found)
-    await player.close()
+    await client.close()
 
 
 MEASURES: dict[str, Callable[[Sizes, Path, Notes], None]] = {

@@ -26,9 +26,10 @@ from benchmarks.reporting import cpu_seconds, parser_of, report, spread
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weights import WeightChannel
 from ergo_rl.episodes.questions import OnBadRow, QuestionStream
-from ergo_rl.jobs.commands import DEFAULT_RECIPE, launch_players
+from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.jobs.credit import Crediting
+from ergo_rl.jobs.evaluation import launch_workers
 from ergo_rl.jobs.flow import Flow, flowing
 from ergo_rl.jobs.prepare import prepare_embedded
 from ergo_rl.learners.learner_group import LearnerGroup
@@ -69,7 +70,7 @@ class Loop:
 
 
 async def measure(config: TrainConfig, cluster: Cluster, arguments: argparse.Namespace) -> dict[int, list[Any]]:
-    rollouts, rewards = launch_players(cluster, config)
+    rollouts, rewards = launch_workers(cluster, config)
     learners = await LearnerGroup.launch(cluster, config.learner)
     await asyncio.gather(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
     loop = Loop(config, rollouts, rewards, learners)

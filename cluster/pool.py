@@ -13,6 +13,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from ergo_rl.errors import ErgoError
+
 logger = logging.getLogger(__name__)
 
 Spawn = Callable[[int], ActorHandle]
@@ -22,7 +24,7 @@ Prepare = Callable[[ActorHandle], Awaitable[None]]
 LONGEST_BACKOFF_S = 60.0
 
 
-class PoolExhausted(RuntimeError):
+class PoolExhausted(ErgoError, RuntimeError):
     """Workers kept dying and the budget of restarts is spent."""
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 from ergo_rl.episodes.extensions import imported
 from ergo_rl.episodes.types import Box, View
+from ergo_rl.errors import ErgoError
 
 Corners = tuple[float, float, float, float]
 
@@ -179,7 +180,7 @@ class Qwen3VL(ModelFamily):
 FAMILIES: dict[str, type[ModelFamily]] = {family.model_type: family for family in (Qwen25VL, Qwen3VL)}
 
 
-class UnknownFamily(ValueError):
+class UnknownFamily(ErgoError, ValueError):
     """The model belongs to no family that we know, or to another one than it was said to."""
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from ergo_rl.episodes.families import Corners, ModelFamily
 from ergo_rl.episodes.parsing import BoxOutcome
 from ergo_rl.episodes.types import Box, Pixels, View
+from ergo_rl.errors import ErgoError
 
 MAX_PIXELS = 200_000_000
 """Default limit on decoded images: 200 megapixels, 600 MB of RGB."""
@@ -24,7 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(ErgoError, ValueError):
     """The image cannot be decoded or is no use; the message says why."""
 
 

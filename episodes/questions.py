@@ -24,6 +24,7 @@ from ergo_rl.episodes import images
 from ergo_rl.episodes.families import FAMILIES, ModelFamily
 from ergo_rl.episodes.images import MAX_PIXELS
 from ergo_rl.episodes.types import Box, Question
+from ergo_rl.errors import ErgoError
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class QuestionsConfig:
     """A larger image is a bad row."""
 
 
-class DatasetError(ValueError):
+class DatasetError(ErgoError, ValueError):
     """The data set cannot be read; the message names the file and what is wrong with it."""
 
 

@@ -26,10 +26,11 @@ from ergo_rl.episodes.families import ModelFamily
 from ergo_rl.episodes.prompts import around_image
 from ergo_rl.episodes.questions import QuestionsConfig
 from ergo_rl.episodes.types import Question
+from ergo_rl.errors import ErgoError
+from ergo_rl.jobs.evaluation import EvaluationConfig
 from ergo_rl.jobs.guards import GuardsConfig
 from ergo_rl.jobs.hardware import HardwareConfig
 from ergo_rl.jobs.limits import out_of_range
-from ergo_rl.jobs.measuring.evaluation import EvaluationConfig
 from ergo_rl.jobs.metrics import MetricsConfig
 from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
 from ergo_rl.learners.config import LearnerConfig
@@ -40,7 +41,7 @@ _SHOWN = 400
 """Characters of a value or a reason that a message shows."""
 
 
-class ConfigError(ValueError):
+class ConfigError(ErgoError, ValueError):
     """The configuration is wrong; the message says which key, why, and what to do."""
 
 

@@ -1,6 +1,6 @@
-"""A published data set -> one Parquet file of questions and a report of what was left out and why.
+"""Convert a published data set to one Parquet file of questions and a report of the rows that were skipped.
 
-Row by row, so memory does not grow with the data. The file is written aside and renamed when it is whole.
+Converts row by row, so that memory does not grow with the data. The file is written aside and renamed when complete.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from ergo_rl.episodes.records import Broken, read_records
 from ergo_rl.episodes.types import Question
 
 EXAMPLES = 20
-"""Rows that the report names for each reason."""
+"""How many rows the report names for each reason."""
 
 
 @dataclass
 class Report:
-    """skipped: rows by what was wrong; examples: the first of them, with file and row; clipped_boxes: boxes that left
-    their image and were cut to it."""
+    """What became of the rows."""
 
     written: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    """Number of rows by the column that was wrong."""
     examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first of them, with file and row."""
     clipped_boxes: int = 0
+    """Boxes that reached beyond their image and were clipped to it."""
     with_boxes: int = 0
 
     def skip(self, column: str, where: str) -> None:
@@ -46,7 +48,7 @@ class Report:
     def lines(self) -> list[str]:
         said = [f"{self.written} questions, {self.with_boxes} of them with boxes"]
         if self.clipped_boxes:
-            said.append(f"{self.clipped_boxes} boxes left their image and were cut to it")
+            said.append(f"{self.clipped_boxes} boxes reached beyond their image and were clipped to it")
         for column, count in Counter(self.skipped).most_common():
             said.append(f"{count} rows skipped ({column}), the first: {self.examples[column][0]}")
         return said
@@ -54,34 +56,37 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """files: with the rows; pictures: folders and archives, the folder of the rows is looked through behind them;
-    whole: decode every picture to its end."""
+    """What to convert, and how."""
 
     layout: Layout
     files: tuple[Path, ...]
-    pictures: tuple[Path, ...]
+    """Files with the rows."""
+    images: tuple[Path, ...]
+    """Folders and archives with the images; the folder of the rows is searched after them."""
     out: Path
     limit: int | None = None
-    whole: bool = False
+    """Read at most this many rows."""
+    decode: bool = False
+    """Decode every image completely, not only its header."""
 
     @property
     def report_path(self) -> Path:
         return self.out.with_suffix(".report.json")
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on. Raises DatasetError for a file that is not there."""
+        """What the result depends on. Raises DatasetError for a file that does not exist."""
         stamps = {}
-        for path in (*self.files, *self.pictures):
+        for path in (*self.files, *self.images):
             if not path.exists():
                 raise DatasetError(f"there is no {path}")
             stamps[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
         columns = {name: list(names) for name, names in self.layout.columns.items()}
-        how = [self.layout.title, self.layout.corners.value, self.layout.unit.value, self.limit, self.whole]
+        how = [self.layout.title, self.layout.corners.value, self.layout.unit.value, self.limit, self.decode]
         return {"files": stamps, "columns": columns, "how": how}
 
 
 def run(conversion: Conversion, console: Console | None = None) -> Report:
-    """Write ``out`` and ``out``'s report, unless both are there and were made from the same files in the same way.
+    """Write ``out`` and its report, unless both exist and were made from the same files in the same way.
 
     Raises DatasetError where a file cannot be read or no row is a question; then nothing is written."""
     settings = conversion.settings()
@@ -119,7 +124,7 @@ def _questions(conversion: Conversion, report: Report, console: Console | None) 
     with Progress(*columns, console=console) as progress:
         for path in conversion.files:
             task = progress.add_task(path.name, total=1.0)
-            places = (*conversion.pictures, path.parent)
+            places = (*conversion.images, path.parent)
             with open_pictures(places, conversion.out.parent) as pictures:
                 for record in islice(read_records(path), _left(conversion, report)):
                     progress.update(task, completed=record.done, description=f"{path.name}: {report.written}")
@@ -128,7 +133,7 @@ def _questions(conversion: Conversion, report: Report, console: Console | None) 
                         continue
                     try:
                         made = convert(
-                            record.cells, conversion.layout, pictures, record.number, path.stem, conversion.whole
+                            record.cells, conversion.layout, pictures, record.number, path.stem, conversion.decode
                         )
                     except Unusable as error:
                         report.skip(error.column, f"{path}, row {record.number}: {error}")
@@ -141,7 +146,7 @@ def _questions(conversion: Conversion, report: Report, console: Console | None) 
 
 
 def _left(conversion: Conversion, report: Report) -> int | None:
-    """Rows that may still be read."""
+    """Rows that may still be read; None for no limit."""
     return None if conversion.limit is None else conversion.limit - report.written - sum(report.skipped.values())
 
 

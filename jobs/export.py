@@ -1,11 +1,9 @@
-"""``ergo-rl export``: the policy of a run as a Hugging Face folder with a model card, also for ``vllm serve``."""
+"""Export the policy of a run as a Hugging Face folder with a model card, which ``vllm serve`` loads."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,12 +14,11 @@ from typing import Any
 import jinja2
 import yaml
 
-from ergo_rl.jobs.commands import EXPECTED
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.evaluation import wilson
 from ergo_rl.jobs.layout import CONFIG, EVALUATIONS, POLICY, RECIPE
-from ergo_rl.jobs.measuring.evaluation import wilson
 from ergo_rl.jobs.metrics import Metrics
-from ergo_rl.jobs.pages.report_data import NoRun, read_lines
+from ergo_rl.jobs.report_data import NotARunFolder, read_lines
 from ergo_rl.jobs.saving.checkpoints import Shelf, check, read_manifest, step_of
 from ergo_rl.jobs.saving.resume import CHECKPOINTS
 from ergo_rl.learners.checkpoint import export_state
@@ -33,19 +30,19 @@ _SCORES = (
     ("whole image", "full_image_rate", True),
     ("bad box", "bad_box_rate", True),
 )
-"""Title, name in an evaluation, whether it is a share of all questions (coverage is of those with boxes)."""
-_TEMPLATE = files("jobs") / "model_card.md"
+"""Title, name in an evaluation, whether it is a share of all questions (coverage is a share of those with boxes)."""
+_TEMPLATE = files("ergo_rl.jobs") / "templates" / "model_card.md.jinja"
 
 
 def export(run: Path, out: Path, which: str = "") -> int:
-    """Write the policy of ``run`` to ``out``, whole or not at all; returns the step that it has behind it.
+    """Write the policy of ``run`` to ``out``, whole or not at all; returns the number of steps it was trained for.
 
     which: a checkpoint (``latest``, ``best``, ``step-000050``); empty: the finished policy, or else the newest
-    checkpoint. Raises NoRun, ConfigError, DamagedCheckpoint, OSError."""
+    checkpoint. Raises NotARunFolder, ConfigError, DamagedCheckpoint, OSError."""
     if not (run / CONFIG).is_file():
-        raise NoRun(f"{run} is not a run's folder: it has no {CONFIG}")
+        raise NotARunFolder(f"{run} is not a run's folder: it has no {CONFIG}")
     if out.exists():
-        raise ConfigError(f"{out} is there already; name another folder with --out, or remove it")
+        raise ConfigError(f"{out} already exists; name another folder with --out, or remove it")
     config = load_config(run / CONFIG)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
@@ -56,20 +53,20 @@ def export(run: Path, out: Path, which: str = "") -> int:
         else:
             checkpoint = find_checkpoint(run, which or "latest")
             step = step_of(checkpoint.name)
-            # what was trained is named by the checkpoint, which may be of another configuration than the run now
+            # The checkpoint's own configuration: the run may have been resumed with another one since.
             learner = load_config(checkpoint / CONFIG).learner
             export_state(learner, sorted(checkpoint.glob("learner-*.safetensors")), draft)
         shutil.copyfile(run / CONFIG, draft / RECIPE)
         evaluations = read_lines(run / EVALUATIONS)
         (draft / "README.md").write_text(model_card(config, step, evaluations), encoding="utf-8")
         for path in draft.iterdir():
-            path.chmod(0o644)  # safetensors are written for their owner alone
+            path.chmod(0o644)  # safetensors writes files for their owner only
         draft.rename(out)
     return step
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """A checkpoint of the run, checked. Raises NoRun where there is none of that name, DamagedCheckpoint."""
+    """The path of a checkpoint, verified. Raises NotARunFolder where none has that name, DamagedCheckpoint."""
     shelf = Shelf(run / CHECKPOINTS)
     there = sorted(shelf.names())
     if which == "latest":
@@ -80,13 +77,13 @@ def find_checkpoint(run: Path, which: str) -> Path:
     else:
         found = shelf.folder / which if which in there else None
     if found is None:
-        raise NoRun(f"{run} has no checkpoint {which!r}; it has: {', '.join(there) or 'none'}")
+        raise NotARunFolder(f"{run} has no checkpoint {which!r}; it has: {', '.join(there) or 'none'}")
     check(found)
     return found
 
 
 def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -> str:
-    """Markdown with the front matter that model hubs read. Words of the configuration cannot break out of it."""
+    """Markdown with the front matter that model hubs read. Text of the configuration cannot add markup."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"cell": _cell, "code": _code, "block": _block}
     prompts, verifier, base = config.episode.prompts, config.reward.verifier, config.learner.model
@@ -96,9 +93,9 @@ def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -
         "tags": ["ergo", "visual-grounding", "reinforcement-learning", "grpo"],
     }
     if not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        front["base_model"] = base  # a hub name; a hub refuses a folder's
-    before = next((one for one in evaluations if one["step"] == 0), {})
-    after = next((one for one in evaluations if one["step"] == step), {})
+        front["base_model"] = base  # only hub names: a hub refuses a path
+    before = next((line for line in evaluations if line["step"] == 0), {})
+    after = next((line for line in evaluations if line["step"] == step), {})
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         front=f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         name=re.sub(r"[^\w .,()+-]", "_", config.name),
@@ -111,7 +108,7 @@ def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -
         fine_tokens=config.episode.fine_tokens,
         questions=config.questions.paths,
         heldout=config.evaluation.paths,
-        reward_model=verifier.engine.model if verifier.backend == "engine" else verifier.endpoint.model,
+        verifier=verifier.engine.model if verifier.backend == "engine" else verifier.endpoint.model,
         cases=int(after.get("eval/trajectories", 0)),
         scores=_scores(before, after),
         max_model_len=config.rollout.engine.max_model_len,
@@ -152,7 +149,7 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Inline code, whatever backticks and line ends are in it."""
+    """Inline code in Markdown, for text with any backticks and line ends."""
     shown = text.replace("\n", "\\n")
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     pad = " " if "`" in shown or not shown else ""
@@ -169,32 +166,3 @@ def _version() -> str:
         return version("ergo-rl")
     except PackageNotFoundError:  # run from a checkout that Ray shipped
         return "(not installed)"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="ergo-rl export",
-        description="Write the policy of a run as a Hugging Face folder with a model card (scores, data, prompts, "
-        "configuration): the finished policy, or that of a checkpoint, LoRA merged.",
-        epilog="example: ergo-rl export runs/panels --checkpoint best --out exported/panels-best",
-    )
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--out", type=Path, help="folder to make (default: exported/NAME)")
-    parser.add_argument(
-        "--checkpoint",
-        default="",
-        help="latest, best or a name such as step-000050 (default: the finished policy, or else the newest checkpoint)",
-    )
-    options = parser.parse_args(argv)
-    out = options.out or Path("exported") / "-".join(filter(None, (options.run.resolve().name, options.checkpoint)))
-    try:
-        step = export(options.run, out, options.checkpoint)
-    except (NoRun, ValueError, *EXPECTED) as error:
-        print(f"ergo-rl export: {error}", file=sys.stderr)
-        return 1
-    print(f"{out}: the policy after {step} steps; serve it: vllm serve {out} (README.md there has the options)")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

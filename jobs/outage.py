@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Unscored
+from ergo_rl.errors import ErgoError
 from ergo_rl.jobs.view import View
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.pool import RewardPool
@@ -21,7 +22,7 @@ FIRST_WAIT_S = 5.0
 LONGEST_WAIT_S = 60.0
 
 
-class RewardsUnavailable(RuntimeError):
+class RewardsUnavailable(ErgoError, RuntimeError):
     """More of a step stayed unscored than is tolerated, for longer than is allowed; the message says why."""
 
 

@@ -17,6 +17,7 @@ from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import Unplayable
 from ergo_rl.episodes.questions import DatasetError
 from ergo_rl.episodes.types import Question, Trajectory
+from ergo_rl.errors import ErgoError
 from ergo_rl.jobs.config import ProofConfig
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.learners.learner_group import LearnerGroup
@@ -24,7 +25,7 @@ from ergo_rl.learners.learner_group import LearnerGroup
 MOST_TRIED = 64
 
 
-class WeightsDiffer(RuntimeError):
+class WeightsDiffer(ErgoError, RuntimeError):
     """An engine does not hold the learner's weights."""
 
 

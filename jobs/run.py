@@ -18,10 +18,10 @@ from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.jobs.credit import Advantages
+from ergo_rl.jobs.evaluation import Evaluation
 from ergo_rl.jobs.exporters import Exporter, open_exporters, require_packages
 from ergo_rl.jobs.guards import Guards
 from ergo_rl.jobs.layout import CONFIG, ENDED, SAMPLES, folder_of
-from ergo_rl.jobs.measuring.evaluation import Evaluation
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.jobs.samples import write_group
 from ergo_rl.jobs.saving.checkpoints import Shelf, name_of, step_of

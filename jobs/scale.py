@@ -7,14 +7,12 @@ run, because it belongs to its driver.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import json
 import logging
 import os
-import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.cluster.compat import join_with_token, keep_ray_local
-from ergo_rl.jobs.commands import EXPECTED, explain
+from ergo_rl.jobs.cli_common import explain
 from ergo_rl.jobs.config import ConfigError
 from ergo_rl.jobs.run import Run
 from ergo_rl.rewards.pool import RewardPool
@@ -124,48 +121,3 @@ async def ask(run: str, sizes: Sizes) -> str:
         raise ConfigError(f"there is {which} {run!r} going on in this cluster; give one of: {there}")
     answer: str = await ray.get_actor(mine[0]).ask.remote(sizes)
     return answer
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="ergo-rl scale",
-        description="Change the number of workers of a run that is going on, from any machine of its cluster. Returns "
-        "when new workers play, or removed ones have finished what they held.",
-        epilog="example: ergo-rl scale runs/panels --rollout-workers 2",
-    )
-    parser.add_argument("run", help="the run's folder or its name")
-    parser.add_argument("--rollout-workers", type=int, metavar="N")
-    parser.add_argument("--reward-workers", type=int, metavar="N")
-    parser.add_argument(
-        "--address", help="the cluster (host:port; default: where the run's folder says it is, or auto)"
-    )
-    parser.add_argument("--namespace", default="ergo-rl", help="cluster.namespace of the run (default: %(default)s)")
-    options = parser.parse_args(argv)
-    sizes = Sizes(options.rollout_workers, options.reward_workers)
-    if sizes == Sizes() or any(wanted is not None and wanted < 1 for wanted in (sizes.rollout, sizes.reward)):
-        parser.error("give --rollout-workers or --reward-workers, at least 1")
-    folder = next((path for path in (Path(options.run), Path("runs") / options.run) if (path / ADDRESS).exists()), None)
-    place = json.loads((folder / ADDRESS).read_text()) if folder else {}
-    address: str = options.address or place.get("address", "auto")
-    if address.startswith("127.0.0.1:"):
-        keep_ray_local()
-    if place.get("token") and not options.address:
-        join_with_token()
-    try:
-        ray.init(
-            address=address,
-            namespace=place.get("namespace", options.namespace),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-        print(asyncio.run(ask(folder.resolve().name if folder else options.run, sizes)))
-    except EXPECTED as error:
-        print(f"ergo-rl scale: {type(error).__name__}: {explain(error)}", file=sys.stderr)
-        return 1
-    finally:
-        ray.shutdown()
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -20,13 +20,12 @@ from ergo_rl.cluster.weights import WeightChannel
 from ergo_rl.episodes.questions import QuestionStream
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.autoscale import scaling
-from ergo_rl.jobs.commands import EXPECTED, add_recipe, explain, launch_players, recipe_of
+from ergo_rl.jobs.cli_common import EXPECTED, add_recipe, explain, recipe_of
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.jobs.credit import Crediting, shuffled
+from ergo_rl.jobs.evaluation import evaluate, heldout, launch_workers
 from ergo_rl.jobs.flow import Flow, flowing
 from ergo_rl.jobs.gamma import with_known_gamma
-from ergo_rl.jobs.measuring.evaluate import heldout
-from ergo_rl.jobs.measuring.evaluation import evaluate
 from ergo_rl.jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
 from ergo_rl.jobs.outage import rescored, unscored_share
 from ergo_rl.jobs.prepare import prepare_embedded
@@ -53,7 +52,7 @@ class Crew:
 async def train(config: TrainConfig) -> Path:
     """Run the whole training, or what is left of it; returns the run's folder.
 
-    Raises Stopped where it was asked to end; what goes wrong otherwise is in ``jobs.commands.EXPECTED``."""
+    Raises Stopped where it was asked to end; what goes wrong otherwise is in ``jobs.cli_common.EXPECTED``."""
     config = with_known_gamma(config)
     questions, probes, held = QuestionStream(config.questions), QuestionStream(config.questions), heldout(config)
     first = next(probes)  # what is wrong with the data is said before anything starts
@@ -138,7 +137,7 @@ async def live(
 async def launch(cluster: Cluster, config: TrainConfig, view: View) -> Crew:
     """All three roles at once; the slowest decides when training can begin."""
     with view.waiting("starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"):
-        rollouts, rewards = launch_players(cluster, config)
+        rollouts, rewards = launch_workers(cluster, config)
         learners = await LearnerGroup.launch(cluster, config.learner)
         await together(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
     return Crew(rollouts, rewards, learners)

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ergo_rl.errors import ErgoError
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -32,7 +34,7 @@ _GONE = ".gone-"
 """One that is being removed."""
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(ErgoError, ValueError):
     """A checkpoint is not what its manifest says; the message names the folder, the file and the difference."""
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import driver, end_to_end, episode, learner, overlap, rollout, weights
 from benchmarks.reporting import report
-from ergo_rl.jobs.measuring.grid import Mode, Record
+from ergo_rl.jobs.benchmark_grid import Mode, Record
 from tests.conftest import ROOT
 
 

@@ -20,7 +20,7 @@ from ergo_rl.episodes.extensions import imported
 from ergo_rl.episodes.families import ModelFamily, Qwen25VL, UnknownFamily, family_of, load_tokenizer
 from ergo_rl.episodes.types import Box, Outcome, Score, View
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
-from ergo_rl.jobs.players import family_named
+from ergo_rl.jobs.policy_clients import family_by_name
 from ergo_rl.learners.batch import Batcher, Sample
 from ergo_rl.learners.config import LearnerConfig, LossConfig
 from ergo_rl.learners.losses import Objective, objective_named
@@ -148,10 +148,10 @@ def test_an_own_family_is_for_its_own_type_of_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(UnknownFamily, match="is a 'llava' model; my_family:Thousandths: qwen2_5_vl"):
         family_of(str(tmp_path), "my_family:Thousandths")
-    assert type(family_named("my_family:Thousandths")).__name__ == "Thousandths"
-    assert isinstance(family_named("qwen2_5_vl"), Qwen25VL)
+    assert type(family_by_name("my_family:Thousandths")).__name__ == "Thousandths"
+    assert isinstance(family_by_name("qwen2_5_vl"), Qwen25VL)
     with pytest.raises(ConfigError, match=r"--family: known are qwen2_5_vl, qwen3_vl, or .* 'qwen4_vl' does not say"):
-        family_named("qwen4_vl")
+        family_by_name("qwen4_vl")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +10,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from ergo_rl.episodes.types import Box, Question
+from ergo_rl.jobs.config import TrainConfig, load_config
+from tests.conftest import ROOT
 
 LOOK, READ = "<think>there</think><zoom>[28, 28, 84, 84]</zoom>", "<think>a ring</think><answer>ring</answer>"
 
@@ -56,3 +63,22 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     yield state
     http.shutdown()
     http.server_close()
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    """The panels recipe; an endpoint is asked once."""
+    quick = [f"reward.verifier.endpoint.{key}" for key in ("retries=0", "timeout_s=20")]
+    return load_config(ROOT / "configs" / "panels.yaml", quick)
+
+
+def scene() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (672, 672, 3), dtype=np.uint8)
+
+
+def question(name: str = "q", source: str = "", image: bytes = b"", boxes: bool = True) -> Question:
+    """About an image of 672 x 672 random pixels."""
+    file = io.BytesIO()
+    Image.fromarray(scene()).save(file, "PNG", compress_level=0)
+    target = (Box(120, 120, 300, 300),) if boxes else ()
+    return Question(name, image or file.getvalue(), "Which mark?", "ring", (), target, source)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ergo_rl.episodes.questions import OnBadRow, QuestionsConfig, QuestionStream
 from ergo_rl.episodes.types import Box, Question
-from ergo_rl.jobs.prepare import main
+from ergo_rl.jobs.commands.prepare import main
 from tests.conftest import ROOT
 
 
@@ -186,7 +186,8 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
         (tmp_path / f"{count}.jsonl").write_text(line * count)
     measured = (
         "import functools, resource\n"
-        "from jobs import convert, prepare\n"
+        "from ergo_rl.jobs import convert\n"
+        "from ergo_rl.jobs.commands import prepare\n"
         "convert.write_questions = functools.partial(convert.write_questions, group_bytes=8 << 20)\n"
         "def peak(count):\n"
         "    assert prepare.main(['any', f'{count}.jsonl', '--out', f'{count}.parquet']) == 0\n"

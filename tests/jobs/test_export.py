@@ -12,8 +12,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from ergo_rl.jobs import export
+from ergo_rl.jobs.commands.export import main
 from ergo_rl.jobs.config import ConfigError, load_config
-from ergo_rl.jobs.pages.report_data import NoRun
+from ergo_rl.jobs.report_data import NotARunFolder
 from ergo_rl.jobs.saving.checkpoints import DamagedCheckpoint, Shelf
 from ergo_rl.learners.checkpoint import COUNTERS
 from ergo_rl.learners.model import PolicyModel
@@ -98,11 +99,11 @@ def test_the_card_says_what_the_policy_is(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(NoRun, match="has no checkpoint 'step-000015'; it has: step-000010, step-000020"):
+    with pytest.raises(NotARunFolder, match="has no checkpoint 'step-000015'; it has: step-000010, step-000020"):
         export.export(run, tmp_path / "out", "step-000015")
-    with pytest.raises(NoRun, match=r"it has no config\.yaml"):
+    with pytest.raises(NotARunFolder, match=r"it has no config\.yaml"):
         export.export(tmp_path, tmp_path / "out")
-    with pytest.raises(ConfigError, match="is there already; name another folder with --out"):
+    with pytest.raises(ConfigError, match="already exists; name another folder with --out"):
         export.export(run, tmp_path)
     weights = run / "checkpoints" / "step-000010" / "learner-00000.safetensors"
     content = weights.read_bytes()
@@ -111,4 +112,4 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         export.export(run, tmp_path / "out", "step-000010")
     weights.write_bytes(content)
     assert not list(tmp_path.iterdir())
-    assert export.main([str(tmp_path)]) == 1 and "ergo-rl export: " in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1 and "ergo-rl export: " in capsys.readouterr().err

@@ -18,9 +18,10 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from ergo_rl.actors.rollout_worker import Played, facts_of
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
+from ergo_rl.jobs import report
+from ergo_rl.jobs.commands.report import main
 from ergo_rl.jobs.layout import SAMPLES, folder_of
-from ergo_rl.jobs.pages import report
-from ergo_rl.jobs.pages.report_data import NoRun, read_group, read_run
+from ergo_rl.jobs.report_data import NotARunFolder, read_group, read_run
 from ergo_rl.jobs.samples import write_group
 from scripts.fetch_chromium import chromium
 from tests.factories import trajectory, view
@@ -122,9 +123,9 @@ def test_long_curves_are_averaged_in_bins(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(NoRun, match=r"is not a run's folder: it has no metrics\.jsonl"):
+    with pytest.raises(NotARunFolder, match=r"is not a run's folder: it has no metrics\.jsonl"):
         read_run(tmp_path, 1)
-    assert report.main([str(tmp_path)]) == 1 and "is not a run's folder" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1 and "is not a run's folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "and nothing is left behind"
 
 
@@ -153,7 +154,7 @@ def test_follow_builds_until_the_run_has_ended(tmp_path: Path) -> None:
     follower.start()
     while not out.exists():
         assert follower.is_alive()
-    assert '"renew_s":0.05' in out.read_text() and "going on, or cut off" in out.read_text()
+    assert '"renew_s":0.05' in out.read_text() and "running, or cut off" in out.read_text()
     (folder / "ended.json").write_text('{"done": true, "why": "all steps are done"}')
     follower.join(20)
     assert not follower.is_alive() and '"renew_s":0.0' in out.read_text() and "40 steps · done" in out.read_text()
@@ -173,7 +174,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def html(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page") / "report.html"
-    assert report.main([str(run_folder), "--out", str(out)]) == 0
+    assert main([str(run_folder), "--out", str(out)]) == 0
     return out
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from ergo_rl.cluster.placement import Cluster
+from ergo_rl.jobs.commands.scale import main
 from ergo_rl.jobs.config import ConfigError
-from ergo_rl.jobs.scale import ADDRESS, Sizes, ask, main, scalable
+from ergo_rl.jobs.scale import ADDRESS, Sizes, ask, scalable
 from tests.conftest import ROOT
 
 

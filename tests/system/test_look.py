@@ -53,7 +53,7 @@ def evaluate(out: Path, paths: list[str], *arguments: str) -> list[dict[str, Any
     command = [
         sys.executable,
         "-m",
-        "ergo_rl.jobs.measuring.evaluate",
+        "ergo_rl.jobs.commands.evaluate",
         "configs/panels.yaml",
         "embedded.panels=null",
         *paths,

@@ -143,7 +143,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_evaluate_names_a_model_that_is_not_there(tmp_path: Path) -> None:
     write_questions(tmp_path / "questions.parquet", iter([question(PanelsConfig(), 0, Split.HELDOUT, 0)]))
-    module = "ergo_rl.jobs.measuring.evaluate"
+    module = "ergo_rl.jobs.commands.evaluate"
     command = [sys.executable, "-m", module, "--model", "models/no-such-policy", "embedded.panels=null"]
     paths = [
         f"questions.paths=[{tmp_path / 'questions.parquet'}]",

@@ -1,0 +1,173 @@
+"""Benchmark a policy: every mode at every visual-token budget on held-out questions (``ergo_rl.evaluate``)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.episodes.families import family_of
+from ergo_rl.episodes.questions import DatasetError
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.benchmark_grid import Mode, Record, run_grid
+from ergo_rl.jobs.benchmark_report import Figures, summarise, write_report
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.evaluation import heldout, occluded
+from ergo_rl.jobs.policy_clients import EndpointClient, PolicyClient, PoolClient, endpoint_at, family_by_name
+from ergo_rl.jobs.prepare import prepare_embedded
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkResult:
+    """What ``evaluate`` found."""
+
+    records: list[Record]
+    """One episode each, by mode, budget and question."""
+    figures: list[Figures]
+    """A dictionary of figures for each mode, budget and category (``benchmark_report.figures``)."""
+    files: list[Path]
+    """The report: JSON, Markdown table, plot."""
+
+
+def evaluate(
+    config: TrainConfig,
+    *,
+    model: str = "",
+    modes: Sequence[Mode | str] = (Mode.DIRECT, Mode.TWO_STAGE),
+    budgets: Sequence[int] = (),
+    questions: int | None = None,
+    hide_target: bool = False,
+    url: str = "",
+    served_model: str = "",
+    family: str = "qwen2_5_vl",
+    out: Path | str = "evaluation",
+    console: Console | None = None,
+) -> BenchmarkResult:
+    """Evaluate a policy on the held-out questions of a recipe, greedily; also from a notebook whose event loop runs.
+
+    model: folder or hub name, the recipe's where empty. modes: ``direct``, ``two-stage``, ``oracle``. budgets: visual
+    tokens of each view, the recipe's ``episode.coarse_tokens`` where empty. questions: how many; 0 for all, None for the
+    recipe's number. hide_target: black out every target first. url: ask this OpenAI-compatible endpoint instead of
+    starting engines; served_model and family describe the model there. out: folder of the records and the report, in
+    which the same call continues after a stop.
+
+    Raises ConfigError, DatasetError, OSError, and what starting the workers raises.
+
+    Example::
+
+        result = evaluate(load_config(Path("configs/panels.yaml")), budgets=[16, 36])
+        print(result.figures[0]["accuracy"])
+    """
+    config = config_for(config, model, questions)
+    prepare_embedded(config.embedded, console)
+    work = run_benchmark(
+        config, heldout_questions(config, hide_target), [Mode(mode) for mode in modes], budgets,
+        hide_target=hide_target, url=url, served_model=served_model, family=family, out=Path(out),
+        console=console or Console(quiet=True),
+    )  # fmt: skip
+    return run_blocking(work)
+
+
+def config_for(config: TrainConfig, model: str, questions: int | None = None) -> TrainConfig:
+    """The configuration with another policy and number of questions."""
+    if model:
+        engine = replace(config.rollout.engine, model=model)
+        config = replace(
+            config, rollout=replace(config.rollout, engine=engine), learner=replace(config.learner, model=model)
+        )
+    if questions is not None:
+        config = replace(config, evaluation=replace(config.evaluation, questions=questions))
+    return config
+
+
+def heldout_questions(config: TrainConfig, hide_target: bool = False) -> list[Question]:
+    """Raises DatasetError where the recipe names none."""
+    questions = heldout(config)
+    if not questions:
+        raise DatasetError("evaluation.paths is empty; name at least one Parquet file of held-out questions")
+    return occluded(questions) if hide_target else questions
+
+
+async def run_benchmark(
+    config: TrainConfig,
+    questions: Sequence[Question],
+    modes: Sequence[Mode],
+    budgets: Sequence[int],
+    *,
+    hide_target: bool,
+    url: str,
+    served_model: str,
+    family: str,
+    out: Path,
+    console: Console,
+) -> BenchmarkResult:
+    """As ``evaluate``, inside an event loop."""
+    budgets = list(budgets) or [config.episode.coarse_tokens]
+    if Mode.ORACLE in modes and not any(question.boxes for question in questions):
+        raise DatasetError("no question says where its target is; leave oracle out of --modes")
+    with ExitStack() as stack:
+        client: PolicyClient
+        if url:
+            endpoint = await endpoint_at(url, served_model, config)
+            client, policy = EndpointClient(config, endpoint, family_by_name(family)), endpoint.model
+        else:
+            policy = config.rollout.engine.model
+            client = await _launch(config, budgets, stack, console)
+        settings = {
+            "policy": policy,
+            "at": url or "engines of this job",
+            "questions": config.evaluation.paths,
+            "hide_target": hide_target,
+            "prompts": asdict(config.episode.prompts),
+            "on_bad_box": str(config.episode.on_bad_box),
+            "reply_limits": [config.rollout.sampling.coarse_max_tokens, config.rollout.sampling.fine_max_tokens],
+            "oracle_margin": config.evaluation.oracle_margin,
+            "number_tolerance": config.reward.number_tolerance,
+            "in_flight": config.evaluation.in_flight,
+        }
+        try:
+            with console.status("") as status:
+
+                def progress(done: int, wanted: int) -> None:
+                    status.update(f"{done} of {wanted} episodes: {', '.join(modes)} at {budgets} visual tokens")
+
+                records = await run_grid(questions, client, config, modes, budgets, out, settings, progress)
+        finally:
+            await client.close()
+    return BenchmarkResult(records, summarise(records), write_report(out, settings, records))
+
+
+async def _launch(config: TrainConfig, budgets: Sequence[int], stack: ExitStack, console: Console) -> PoolClient:
+    sampling, engine = config.rollout.sampling, config.rollout.engine
+    longest = 2 * max(budgets) + sampling.coarse_max_tokens + sampling.fine_max_tokens
+    if longest >= engine.max_model_len:
+        raise ConfigError(
+            f"rollout.engine.max_model_len ({engine.max_model_len}) must be above {longest}, twice the largest "
+            "budget and both reply limits, with room for the prompts' text"
+        )
+    family = family_of(engine.model, config.episode.family)
+    cluster = stack.enter_context(Cluster.connect(config.cluster))
+    rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
+    with console.status("starting engines (20 to 60 s on a CPU)"):
+        await rollouts.ready(config.start_deadline_s)
+    return PoolClient(rollouts, family)
+
+
+def run_blocking(work: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run``; in a thread where this one already runs an event loop, as notebooks do."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(max_workers=1) as threads:
+        return threads.submit(asyncio.run, work).result()

@@ -1,0 +1,253 @@
+"""Serve an OpenAI-compatible chat endpoint that answers in two turns: a FastAPI application on Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ergo_rl.actors.rollout_worker import Manner
+from ergo_rl.cluster.compat import keep_serve_local
+from ergo_rl.cluster.engine import EngineDied
+from ergo_rl.cluster.placement import Cluster
+from ergo_rl.cluster.pool import PoolExhausted
+from ergo_rl.episodes import images
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.chat_protocol import (
+    ChatError,
+    ChatQuestion,
+    ChatRequest,
+    Json,
+    completion,
+    invalid_image,
+    read_chat,
+    read_data_url,
+)
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.policy_clients import EndpointClient, EngineClient, EpisodeError, start_client
+from ergo_rl.rewards.config import EndpointConfig
+
+_HEALTH_EVERY_S = 2.0
+"""Ray Serve replaces a replica that has failed three times in a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """How a policy is served, apart from the recipe."""
+
+    model: str
+    """Its name in requests and replies."""
+    max_body_bytes: int = 64 * 2**20
+    """Most bytes of a request, and of an image that is fetched."""
+    fetch_images: bool = False
+    """Also take images by http(s) URL."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    """Engines, each as large as a rollout worker."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Unix seconds, shown in the list of models."""
+
+
+class ChatService:
+    """Answers chats with a client's episodes; concurrent requests share its engine."""
+
+    def __init__(self, client: EngineClient | EndpointClient, config: TrainConfig, settings: ServeConfig) -> None:
+        self.settings = settings
+        self._client, self._config = client, config
+        sampling = config.rollout.sampling
+        self._reply_tokens = sampling.coarse_max_tokens + sampling.fine_max_tokens
+
+    async def check(self) -> None:
+        """Raises EngineDied when the engine is gone."""
+        if isinstance(self._client, EngineClient):
+            await self._client.check()
+
+    async def answer(self, body: bytes) -> Json:
+        """The completion for the body of a chat request. Raises ChatError."""
+        asked: ChatQuestion = await asyncio.to_thread(read_chat, body, self.settings.model, self._reply_tokens)
+        name = f"chatcmpl-{uuid.uuid4().hex}"
+        encoded = await self._image(asked.image_url)
+        try:  # before the question waits for its turn
+            await asyncio.to_thread(images.size, encoded, self._config.episode.max_image_pixels)
+        except images.UnreadableImage as error:
+            raise invalid_image(f"the image cannot be used: {error}") from error
+        question = Question(name, encoded, asked.text, "", asked.options)
+        try:
+            result = await self._client.run_episode(question, Manner.usual(self._config.episode))
+        except EpisodeError as error:
+            if error.transient:
+                raise _unavailable(str(error)) from error
+            raise ChatError(f"the question cannot be answered: {error}", "messages", "unplayable") from error
+        return completion(name, int(time.time()), self.settings.model, result, self._client.family)
+
+    async def _image(self, url: str) -> bytes:
+        """The encoded image of a data URL or, where that is allowed, of an http(s) URL. Raises ChatError."""
+        if not url.lower().startswith(("http://", "https://")):
+            return await asyncio.to_thread(read_data_url, url)
+        if not self.settings.fetch_images:
+            raise invalid_image(
+                "this server fetches no images (ergo-rl serve --fetch-images would); send a data URL instead: "
+                "data:image/png;base64,..."
+            )
+        content = bytearray()
+        try:
+            async with httpx.AsyncClient(timeout=30) as http, http.stream("GET", url) as reply:
+                reply.raise_for_status()
+                async for chunk in reply.aiter_bytes():
+                    content += chunk
+                    if len(content) > self.settings.max_body_bytes:
+                        raise _too_large("the image", self.settings.max_body_bytes)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise invalid_image(f"the image was not fetched: {type(error).__name__} {error}") from error
+        return bytes(content)
+
+
+def chat_app(service: ChatService) -> FastAPI:
+    """The application: chat completions, the list of models, health. Every error has OpenAI's shape and a sentence."""
+    app = FastAPI(title="ergo-rl", docs_url=None, redoc_url=None)  # those pages load scripts from other hosts
+    limit = service.settings.max_body_bytes
+    schema = {"content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
+
+    @app.post("/v1/chat/completions", openapi_extra={"requestBody": schema})
+    async def chat_completions(request: Request) -> Any:
+        return await service.answer(await read_body(request, limit))
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        settings = service.settings
+        model = {"id": settings.model, "object": "model", "created": settings.created, "owned_by": "ergo-rl"}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/health")
+    async def health() -> Any:
+        try:
+            await service.check()
+        except EngineDied as error:
+            raise _unavailable(f"the engine has died: {error}") from error
+        return {"status": "ok"}
+
+    @app.exception_handler(ChatError)
+    async def refuse(request: Request, error: ChatError) -> JSONResponse:
+        return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> JSONResponse:
+        message = (
+            f"there is no {request.method} {request.url.path[:80]} here, but POST /v1/chat/completions, "
+            "GET /v1/models and GET /health"
+        )
+        return await refuse(request, ChatError(message, code="not_found", status=404))
+
+    return app
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, which Starlette would read at any length. Raises ChatError as soon as it exceeds ``limit`` bytes."""
+    announced = request.headers.get("content-length", "")
+    if announced.isascii() and announced.isdigit() and int(announced) > limit:
+        raise _too_large("the request", limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large("the request", limit)
+    return bytes(body)
+
+
+class Replica:
+    """The deployment that Ray Serve runs, restarts and asks for its health."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: TrainConfig, settings: ServeConfig, endpoint: EndpointConfig | None, family: str
+    ) -> None:
+        keep_serve_local()
+        self._service = ChatService(await start_client(config, endpoint, family), config, settings)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by ``serve.ingress()`` behind the constructor, so that the application has its engine."""
+        return chat_app(self._service)
+
+    async def check_health(self) -> None:
+        await self._service.check()
+
+
+def deploy(config: TrainConfig, settings: ServeConfig, endpoint: EndpointConfig | None, family: str) -> None:
+    """Deploy on the Ray cluster that this process is connected to; returns when every replica answers.
+
+    Raises ConfigError where Ray Serve already runs there, PoolExhausted where no replica comes up."""
+    from ray import serve
+
+    if serve.status().proxies:
+        raise ConfigError("Ray Serve already runs on this cluster; end it (serve shutdown), or use another cluster")
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": settings.host, "port": settings.port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    resources, at_once = config.rollout.resources, 2 * config.rollout.engine.max_num_seqs
+    replica = serve.deployment(
+        name="chat",
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": resources.cpus, "num_gpus": resources.gpus},
+        max_ongoing_requests=at_once,
+        max_queued_requests=4 * at_once,
+        health_check_period_s=_HEALTH_EVERY_S,
+        graceful_shutdown_timeout_s=5.0,
+        max_constructor_retry_count=2,
+    )(serve.ingress()(Replica))
+    try:
+        serve.run(replica.bind(config, settings, endpoint, family), name="ergo-rl")
+    except RuntimeError as error:
+        raise PoolExhausted(f"no replica came up: {error}") from error
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError unless a server can listen there."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{host}:{port} is not free to listen on ({error}); name another --host or --port") from error
+
+
+def serve_until_stopped(
+    config: TrainConfig, settings: ServeConfig, endpoint: EndpointConfig | None = None, family: str = "qwen2_5_vl"
+) -> None:
+    """Serve until Ctrl-C or SIGTERM, which both raise KeyboardInterrupt. family: of the endpoint's model.
+
+    Raises ConfigError, PoolExhausted, OSError."""
+    from ray import serve
+
+    if config.cluster.address is None:
+        check_port(settings.host, settings.port)
+    with Cluster.connect(config.cluster):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # replaces Ray's handler
+        print(f"starting {settings.model} (20 to 60 s on a CPU)", file=sys.stderr)
+        try:
+            deploy(config, settings, endpoint, family)
+            print(f"{settings.model}: http://{settings.host}:{settings.port}/v1 (Ctrl-C ends it)", flush=True)
+            while True:
+                signal.pause()
+        finally:
+            serve.shutdown()
+
+
+def _too_large(what: str, limit: int) -> ChatError:
+    return ChatError(f"{what} has more than {limit} bytes (--max-body-mib)", None, "too_large", 413)
+
+
+def _unavailable(reason: str) -> ChatError:
+    return ChatError(f"{reason.rstrip('.')}; try again in a minute", None, "unavailable", 503)

@@ -1,0 +1,120 @@
+"""``ergo-rl evaluate``: measure a policy on held-out questions, beside baselines, or in several modes and budgets."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ergo_rl.jobs.benchmark import config_for, heldout_questions, run_benchmark
+from ergo_rl.jobs.benchmark_grid import Mode
+from ergo_rl.jobs.cli_common import add_endpoint, add_recipe, command, parse_with_overrides, recipe_of
+from ergo_rl.jobs.config import load_config
+from ergo_rl.jobs.evaluation import BoxSource, compare_boxes
+from ergo_rl.jobs.metrics import Metrics
+from ergo_rl.jobs.prepare import prepare_embedded
+
+_ROWS = {
+    "coverage": "target coverage",
+    "accuracy": "accuracy",
+    "area_ratio": "mean crop area",
+    "full_image_rate": "whole image",
+    "tiny_box_rate": "tiny box",
+    "bad_box_rate": "bad box",
+    "region": "r_region",
+    "region_precision": "paid crops that hold the target",
+    "region_recall": "crops with the target that are paid",
+}
+
+
+def as_table(results: dict[str, Metrics], how: str) -> Table:
+    """A row per figure, a column per source of boxes."""
+    table = Table(title=f"held-out questions, {how}; with 95 % intervals")
+    table.add_column("")
+    for source in results:
+        table.add_column(f"box: {source}", justify="right")
+    for name, title in _ROWS.items():
+        table.add_row(title, *(_cell(metrics, f"eval/{name}") for metrics in results.values()))
+    return table
+
+
+def _cell(metrics: Metrics, name: str) -> str:
+    if name not in metrics:
+        return "-"
+    text = f"{metrics[name]:.1%}"
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return text if low is None or high is None else f"{text} [{low:.1%} - {high:.1%}]"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ergo-rl evaluate",
+        description="Measure a policy on held-out questions, beside baselines that replace its box: the whole image at "
+        "the same token budget, a random box, the target's own box.",
+        epilog="example: ergo-rl evaluate --model runs/panels/policy --out after.json",
+    )
+    add_recipe(parser)
+    parser.add_argument("--model", default="", help="Hugging Face folder or hub name of the policy (default: recipe's)")
+    sources = [str(source) for source in BoxSource]
+    parser.add_argument("--boxes", nargs="+", choices=sources, default=sources, help="whose boxes (default: all four)")
+    parser.add_argument(
+        "--hide-target",
+        action="store_true",
+        help="the occlusion test: black out every target; coverage then says whether its place is found from context",
+    )
+    parser.add_argument("--questions", type=int, default=0, help="how many questions (default: all)")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=[str(mode) for mode in Mode],
+        help="instead of --boxes: direct (one turn), two-stage, oracle (two-stage with the target's own box), each at "
+        "every one of --budgets; no verifier is started",
+    )
+    parser.add_argument("--budgets", nargs="+", type=int, default=[], help="with --modes: visual tokens of each view")
+    add_endpoint(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="write the figures to this JSON file; with --modes: a folder for records, table, JSON and plot (default: "
+        "evaluation), where the same command continues after a stop",
+    )
+    return parser
+
+
+@command("evaluate", stopped="stopped by hand; with --modes the same command continues")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parse_with_overrides(parser, argv)
+    if (options.budgets or options.url) and not options.modes:
+        parser.error("--budgets and --url are for --modes; try --modes direct two-stage oracle")
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width: 80 would break the table
+    config = config_for(load_config(*recipe_of(options)), options.model, options.questions)
+    prepare_embedded(config.embedded)
+    questions = heldout_questions(config, options.hide_target)
+    if options.modes:
+        work = run_benchmark(
+            config, questions, [Mode(mode) for mode in options.modes], options.budgets, hide_target=options.hide_target,
+            url=options.url, served_model=options.served_model, family=options.family,
+            out=options.out or Path("evaluation"), console=console,
+        )  # fmt: skip
+        for path in asyncio.run(work).files:
+            console.print(path.read_text() if path.suffix == ".md" else str(path), markup=False, soft_wrap=True)
+        return 0
+    sources = [BoxSource(source) for source in options.boxes]
+    results = asyncio.run(compare_boxes(config, questions, sources, console))
+    console.print(as_table(results, "targets hidden" if options.hide_target else "greedy decoding"))
+    if options.out is not None:
+        report = {"model": config.rollout.engine.model, "hide_target": options.hide_target, **results}
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        console.print(f"figures: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

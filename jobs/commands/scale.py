@@ -1,0 +1,57 @@
+"""``ergo-rl scale``: change the number of workers of a run while it runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from ergo_rl.cluster.compat import join_with_token, keep_ray_local
+from ergo_rl.jobs.cli_common import command
+from ergo_rl.jobs.scale import ADDRESS, Sizes, ask
+
+
+@command("scale")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ergo-rl scale",
+        description="Change the number of workers of a run while it runs, from any machine of its cluster. Returns "
+        "when new workers are ready, or removed ones have finished what they held.",
+        epilog="example: ergo-rl scale runs/panels --rollout-workers 2",
+    )
+    parser.add_argument("run", help="the run's folder or its name")
+    parser.add_argument("--rollout-workers", type=int, metavar="N")
+    parser.add_argument("--reward-workers", type=int, metavar="N")
+    parser.add_argument("--address", help="the cluster (host:port; default: what the run's folder says, or auto)")
+    parser.add_argument("--namespace", default="ergo-rl", help="cluster.namespace of the run (default: %(default)s)")
+    options = parser.parse_args(argv)
+    sizes = Sizes(options.rollout_workers, options.reward_workers)
+    if sizes == Sizes() or any(wanted is not None and wanted < 1 for wanted in (sizes.rollout, sizes.reward)):
+        parser.error("give --rollout-workers or --reward-workers, at least 1")
+    folder = next((path for path in (Path(options.run), Path("runs") / options.run) if (path / ADDRESS).exists()), None)
+    known = json.loads((folder / ADDRESS).read_text()) if folder else {}
+    address: str = options.address or known.get("address", "auto")
+    if address.startswith("127.0.0.1:"):
+        keep_ray_local()
+    if known.get("token") and not options.address:
+        join_with_token()
+    try:
+        ray.init(
+            address=address,
+            namespace=known.get("namespace", options.namespace),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        print(asyncio.run(ask(folder.resolve().name if folder else options.run, sizes)))
+    finally:
+        ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

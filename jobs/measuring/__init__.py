@@ -1,1 +1,0 @@
-"""Policies on held-out questions, and runs beside each other."""

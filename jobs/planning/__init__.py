@@ -1,1 +1,0 @@
-"""Before a run: does it fit, and where does what go?"""

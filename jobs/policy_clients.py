@@ -1,0 +1,247 @@
+"""Run single episodes on a policy: an engine in this process, the rollout workers of a job, or any OpenAI-compatible
+endpoint. All clients run the same two-turn episode (``episodes.coarse_to_fine``), greedily.
+
+Example::
+
+    client = await EngineClient.start(config, family_of(config.rollout.engine.model, config.episode.family))
+    result = await client.run_episode(question, Manner.usual(config.episode))
+    await client.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
+from ergo_rl.cluster.engine import EngineDied
+from ergo_rl.episodes.coarse_to_fine import CoarseToFine
+from ergo_rl.episodes.extensions import imported
+from ergo_rl.episodes.families import FAMILIES, ModelFamily, family_of
+from ergo_rl.episodes.images import UnreadableImage
+from ergo_rl.episodes.prompts import ReservedText, around_image, fill
+from ergo_rl.episodes.types import Box, Question, Trajectory, View
+from ergo_rl.errors import ErgoError
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.rewards.config import EndpointConfig
+from ergo_rl.rewards.endpoint import ChatEndpoint, ChatReply, VerifierUnavailable, png_url
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeResult:
+    """One finished episode of one question."""
+
+    trajectory: Trajectory
+    seconds: float
+    """From the first request to the last reply."""
+    reply_tokens: int
+    """Sampled tokens of all turns."""
+
+    def visual_tokens(self, family: ModelFamily) -> tuple[int, ...]:
+        """Visual tokens of the coarse view and, where there is one, of the crop."""
+        return tuple(family.visual_tokens(view) for view in self.trajectory.views)
+
+
+class EpisodeError(ErgoError):
+    """The episode could not be run; the message says why."""
+
+    def __init__(self, message: str, transient: bool = False) -> None:
+        """transient: the engine or endpoint did not answer, so the same question may work later."""
+        super().__init__(message)
+        self.transient = transient
+
+
+class PolicyClient(Protocol):
+    @property
+    def family(self) -> ModelFamily: ...
+
+    async def run_episode(self, question: Question, manner: Manner, box: Box | None = None) -> EpisodeResult:
+        """Run one greedy episode. box: of a baseline, in pixels of the original, in place of the policy's own.
+
+        Raises EpisodeError."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class EngineClient:
+    """A vLLM engine in this process; no Ray."""
+
+    def __init__(self, worker: RolloutWorker, family: ModelFamily, sampling: SamplingConfig) -> None:
+        self._worker, self.family, self._sampling = worker, family, sampling
+
+    @classmethod
+    async def start(cls, config: TrainConfig, family: ModelFamily) -> EngineClient:
+        """Load the model; takes 20 to 60 s on a CPU."""
+        worker = RolloutWorker(config.rollout, config.episode)
+        await worker.start()
+        return cls(worker, family, replace(config.rollout.sampling, temperature=0.0))
+
+    async def run_episode(self, question: Question, manner: Manner, box: Box | None = None) -> EpisodeResult:
+        try:
+            played, trajectories = await self._worker.play(question, (0,), 0, self._sampling, box, manner)
+        except EngineDied as error:
+            raise EpisodeError(f"the engine has died: {error}", transient=True) from error
+        if isinstance(played, Unplayable):
+            raise EpisodeError(played.reason)
+        return EpisodeResult(trajectories[0], played.seconds, sum(played.facts[0].reply_tokens))
+
+    async def check(self) -> None:
+        """Raises EngineDied when the engine is gone."""
+        await self._worker.check()
+
+    async def close(self) -> None:
+        self._worker.close()
+
+
+class PoolClient:
+    """The rollout workers of a job."""
+
+    def __init__(self, rollouts: RolloutPool, family: ModelFamily) -> None:
+        self._rollouts, self.family = rollouts, family
+        self._sampling = replace(rollouts.config.sampling, temperature=0.0)
+
+    async def run_episode(self, question: Question, manner: Manner, box: Box | None = None) -> EpisodeResult:
+        rollout = await self._rollouts.play(
+            question, seed=0, samples=1, sampling=self._sampling, box=box, manner=manner
+        )
+        if isinstance(rollout, Unplayable):
+            raise EpisodeError(rollout.reason)
+        (trajectory,) = await rollout.trajectories
+        return EpisodeResult(trajectory, rollout.played.seconds, sum(rollout.played.facts[0].reply_tokens))
+
+    async def close(self) -> None:
+        await self._rollouts.close()
+
+
+class EndpointClient:
+    """An OpenAI-compatible endpoint that takes images as data URLs, two of them in a conversation.
+
+    The endpoint applies its own chat template, and its own default where the recipe has no system prompt."""
+
+    def __init__(self, config: TrainConfig, endpoint: EndpointConfig, family: ModelFamily) -> None:
+        self._chat, self._config, self._model, self.family = ChatEndpoint(endpoint), config, endpoint.model, family
+        self._episodes = CoarseToFine(family, CodepointTokenizer(), config.episode)
+
+    async def run_episode(self, question: Question, manner: Manner, box: Box | None = None) -> EpisodeResult:
+        episodes = manner.episodes(self._episodes)
+        prompts, sampling, replies = self._config.episode.prompts, self._config.rollout.sampling, list[ChatReply]()
+        texts = [around_image(prompts.direct if manner.direct else prompts.coarse, question)]
+        texts.append(around_image(prompts.fine, question))
+        try:
+            scene = await asyncio.to_thread(episodes.open_scene, question)
+            fill(prompts.direct, question, self.family)
+        except (UnreadableImage, ReservedText, ValueError) as error:
+            raise EpisodeError(f"{type(error).__name__}: {error}") from error
+
+        async def generate(prompt: Sequence[int], views: Sequence[View], turn: int) -> EndpointCompletion:
+            messages: list[dict[str, Any]] = [{"role": "system", "content": prompts.system}] if prompts.system else []
+            for number, view in enumerate(views):
+                messages.append({"role": "user", "content": await asyncio.to_thread(_content, *texts[number], view)})
+                if number < turn:
+                    # The reply of turn 1, which a baseline's box may have replaced, is only in the prompt of turn 2.
+                    reply = prompt[len(scene.coarse_prompt) : -len(scene.fine_prompt)]
+                    content = "".join(map(chr, reply)).removesuffix(self.family.turn_end)
+                    messages.append({"role": "assistant", "content": content})
+            limit = sampling.coarse_max_tokens if turn == 0 and not manner.direct else sampling.fine_max_tokens
+            body = {"model": self._model, "messages": messages, "max_tokens": limit, "temperature": 0.0}
+            replies.append(await self._chat.complete(body))
+            return EndpointCompletion(replies[-1], self.family)
+
+        started = time.monotonic()
+        try:
+            if manner.direct:
+                trajectory = await episodes.answer_at_once(scene, 0, generate)
+            else:
+                trajectory = await episodes.play(scene, 0, generate, box)
+        except VerifierUnavailable as error:
+            raise EpisodeError(str(error), transient=True) from error
+        return EpisodeResult(trajectory, time.monotonic() - started, sum(reply.reply_tokens for reply in replies))
+
+    async def close(self) -> None:
+        await self._chat.close()
+
+
+class CodepointTokenizer:
+    """Use code points as token ids, for episodes over an endpoint whose own token ids are not known."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(map(chr, token_ids))
+
+    def convert_tokens_to_ids(self, tokens: str) -> int:
+        raise NotImplementedError("special tokens have no code point")
+
+
+class EndpointCompletion:
+    """An endpoint's reply in the form that an episode takes: code points for token ids, NaN for log-probs."""
+
+    def __init__(self, reply: ChatReply, family: ModelFamily) -> None:
+        self.text, self.stopped, self.prompt_length = reply.text, reply.finished, reply.prompt_tokens
+        self.token_ids = tuple(map(ord, reply.text + (family.turn_end if reply.finished else "")))
+        self.logprobs = (math.nan,) * len(self.token_ids)
+        self.weight_version = self.cached_tokens = 0
+        self.updates: tuple[tuple[int, int], ...] = ()
+
+
+async def start_client(
+    config: TrainConfig, endpoint: EndpointConfig | None, family: str
+) -> EngineClient | EndpointClient:
+    """A client of the endpoint where there is one; else an engine in this process (20 to 60 s on a CPU).
+
+    family: of the endpoint's model. Raises ConfigError, UnknownFamily, OSError."""
+    if endpoint is not None:
+        return EndpointClient(config, endpoint, family_by_name(family))
+    return await EngineClient.start(config, family_of(config.rollout.engine.model, config.episode.family))
+
+
+async def endpoint_at(url: str, model: str, config: TrainConfig) -> EndpointConfig:
+    """The endpoint at ``url`` with the limits of ``reward.verifier.endpoint``.
+
+    model: its name there; empty: the only one that it serves. Raises ConfigError."""
+    usual = config.reward.verifier.endpoint
+    try:
+        return replace(usual, url=url, model=model or await _only_model(url, usual))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+async def _only_model(url: str, usual: EndpointConfig) -> str:
+    from openai import AsyncOpenAI, OpenAIError  # takes a second to import
+
+    key = os.environ.get(usual.api_key_env, "") or "none"
+    try:
+        async with AsyncOpenAI(base_url=url, api_key=key, timeout=usual.timeout_s, max_retries=0) as client:
+            served = [str(model.id) async for model in client.models.list()]
+    except (OpenAIError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{url} does not list its models ({error}); name one with --served-model") from error
+    if len(served) != 1:
+        raise ConfigError(f"{url} serves {', '.join(served) or 'nothing'}; name one with --served-model")
+    return served[0]
+
+
+def family_by_name(name: str) -> ModelFamily:
+    """A built-in family, or ``package.module:Class``. Raises ConfigError for a family that does not exist."""
+    if name in FAMILIES:
+        return FAMILIES[name]()
+    try:
+        return imported(name, ModelFamily)()
+    except ValueError as error:
+        raise ConfigError(f"--family: known are {', '.join(FAMILIES)}, or a class of your own: {error}") from error
+
+
+def _content(before: str, after: str, view: View) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [
+        {"type": "text", "text": before},
+        {"type": "image_url", "image_url": {"url": png_url(view)}},
+        {"type": "text", "text": after},
+    ]
+    return [part for part in parts if part.get("text", "an image")]

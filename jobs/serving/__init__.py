@@ -1,1 +1,0 @@
-"""Both turns for somebody who asks."""

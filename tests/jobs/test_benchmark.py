@@ -1,0 +1,134 @@
+"""The grid of a benchmark: records, figures, reports, and the whole of it from Python, on a real HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ergo_rl.episodes.questions import DatasetError, write_questions
+from ergo_rl.episodes.types import Question
+from ergo_rl.jobs.benchmark import evaluate
+from ergo_rl.jobs.benchmark_grid import Mode, Record, run_grid
+from ergo_rl.jobs.benchmark_report import as_markdown, figures, pareto, summarise, write_report
+from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.policy_clients import EndpointClient, endpoint_at
+from tests.factories import FAMILY
+from tests.jobs.conftest import Server, question
+
+
+def run(server: Server, config: TrainConfig, questions: list[Question], out: Path, **settings: Any) -> list[Record]:
+    async def run_all() -> list[Record]:
+        client = EndpointClient(config, await endpoint_at(server.url, "", config), FAMILY)
+        try:
+            modes = [Mode.DIRECT, Mode.TWO_STAGE, Mode.ORACLE]
+            return await run_grid(questions, client, config, modes, [16, 36], out, settings, lambda done, wanted: None)
+        finally:
+            await client.close()
+
+    return asyncio.run(run_all())
+
+
+def test_grid_counts_failures_as_wrong_and_continues_where_it_stopped(
+    server: Server, config: TrainConfig, tmp_path: Path
+) -> None:
+    """Three questions, one of them without a box and one without a picture: 2 budgets x (3 + 3 + 2) records."""
+    questions = [question("a", "near"), question("b", "far", boxes=False), question("c", "far", b"no picture")]
+    records = run(server, config, questions, tmp_path, policy="tiny")
+    assert len(records) == 16 and len(server.bodies) == 2 * (2 * 1 + 2 * 2 + 1 * 2), "what cannot be read is not asked"
+    found = {(one["mode"], one["budget"], one["category"]): one for one in summarise(records)}
+    two = found["two-stage", 36, "all"]
+    assert (two["questions"], two["failures"], two["accuracy"], two["calls"]) == (3, 1, 2 / 3, 2)
+    assert (two["coarse_tokens"], two["crop_tokens"], two["visual_tokens"]) == (36, 36, 72)
+    assert two["coverage"] == 1.0 and two["bad_box_rate"] == 0 and two["area_ratio"] == pytest.approx(1 / 9)
+    direct = found["direct", 16, "all"]
+    assert direct["accuracy"] == 0 and direct["calls"] == 1 and "coverage" not in direct, "it only looked"
+    assert found["two-stage", 36, "near"]["accuracy"] == 1 and found["two-stage", 36, "far"]["accuracy"] == 0.5
+    assert found["oracle", 16, "all"]["questions"] == 2
+    assert [record.failure[:15] for record in records if record.failure] == ["UnreadableImage"] * 6
+
+    lines = (tmp_path / "records.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "records.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])  # stopped in the middle of a line
+    server.bodies.clear()
+    again = run(server, config, questions, tmp_path, policy="tiny")
+    assert [replace(one, seconds=0) for one in again] == [replace(one, seconds=0) for one in records]
+    assert len(server.bodies) <= 4, "two records were missing"
+    with pytest.raises(ConfigError, match="holds an evaluation with another policy; name another folder"):
+        run(server, config, questions, tmp_path, policy="another")
+
+
+def test_grid_asks_again_after_a_transient_failure(server: Server, config: TrainConfig, tmp_path: Path) -> None:
+    say, server.say = server.say, lambda messages: 503
+    assert all("503" in record.failure for record in run(server, config, [question()], tmp_path))
+    server.say = say
+    assert not any(record.failure for record in run(server, config, [question()], tmp_path))
+
+
+def record(correct: bool, seconds: float = 1.0, failure: str = "", **changes: Any) -> Record:
+    made = Record(
+        "q", "", Mode.TWO_STAGE, 36, correct, "ring", "answered", "ok", 0.25, True, (36, 20), 2, seconds, (), failure
+    )
+    return replace(made, **changes)
+
+
+def test_figures_computed_by_hand() -> None:
+    some = [record(n < 15, seconds=n / 10) for n in range(20)]
+    found = figures([*some, record(False, failure="gone", seconds=0.0)])
+    assert found["accuracy"] == 15 / 21 and found["failures"] == 1 and found["visual_tokens"] == 56
+    assert found["seconds_median"] == pytest.approx(0.95) and found["seconds_p95"] == 1.8
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((0.5004, 0.8619), abs=1e-3)
+    bad = record(False, box_outcome="no_tag", area_ratio=None, covered=False, visual_tokens=(36, 0), calls=1)
+    assert figures([record(True), bad])["bad_box_rate"] == 0.5 and figures([record(True), bad])["coverage"] == 0.5
+    assert "calls" not in figures([record(False, failure="gone")])
+
+
+def test_pareto_front_keeps_cheaper_or_better_points() -> None:
+    assert pareto([(3, 0.5), (1, 0.2), (2, 0.6), (2, 0.4), (4, 0.6)]) == [(1, 0.2), (2, 0.6)]
+    assert pareto([]) == []
+
+
+def test_report_writes_json_table_and_plot(tmp_path: Path) -> None:
+    told = {"policy": "tiny", "in_flight": 8}
+    records = [record(True), record(False, question="a|b", failure="UnreadableImage: <no>\npicture", mode=Mode.ORACLE)]
+    figures_file, table, plot = write_report(tmp_path, told, records)
+    read = json.loads(figures_file.read_text())
+    assert [one["mode"] for one in read["figures"]] == ["two-stage", "oracle"] and len(read["failures"]) == 1
+    text = table.read_text()
+    row = (
+        "| two-stage | 36 | all | 1 | 100.0% (20.7% to 100.0%) | 36 + 20 = 56 | 1.00 s, 1.00 s | 2.00 | 25.0% | 0.0% |"
+    )
+    assert f"{row} 100.0% | 0 |" in text and "- a\\|b, oracle, 36: UnreadableImage: &lt;no> picture" in text
+    assert text == as_markdown(told, read["figures"], read["failures"])
+    with Image.open(plot) as drawn:
+        assert drawn.width > 500
+
+
+async def in_a_notebook(config: TrainConfig, **options: Any) -> Any:
+    """A call from a cell: the event loop of the kernel is running."""
+    return evaluate(config, **options)
+
+
+def test_evaluate_from_python_with_and_without_a_running_event_loop(
+    server: Server, config: TrainConfig, tmp_path: Path
+) -> None:
+    """Two questions at one budget: direct wrong (1 call each), two-stage right (2 calls each)."""
+    write_questions(tmp_path / "held.parquet", [question("a"), question("b")])
+    evaluation = replace(config.evaluation, paths=[str(tmp_path / "held.parquet")])
+    config = replace(config, evaluation=evaluation, embedded=replace(config.embedded, panels=None))
+    options: dict[str, Any] = {"budgets": [16], "url": server.url}
+    result = evaluate(config, **options, out=tmp_path / "script")
+    assert [(line["mode"], line["accuracy"], line["calls"]) for line in result.figures] == [
+        ("direct", 0, 1), ("two-stage", 1, 2),
+    ]  # fmt: skip
+    assert len(server.bodies) == 2 * (1 + 2) and all(path.is_file() for path in result.files)
+    again = asyncio.run(in_a_notebook(config, **options, out=tmp_path / "script"))
+    assert again.records == result.records and len(server.bodies) == 6, "what is recorded is not asked again"
+    one = asyncio.run(in_a_notebook(config, **options, modes=["direct"], questions=1, out=tmp_path / "one"))
+    assert [record.question for record in one.records] == ["a"]
+    with pytest.raises(DatasetError, match=r"evaluation\.paths is empty"):
+        evaluate(replace(config, evaluation=replace(evaluation, paths=[])))
