@@ -35,7 +35,7 @@ def test_a_run_that_is_stopped_and_killed_comes_to_the_same_end(tmp_path: Path) 
         life.process.send_signal(signal.SIGTERM)
         if life.end(120) != 128 + signal.SIGTERM:
             life.fail(f"SIGTERM ended it with {life.process.returncode}")
-        assert "the same command goes on" in life.log.read_text()
+        assert "the same command resumes the run" in life.log.read_text()
         checkpoints = life.run / "checkpoints"
         saved = (checkpoints / "LATEST").read_text().strip()
         assert saved == f"step-{len(life.steps()):06d}", "saved where it stood"
@@ -56,7 +56,7 @@ def test_a_run_that_is_stopped_and_killed_comes_to_the_same_end(tmp_path: Path) 
     with living(same, tmp_path / "last.log") as life:
         if life.end() != 0:
             life.fail("the last life failed")
-        assert life.run == tmp_path / "cut" / "run" and "going on from" in life.log.read_text()
+        assert life.run == tmp_path / "cut" / "run" and "resuming from" in life.log.read_text()
         compare(whole, life)
 
 

@@ -15,9 +15,9 @@ import pytest
 
 from ergo_rl.episodes.panels import PanelsConfig, Split, question
 from ergo_rl.episodes.questions import write_questions
-from ergo_rl.jobs.exporters import gauge_name
+from ergo_rl.jobs.trackers import gauge_name
 from tests.conftest import ROOT
-from tests.jobs.test_exporters import on_the_dashboard
+from tests.jobs.test_trackers import on_the_dashboard
 
 pytestmark = pytest.mark.system
 TIMEOUT_S = 420
@@ -27,7 +27,7 @@ def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
-        "ergo_rl.jobs.train",
+        "ergo_rl.jobs.commands.train",
         "configs/panels.yaml",
         "embedded.panels=null",
         "evaluation.paths=[]",

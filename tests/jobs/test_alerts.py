@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ergo_rl.jobs.guards import Guards, GuardsConfig
+from ergo_rl.jobs.alerts import Alerts, GuardsConfig
 from ergo_rl.jobs.metrics import Metrics
 
 FINE = {
@@ -18,7 +18,7 @@ FINE = {
 
 
 def after(*steps: Metrics, window: int = 2) -> tuple[Metrics, dict[str, str]]:
-    guards = Guards(GuardsConfig(window=window))
+    guards = Alerts(GuardsConfig(window=window))
     for step in steps:
         found = guards.watch(step)
     return found

@@ -11,7 +11,7 @@ import ray
 from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Outcome, Question, Score, Unscored, Verdict
-from ergo_rl.jobs.credit import Crediting
+from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
 from ergo_rl.learners.advantages import AdvantageConfig, Credit, Terms
 from ergo_rl.learners.config import LearnerConfig, LossConfig
 
@@ -33,9 +33,9 @@ def group(*scores: Verdict, truncated: tuple[int, ...] = (), replies: tuple[int,
     return Group(0, Question("q", b"", "?", "ring"), Played("q", facts), scores, ray.ObjectRef.nil())
 
 
-def crediting(loss: LossConfig | None = None, **advantages: object) -> Crediting:
+def crediting(loss: LossConfig | None = None, **advantages: object) -> AdvantageEstimator:
     config = AdvantageConfig(epsilon=0.0, **advantages)  # type: ignore[arg-type]
-    return Crediting(LearnerConfig(advantages=config, loss=loss or LossConfig()), WEIGHTS)
+    return AdvantageEstimator(LearnerConfig(advantages=config, loss=loss or LossConfig()), WEIGHTS)
 
 
 def test_one_advantage_for_a_trajectory() -> None:
@@ -68,13 +68,13 @@ def test_terms_for_themselves_are_scaled_over_the_step() -> None:
 
 def test_what_teaches() -> None:
     equal, unlike = group(score(1, 0), score(0, 2)), group(score(1, 0), score(0, 0))
-    assert not crediting().teaches(equal) and crediting().teaches(unlike)
-    assert crediting(terms=Terms.NORMALISE_THEN_SUM).teaches(equal), "equal sums of unlike terms"
-    assert not crediting().teaches(group(Unscored("timeout"), Unscored("timeout")))
-    assert not crediting().teaches(group(score(1, 0), Unscored("timeout"))), "one scored member says nothing"
+    assert not crediting().has_signal(equal) and crediting().has_signal(unlike)
+    assert crediting(terms=Terms.NORMALISE_THEN_SUM).has_signal(equal), "equal sums of unlike terms"
+    assert not crediting().has_signal(group(Unscored("timeout"), Unscored("timeout")))
+    assert not crediting().has_signal(group(score(1, 0), Unscored("timeout"))), "one scored member says nothing"
     # the same totals, earned in other turns
     swapped = group(score(1, 0, 0), score(0, 0, 1))
-    assert not crediting().teaches(swapped) and crediting(credit=Credit.TURN).teaches(swapped)
+    assert not crediting().has_signal(swapped) and crediting(credit=Credit.TURN).has_signal(swapped)
 
 
 def test_a_group_that_is_too_old_weighs_less_for_each_version() -> None:

@@ -15,10 +15,10 @@ import ray
 
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
-from ergo_rl.jobs.exporters import MLflow, Prometheus, WeightsAndBiases, gauge_name, open_exporters
 from ergo_rl.jobs.metrics import ExporterName
-from ergo_rl.jobs.run import Run
+from ergo_rl.jobs.trackers import MLflow, Prometheus, WeightsAndBiases, gauge_name, open_trackers
 from tests.conftest import ROOT
+from tests.jobs.test_run_folder import open_run
 
 DASHBOARD = ROOT / "docs" / "grafana" / "ergo-rl.json"
 
@@ -50,7 +50,7 @@ def test_a_package_that_is_missing_is_said_before_there_is_a_run(
     message = (
         rf"metrics.exporters has {name}, but the package {name} is not installed: pip install 'ergo-rl\[{extra}\]'"
     )
-    with pytest.raises(ConfigError, match=message), Run.open(exporting(config, ExporterName(name))):
+    with pytest.raises(ConfigError, match=message), open_run(exporting(config, ExporterName(name))):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -63,8 +63,9 @@ def test_they_are_chosen_by_name() -> None:
 
 
 def test_each_once_and_none_where_none_is_chosen(config: TrainConfig, tmp_path: Path) -> None:
-    assert open_exporters(exporting(config), tmp_path, 0) == []
-    (only,) = open_exporters(exporting(config, ExporterName.TENSORBOARD, ExporterName.TENSORBOARD), tmp_path, 0)
+    assert open_trackers(exporting(config).metrics, tmp_path, 0) == []
+    twice = exporting(config, ExporterName.TENSORBOARD, ExporterName.TENSORBOARD)
+    (only,) = open_trackers(twice.metrics, tmp_path, 0)
     only.log(0, {"reward/total": 1.5})
     only.close(failed=False)
     assert any((tmp_path / "tensorboard").iterdir())
@@ -77,17 +78,17 @@ def test_wandb_offline(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> 
     config = exporting(config, ExporterName.WANDB)
     ids = []
     for step in range(2):
-        with Run.open(config) as run:
-            (exporter,) = run._exporters
-            assert isinstance(exporter, WeightsAndBiases)
-            with run.step(step) as report:
+        with open_run(config) as (folder, monitor):
+            (tracker,) = monitor._trackers
+            assert isinstance(tracker, WeightsAndBiases)
+            with monitor.step(step) as report:
                 report.add({"reward/total": 1.5 + step})
-            summary = dict(exporter._run.summary)
+            summary = dict(tracker._run.summary)
             assert (summary["step"], summary["reward/total"]) == (step, 1.5 + step)
-            assert exporter._run.config["learner"]["loss"]["objective"] == "dapo"
-            assert exporter._run.project == "tests" and exporter._run.name == "story"
-            ids.append(exporter._run.id)
-    assert ids[0] == ids[1] and len(list((run.folder / "wandb").glob("offline-run-*/*.wandb"))) == 2
+            assert tracker._run.config["learner"]["loss"]["objective"] == "dapo"
+            assert tracker._run.project == "tests" and tracker._run.name == "story"
+            ids.append(tracker._run.id)
+    assert ids[0] == ids[1] and len(list((folder.path / "wandb").glob("offline-run-*/*.wandb"))) == 2
 
 
 def test_mlflow_in_a_database(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,13 +98,13 @@ def test_mlflow_in_a_database(config: TrainConfig, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)  # where MLflow puts files
     config, client = exporting(config, ExporterName.MLFLOW), mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs.db")
     for step in range(2):
-        with Run.open(config) as run:
-            (exporter,) = run._exporters
-            assert isinstance(exporter, MLflow)
-            with run.step(step) as report:
+        with open_run(config) as (_, monitor):
+            (tracker,) = monitor._trackers
+            assert isinstance(tracker, MLflow)
+            with monitor.step(step) as report:
                 report.add({"reward/total": 1.5 + step})
-            assert client.get_run(exporter.run_id).info.status == "RUNNING"
-    with pytest.raises(RuntimeError, match="in the middle"), Run.open(config) as run:
+            assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    with pytest.raises(RuntimeError, match="in the middle"), open_run(config):
         raise RuntimeError("in the middle")
     (experiment,) = client.search_experiments(filter_string="name = 'tests'")
     (found,) = client.search_runs([experiment.experiment_id])
@@ -115,8 +116,8 @@ def test_mlflow_in_a_database(config: TrainConfig, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.system
 def test_gauges_are_served_by_ray(ray_cluster: Cluster, config: TrainConfig, tmp_path: Path) -> None:
-    exporter = Prometheus(config, tmp_path / "story", 0)
-    exporter.log(7, {"reward/total": 1.5, "learner/turn1_entropy": 0.25})
+    tracker = Prometheus(config.metrics, tmp_path / "story", 0)
+    tracker.log(7, {"reward/total": 1.5, "learner/turn1_entropy": 0.25})
     (node,) = ray.nodes()
     url, deadline = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", time.monotonic() + 60
     found: dict[str, float] = {}

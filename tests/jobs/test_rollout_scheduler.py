@@ -19,8 +19,8 @@ from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts, Unplayable
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.questions import Cursor, OnBadRow
 from ergo_rl.episodes.types import Outcome, Question, Score
-from ergo_rl.jobs.flow import Flow, FlowState
-from ergo_rl.jobs.saving.state import flow_cells, flow_state
+from ergo_rl.jobs.checkpoint_manager import scheduler_from_json, scheduler_to_json
+from ergo_rl.jobs.rollout_scheduler import RolloutScheduler, SchedulerState
 
 FACTS = TrajectoryFacts(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (0, 0))
 EPOCH = 10
@@ -48,10 +48,10 @@ def flow_of(
     equal: Sequence[int] = (),
     unplayable: Sequence[int] = (),
     delay: Callable[[int], float] = lambda _: 0.0,
-    state: FlowState | None = None,
+    state: SchedulerState | None = None,
     version: Callable[[], int] = lambda: 0,
     keep_stale: bool = False,
-) -> Flow:
+) -> RolloutScheduler:
     """Two trajectories a question, of rewards 0 and 1; of 1 and 1 for the questions ``equal``."""
 
     async def play(question: Question, seed: int) -> Rollout | Unplayable:
@@ -71,14 +71,14 @@ def flow_of(
 
     pools: Any = Pools(play=play, score=score, restarts=0)
     questions: Any = Questions()
-    return Flow(questions, pools, pools, 0, OnBadRow.SKIP, state, keep_stale)
+    return RolloutScheduler(questions, pools, pools, 0, OnBadRow.SKIP, state, keep_stale)
 
 
 def unlike(group: Group) -> bool:
     return len({score.total for score in group.scores if isinstance(score, Score)}) > 1
 
 
-def steps(flow: Flow, spare: int, how_many: int = 1, ahead: int = 0, size: int = 4) -> list[list[str]]:
+def steps(flow: RolloutScheduler, spare: int, how_many: int = 1, ahead: int = 0, size: int = 4) -> list[list[str]]:
     """The questions of each step, as the training loop takes them."""
 
     async def story() -> list[list[str]]:
@@ -204,9 +204,9 @@ def test_every_question_is_used_once_however_often_a_run_is_stopped(
     """A run is cut into lives of so many whole steps; each one begins from the state that the one before left, which
     went through JSON but for its groups. What it drops in the middle of a step is taken again."""
     used: list[str] = []
-    state = FlowState()
+    state = SchedulerState()
 
-    async def life(steps: int, state: FlowState) -> FlowState:
+    async def life(steps: int, state: SchedulerState) -> SchedulerState:
         flow = flow_of(unplayable=sorted(unplayable), delay=lambda n: 0.001 * delays[n % len(delays)], state=state)
         for _ in range(steps):
             flow.keep_ahead(3 * (1 + ahead))
@@ -224,11 +224,11 @@ def test_every_question_is_used_once_however_often_a_run_is_stopped(
     assert used == order[: len(used)] and len(used) == 3 * (sum(stops) + 2)
 
 
-def through_json(state: FlowState) -> FlowState:
-    cells = json.loads(json.dumps(flow_cells(state)))
-    return flow_state(cells, state.groups)
+def through_json(state: SchedulerState) -> SchedulerState:
+    cells = json.loads(json.dumps(scheduler_to_json(state)))
+    return scheduler_from_json(cells, state.groups)
 
 
 def test_a_state_that_lacks_a_number_is_refused() -> None:
     with pytest.raises(ValueError, match=r"numbers 2 to 3 should be there once each, found \[3\]"):
-        FlowState(next_number=2, started=4, skipped=(3,))
+        SchedulerState(next_number=2, started=4, skipped=(3,))
