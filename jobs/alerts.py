@@ -40,7 +40,7 @@ class Alerts:
         self._first_entropy: float | None = None
 
     def watch(self, metrics: Metrics) -> tuple[Metrics, dict[str, str]]:
-        """Return ``alarm/NAME`` (1 on, 0 off; absent where its metrics are), and by name a sentence for those that are on.
+        """Return ``alarm/NAME`` (1 on, 0 off; absent where its metrics are) and a sentence for each that is on.
 
         Nothing is on before a whole window was seen."""
         self._recent.append(metrics)

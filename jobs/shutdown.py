@@ -29,7 +29,7 @@ class Stopped(ErgoError):
 
 
 class GracefulShutdown:
-    """Whether the run was asked to stop. Without ``on_signals`` nobody asks, and nothing of the process is changed.
+    """Whether the run was asked to stop. Without ``on_signals`` no signal handler is installed.
 
     Example::
 

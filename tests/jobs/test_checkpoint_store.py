@@ -88,7 +88,7 @@ def step_in(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("again", [50, 25], ids=["the next step", "the same step once more"])
-def test_a_crash_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, again: int) -> None:
+def test_crash_at_any_operation_leaves_an_intact_checkpoint(tmp_path: Path, again: int) -> None:
     survived = 0
     for at in range(100):
         folder = tmp_path / str(at)
@@ -112,7 +112,7 @@ def test_a_crash_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, agai
     assert survived >= 8
 
 
-def test_an_error_inside_a_draft_leaves_nothing(tmp_path: Path) -> None:
+def test_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     with pytest.raises(RuntimeError), store.write(3) as writer:
         writer.write("state.json", b"{}")
@@ -134,7 +134,7 @@ def test_an_error_inside_a_draft_leaves_nothing(tmp_path: Path) -> None:
         (lambda folder: rewrite(folder, files={"../../etc/passwd": [1, "00"]}), "are no files of its own"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
+def test_newest_refuses_a_damaged_checkpoint_by_name_and_uses_the_one_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object, message: str
 ) -> None:
     store = CheckpointStore(tmp_path)
@@ -162,7 +162,7 @@ def rewrite(folder: Path, **cells: object) -> None:
     (folder / MANIFEST).write_text(json.dumps({**found, **cells}))
 
 
-def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     for step, score in ((10, 0.7), (20, 0.5), (30, None), (40, 0.6), (50, 0.7)):
         with store.write(step, score) as writer:
@@ -173,7 +173,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert sorted(store.names()) == ["step-000040", "step-000050"], "of equal scores the later one is the best"
 
 
-def test_a_damaged_one_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
+def test_prune_does_not_count_a_damaged_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     save(store, 10)
     (tmp_path / "step-000099").mkdir()
@@ -181,7 +181,7 @@ def test_a_damaged_one_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
     assert store.names() == ["step-000020"]
 
 
-def test_names_and_steps() -> None:
+def test_name_of_a_checkpoint_is_its_step() -> None:
     assert (
         step_folder(50) == "step-000050"
         and step_of("step-000050") == 50
@@ -191,7 +191,7 @@ def test_names_and_steps() -> None:
         step_of("step-5")
 
 
-def test_when_it_is_due() -> None:
+def test_checkpoint_is_due_every_few_steps_and_at_the_end() -> None:
     assert [step for step in range(8) if CheckpointConfig(every=3).due(step + 1, 8)] == [2, 5, 7]
     assert not CheckpointConfig(every=0).due(8, 8)
     with pytest.raises(ValueError, match=r"checkpoint\.keep 0"):
@@ -199,7 +199,7 @@ def test_when_it_is_due() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
-def test_copies_behind_a_url(tmp_path: Path, scheme: str) -> None:
+def test_remote_store_gives_back_the_newest_intact_checkpoint(tmp_path: Path, scheme: str) -> None:
     """A machine that has nothing gets the newest whole one; a copy that was cut off is not one."""
     root = tmp_path / "far" / "run" if scheme == "file" else Path(f"/{tmp_path.name}")
     remote = RemoteStore(f"{scheme}://{root}")
@@ -224,7 +224,7 @@ def test_copies_behind_a_url(tmp_path: Path, scheme: str) -> None:
     assert remote.names() == [] and remote.download(there) is None
 
 
-def test_a_url_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_names_an_unwritable_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"checkpoint\.url: cannot write to file://.*file/run"):
         RemoteStore(f"file://{tmp_path / 'file'}/run").probe()

@@ -66,7 +66,7 @@ def test_agreement_of_the_region_reward_with_coverage() -> None:
     assert Evaluation((), (Unplayable("bad", "no picture"),)).metrics(MetricsConfig()) == {"eval/unplayable": 1.0}
 
 
-def test_when_it_is_due() -> None:
+def test_checkpoint_is_due_every_few_steps_and_at_the_end() -> None:
     config = EvaluationConfig(paths=["heldout.parquet"], every=4)
     assert [step for step in range(11) if config.due(step, 10)] == [0, 4, 8, 10]
     assert not any(EvaluationConfig(paths=["heldout.parquet"]).due(step, 10) for step in range(11))

@@ -71,6 +71,23 @@ def test_callbacks_get_every_step_and_resuming_repeats_none(config: TrainConfig)
     ]
 
 
+def test_cancelled_fit_saves_and_resumes(config: TrainConfig, tmp_path: Path) -> None:
+    """Ctrl-C in a notebook cancels the run."""
+    whole = Trainer(replace(config, runs_dir=str(tmp_path / "whole")), backend=MemoryBackend()).fit()
+    config = replace(config, checkpoint=replace(config.checkpoint, every=0))
+
+    def cancel(step: int, metrics: Any) -> None:
+        if step == 2:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        Trainer(config, callbacks=[cancel], backend=MemoryBackend()).fit()
+    assert (Path(config.runs_dir) / "story" / "checkpoints" / "LATEST").read_text() == "step-000003\n"
+    assert digest(Trainer(config, backend=MemoryBackend()).fit()) == digest(whole)
+
+
 def test_a_plain_function_and_a_class_are_reward_terms(config: TrainConfig) -> None:
     def two(question: Question, trajectory: Trajectory, reply: Any) -> float:
         return 2.0

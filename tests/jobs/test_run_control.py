@@ -34,7 +34,7 @@ def crew(folder: Path) -> tuple[Any, Any, Any]:
     return SimpleNamespace(folder=folder, view=SimpleNamespace(say=lambda text: None)), SmallPool(), SmallPool()
 
 
-def test_a_run_does_what_its_mailbox_is_asked(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_run_obeys_requests_to_its_control_actor(ray_cluster: Cluster, tmp_path: Path) -> None:
     run, rollouts, rewards = crew(tmp_path / "panels")
 
     async def story() -> None:
@@ -52,7 +52,7 @@ def test_a_run_does_what_its_mailbox_is_asked(ray_cluster: Cluster, tmp_path: Pa
     asyncio.run(story())
 
 
-def test_from_another_terminal(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_scale_command_works_from_another_process(ray_cluster: Cluster, tmp_path: Path) -> None:
     run, rollouts, rewards = crew(tmp_path / "runs" / "panels-2")
 
     async def story() -> None:
@@ -68,7 +68,7 @@ def test_from_another_terminal(ray_cluster: Cluster, tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_nothing_to_do_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_command_without_numbers_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ([], ["--reward-workers", "0"]):
         with pytest.raises(SystemExit):
             main(["panels", *wrong])

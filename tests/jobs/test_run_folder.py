@@ -42,7 +42,7 @@ def config(tmp_path: Path) -> TrainConfig:
     return load_config(ROOT / "configs" / "panels.yaml", [f"runs_dir={tmp_path}", "name=story", "samples_every=2"])
 
 
-def test_a_name_that_is_taken_gets_a_number(config: TrainConfig, tmp_path: Path) -> None:
+def test_run_folder_gets_a_number_when_its_name_is_taken(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, resume="never")
     for folder in ("story", "story-2", "story-3"):
         with open_run(config) as (opened, _):
@@ -51,12 +51,12 @@ def test_a_name_that_is_taken_gets_a_number(config: TrainConfig, tmp_path: Path)
         pass
 
 
-def test_the_saved_config_is_the_one_that_ran(config: TrainConfig) -> None:
+def test_saved_config_loads_as_the_one_that_ran(config: TrainConfig) -> None:
     with open_run(config) as (folder, _):
         assert load_config(folder.path / "config.yaml") == config
 
 
-def test_a_step_is_written_when_it_is_over_and_not_when_it_failed(config: TrainConfig) -> None:
+def test_step_is_recorded_when_it_ends_and_not_when_it_fails(config: TrainConfig) -> None:
     with open_run(config) as (folder, monitor):
         with monitor.step(0) as report:
             with report.timed("learn"):
@@ -71,7 +71,7 @@ def test_a_step_is_written_when_it_is_over_and_not_when_it_failed(config: TrainC
     assert any((folder.path / "tensorboard").iterdir())
 
 
-def test_samples_show_every_box_and_every_part(config: TrainConfig) -> None:
+def test_recorded_samples_show_every_box_and_every_reward_part(config: TrainConfig) -> None:
     coarse = View(Box(0, 0, 560, 560), np.zeros((56, 56, 3), np.uint8))
     crop = View(Box(280, 280, 420, 420), np.full((56, 56, 3), 200, np.uint8))
     one = np.zeros(1, np.int32)
@@ -98,7 +98,7 @@ def test_samples_show_every_box_and_every_part(config: TrainConfig) -> None:
     }  # fmt: skip
 
 
-def test_sparklines() -> None:
+def test_sparkline_scales_the_last_values() -> None:
     assert sparkline([0.0, 1.0]) == "▁█"
     assert sparkline([0.0, 3.0, 7.0]) == "▁▄█"
     assert sparkline([2.0, 2.0]) == "▁▁", "no change, no slope"

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 CONSOLE: Any = SimpleNamespace(say=print, close=lambda: None)
 
 
-def test_work_that_is_waited_for_is_cancelled_and_what_is_done_counts() -> None:
+def test_run_or_stop_cancels_waiting_work_on_a_signal_and_returns_finished_work() -> None:
     cancelled = []
 
     async def work(seconds: float) -> str:
@@ -46,7 +46,7 @@ def test_work_that_is_waited_for_is_cancelled_and_what_is_done_counts() -> None:
     asyncio.run(story())
 
 
-def test_the_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     """Even where the first one is being obeyed slowly, in a thread that nobody can cancel."""
     script = tmp_path / "slow.py"
     script.write_text(

@@ -43,7 +43,7 @@ def exporting(config: TrainConfig, *names: ExporterName) -> TrainConfig:
 
 
 @pytest.mark.parametrize(("name", "extra"), [("wandb", "wandb"), ("mlflow", "mlflow")])
-def test_a_package_that_is_missing_is_said_before_there_is_a_run(
+def test_missing_tracker_package_is_refused_before_there_is_a_run(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
@@ -55,14 +55,14 @@ def test_a_package_that_is_missing_is_said_before_there_is_a_run(
     assert not list(tmp_path.iterdir())
 
 
-def test_they_are_chosen_by_name() -> None:
+def test_trackers_are_chosen_by_name() -> None:
     config = load_config(ROOT / "configs" / "panels.yaml", ["metrics.exporters=[wandb,prometheus]"])
     assert config.metrics.exporters == [ExporterName.WANDB, ExporterName.PROMETHEUS]
     with pytest.raises(ConfigError, match=r"metrics\.exporters.*comet"):
         load_config(ROOT / "configs" / "panels.yaml", ["metrics.exporters=[comet]"])
 
 
-def test_each_once_and_none_where_none_is_chosen(config: TrainConfig, tmp_path: Path) -> None:
+def test_trackers_open_once_and_none_when_none_is_chosen(config: TrainConfig, tmp_path: Path) -> None:
     assert open_trackers(exporting(config).metrics, tmp_path, 0) == []
     twice = exporting(config, ExporterName.TENSORBOARD, ExporterName.TENSORBOARD)
     (only,) = open_trackers(twice.metrics, tmp_path, 0)
@@ -71,7 +71,7 @@ def test_each_once_and_none_where_none_is_chosen(config: TrainConfig, tmp_path: 
     assert any((tmp_path / "tensorboard").iterdir())
 
 
-def test_wandb_offline(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_the_metrics_offline(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures are in the run, which is the same one when the training goes on."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -91,7 +91,9 @@ def test_wandb_offline(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> 
     assert ids[0] == ids[1] and len(list((folder.path / "wandb").glob("offline-run-*/*.wandb"))) == 2
 
 
-def test_mlflow_in_a_database(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_gets_the_metrics_in_a_database(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy", reason="mlflow-skinny alone keeps no runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
@@ -115,7 +117,7 @@ def test_mlflow_in_a_database(config: TrainConfig, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.system
-def test_gauges_are_served_by_ray(ray_cluster: Cluster, config: TrainConfig, tmp_path: Path) -> None:
+def test_prometheus_gauges_are_served_by_ray(ray_cluster: Cluster, config: TrainConfig, tmp_path: Path) -> None:
     tracker = Prometheus(config.metrics, tmp_path / "story", 0)
     tracker.log(7, {"reward/total": 1.5, "learner/turn1_entropy": 0.25})
     (node,) = ray.nodes()
@@ -129,7 +131,7 @@ def test_gauges_are_served_by_ray(ray_cluster: Cluster, config: TrainConfig, tmp
     assert found == {"ray_ergo_rl_step": 7, "ray_ergo_rl_reward_total": 1.5, "ray_ergo_rl_learner_turn1_entropy": 0.25}
 
 
-def test_the_dashboard_can_be_read() -> None:
+def test_dashboard_names_metrics() -> None:
     """That every name on it is one that a run has is held in tests/system/test_train.py, against a run."""
     names = on_the_dashboard()
     assert len(names) >= 20 and f"ray_{gauge_name('reward/total')}" in names

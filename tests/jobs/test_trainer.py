@@ -87,7 +87,7 @@ def whole(config: TrainConfig, backend: MemoryBackend, tmp_path: Path) -> Path:
     return folder
 
 
-def test_killed_at_any_operation_of_a_save_it_comes_to_the_same_end(
+def test_run_killed_at_any_operation_of_a_save_resumes_to_the_same_end(
     config: TrainConfig, backend: MemoryBackend, whole: Path, tmp_path: Path
 ) -> None:
     """Synchronous: every loss and the last weights, bit for bit, however often it is killed."""
@@ -114,7 +114,7 @@ def test_killed_at_any_operation_of_a_save_it_comes_to_the_same_end(
 
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_signal_saves_and_the_same_command_resumes(
     config: TrainConfig,
     backend: MemoryBackend,
     whole: Path,
@@ -149,7 +149,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
 
 
-def test_a_signal_while_engines_play_drops_the_step(
+def test_signal_during_rollouts_drops_the_step(
     config: TrainConfig, backend: MemoryBackend, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, calls = Rewards.score, [0]
@@ -170,7 +170,7 @@ def test_a_signal_while_engines_play_drops_the_step(
 
 
 @pytest.mark.parametrize("dies_at", [{1}, {4}, {3, 6, 8}])
-def test_a_dead_learner_is_started_again_from_the_last_checkpoint_and_engines_stay(
+def test_dead_learner_restarts_from_the_last_checkpoint_and_engines_stay(
     config: TrainConfig, backend: MemoryBackend, whole: Path, dies_at: set[int]
 ) -> None:
     backend.updates, backend.engine_starts, backend.learner_starts, backend.dies_at = 0, 0, 0, dies_at
@@ -180,7 +180,7 @@ def test_a_dead_learner_is_started_again_from_the_last_checkpoint_and_engines_st
 
 
 @pytest.mark.parametrize("dies_at", [set(), {4}])
-def test_engines_that_sleep_do_so_for_each_update_and_new_weights_wake_them(
+def test_sleeping_engines_sleep_for_each_update_and_new_weights_wake_them(
     config: TrainConfig, backend: MemoryBackend, whole: Path, dies_at: set[int]
 ) -> None:
     """Also where the learner dies while they sleep. The crew says when somebody updates beside an engine that is awake,
@@ -191,7 +191,9 @@ def test_engines_that_sleep_do_so_for_each_update_and_new_weights_wake_them(
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole) and not backend.rollouts.asleep
 
 
-def test_a_spent_budget_ends_the_run_and_it_can_go_on(config: TrainConfig, backend: MemoryBackend, whole: Path) -> None:
+def test_spent_restarts_end_the_run_and_it_can_be_resumed(
+    config: TrainConfig, backend: MemoryBackend, whole: Path
+) -> None:
     backend.updates, backend.dies_at = 0, {4, 5}
     config = replace(config, recovery=RecoveryConfig(learner_restarts=1, backoff_s=0.01))
     with pytest.raises(LearnerFailed) as caught:
@@ -201,7 +203,7 @@ def test_a_spent_budget_ends_the_run_and_it_can_go_on(config: TrainConfig, backe
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
 
 
-def test_what_would_come_again_is_not_tried_again(
+def test_learner_error_that_would_repeat_is_not_retried(
     config: TrainConfig, backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fails(self: Learners, groups: Any) -> dict[str, float]:
@@ -213,7 +215,7 @@ def test_what_would_come_again_is_not_tried_again(
     assert backend.learner_starts == 1
 
 
-def test_an_error_elsewhere_finds_the_run_saved(
+def test_error_outside_the_learner_saves_the_run(
     config: TrainConfig, backend: MemoryBackend, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, calls = Rewards.score, [0]
@@ -233,7 +235,7 @@ def test_an_error_elsewhere_finds_the_run_saved(
     assert digest(folder) == digest(whole)
 
 
-def test_an_outage_of_the_reward_model_is_waited_for(
+def test_verifier_outage_pauses_the_run(
     config: TrainConfig,
     backend: MemoryBackend,
     whole: Path,
@@ -249,7 +251,7 @@ def test_an_outage_of_the_reward_model_is_waited_for(
     assert "the verifier answers again" in said
 
 
-def test_an_outage_that_does_not_end_ends_the_run_saved(
+def test_verifier_outage_beyond_the_deadline_ends_the_run_saved(
     config: TrainConfig, backend: MemoryBackend, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollout_scheduler, "FIRST_WAIT_S", 0.01)
@@ -270,9 +272,7 @@ def test_an_outage_that_does_not_end_ends_the_run_saved(
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
 
 
-def test_questions_that_cannot_be_played_are_passed_over_once(
-    config: TrainConfig, backend: MemoryBackend, tmp_path: Path
-) -> None:
+def test_unplayable_questions_are_skipped_once(config: TrainConfig, backend: MemoryBackend, tmp_path: Path) -> None:
     backend.unplayable = {question(PanelsConfig(), 0, Split.TRAIN, index).id for index in (2, 5)}
     whole = fit(replace(config, runs_dir=str(tmp_path / "undisturbed")), backend)
     backend.updates, backend.dies_at = 0, {4}
@@ -282,7 +282,7 @@ def test_questions_that_cannot_be_played_are_passed_over_once(
     assert last["count/unplayable"] == records(whole, "metrics.jsonl")[-1]["count/unplayable"] > 0
 
 
-def test_a_damaged_checkpoint_costs_only_the_steps_behind_it(
+def test_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     config: TrainConfig, backend: MemoryBackend, whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend.updates, backend.dies_at = 0, {6}
@@ -295,11 +295,13 @@ def test_a_damaged_checkpoint_costs_only_the_steps_behind_it(
     assert "step-000004: learner-00000.safetensors has 9 bytes" in caplog.text
 
 
-def test_a_run_that_is_done_is_not_gone_on_with(config: TrainConfig, backend: MemoryBackend) -> None:
+def test_finished_run_is_not_resumed(config: TrainConfig, backend: MemoryBackend) -> None:
     assert fit(config, backend).name == "story" and fit(config, backend).name == "story-2"
 
 
-def test_more_steps_from_a_checkpoint(config: TrainConfig, backend: MemoryBackend, whole: Path) -> None:
+def test_resume_from_a_path_trains_more_steps_in_a_new_run(
+    config: TrainConfig, backend: MemoryBackend, whole: Path
+) -> None:
     short = fit(replace(config, total_steps=4, name="short"), backend)
     longer = fit(replace(config, resume=str(short), name="longer"), backend)
     assert longer.name == "longer" and digest(longer) == digest(whole) and losses(longer) == losses(whole)
@@ -308,7 +310,7 @@ def test_more_steps_from_a_checkpoint(config: TrainConfig, backend: MemoryBacken
     assert len(losses(short)) == 4, "the run that it came from is as it was"
 
 
-def test_a_machine_with_nothing_but_the_url_goes_on(
+def test_machine_with_only_the_url_resumes(
     config: TrainConfig, backend: MemoryBackend, whole: Path, tmp_path: Path
 ) -> None:
     config = replace(config, checkpoint=CheckpointConfig(every=2, url=f"file://{tmp_path / 'bucket'}"))
@@ -324,7 +326,7 @@ def test_a_machine_with_nothing_but_the_url_goes_on(
     ]
 
 
-def test_another_configuration_is_refused_by_its_keys(config: TrainConfig, backend: MemoryBackend) -> None:
+def test_resume_with_other_values_is_refused_naming_the_keys(config: TrainConfig, backend: MemoryBackend) -> None:
     backend.dies_at = {4}
     with pytest.raises(LearnerFailed):
         fit(replace(config, recovery=RecoveryConfig(learner_restarts=0)), backend)
@@ -335,7 +337,9 @@ def test_another_configuration_is_refused_by_its_keys(config: TrainConfig, backe
     assert fit(replace(other, resume="never"), backend).name == "story-2"
 
 
-def test_other_questions_are_refused(config: TrainConfig, backend: MemoryBackend, data: Path, tmp_path: Path) -> None:
+def test_resume_with_other_questions_is_refused(
+    config: TrainConfig, backend: MemoryBackend, data: Path, tmp_path: Path
+) -> None:
     mine = tmp_path / "mine.parquet"
     mine.write_bytes(data.read_bytes())
     config = replace(config, questions=replace(config.questions, paths=[str(mine)]))
@@ -347,7 +351,7 @@ def test_other_questions_are_refused(config: TrainConfig, backend: MemoryBackend
         fit(config, backend)
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
+def test_unwritable_folder_is_refused_before_anything_starts(
     config: TrainConfig, backend: MemoryBackend, tmp_path: Path
 ) -> None:
     (tmp_path / "in-the-way").write_text("a file")
@@ -359,7 +363,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
     assert backend.engine_starts == 0
 
 
-def test_a_run_that_another_process_is_at_is_left_alone(config: TrainConfig, backend: MemoryBackend) -> None:
+def test_run_locked_by_another_process_is_left_alone(config: TrainConfig, backend: MemoryBackend) -> None:
     with RunFolder.open(config) as running:
         assert running.path.name == "story"
         assert fit(config, backend).name == "story-2"
