@@ -34,8 +34,10 @@ class MetricsConfig:
 
 
 def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
-    """Return metrics of the trajectories. Rates are shares of all trajectories, area ratios means over those with a crop, and coverage
-    (the crop contains the target) is a share of the trajectories whose question says where the target is."""
+    """Return metrics of the trajectories.
+
+    Rates are shares of all trajectories, area ratios means over those with a crop, and coverage (the crop contains the
+    target) is a share of the trajectories whose question says where the target is."""
     pairs = [(group, facts) for group in groups for facts in group.played.facts]
     everyone = [facts for _, facts in pairs]
     ratios = [facts.area_ratio for facts in everyone if facts.area_ratio is not None]
@@ -60,8 +62,8 @@ def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
 
 
 def staleness_metrics(groups: Sequence[Group], version: int) -> Metrics:
-    """Return the age of trajectories, in versions by their oldest token, when the learner is at ``version``; and the share
-    of them during whose sampling an update arrived in the middle of a turn."""
+    """Return the age of trajectories when the learner is at ``version``, in versions by their oldest token; and the
+    share of them during which an update arrived in the middle of a turn."""
     everyone = [facts for group in groups for facts in group.played.facts]
     ages = [float(version - min(facts.policy_versions)) for facts in everyone]
     return {

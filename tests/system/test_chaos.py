@@ -25,7 +25,7 @@ STEPS = 2 * len(VICTIMS) + 2
 
 
 @pytest.mark.timeout(1500)
-def test_whatever_dies_no_question_is_lost_or_used_twice(tmp_path: Path) -> None:
+def test_killed_and_hung_processes_lose_no_question_and_use_none_twice(tmp_path: Path) -> None:
     overrides = small_run(
         tmp_path, STEPS, max_staleness=1, **{
             "checkpoint.every": 1, "rollout.restarts": 6, "rollout.stall_s": STALL_S, "reward.restarts": 3,

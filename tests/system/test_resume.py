@@ -22,7 +22,7 @@ def outlived(life: Life) -> list[str]:
 
 
 @pytest.mark.timeout(1500)
-def test_a_run_that_is_stopped_and_killed_comes_to_the_same_end(tmp_path: Path) -> None:
+def test_run_stopped_and_killed_resumes_to_the_same_end(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     with living(small_run(tmp_path / "whole", STEPS), tmp_path / "whole.log") as whole:
