@@ -7,7 +7,7 @@ coarse view of a group is written once, and shared again when it is read).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -73,28 +73,28 @@ SCHEMAS = {
 """By stream name."""
 
 
-def write_groups(groups: Iterable[Group], files: Mapping[str, IO[bytes]]) -> None:
+def write_groups(groups: Iterable[Group], files: Mapping[str, IO[bytes]], get: Callable[[Any], Any] = ray.get) -> None:
     """Fetch the trajectories of one group after the other and append them to the three ``files`` (by stream name).
 
     Blocks on Ray's object store: call it in a thread. Raises ray.exceptions.ObjectLostError if trajectories are
     gone."""
     writers = {name: pa.ipc.new_stream(pa.PythonFile(files[name], "w"), schema) for name, schema in SCHEMAS.items()}
     for group in groups:
-        rows = _rows(group, ray.get(group.trajectories))
+        rows = _rows(group, get(group.trajectories))
         for name, writer in writers.items():
             writer.write_batch(pa.RecordBatch.from_pylist(rows[name], SCHEMAS[name]))
     for writer in writers.values():
         writer.close()
 
 
-def read_groups(files: Mapping[str, IO[bytes]]) -> Iterator[Group]:
+def read_groups(files: Mapping[str, IO[bytes]], put: Callable[[Any], Any] = ray.put) -> Iterator[Group]:
     """Read groups as ``write_groups`` wrote them; their trajectories go into the object store, owned by this process.
 
     Raises pyarrow.ArrowInvalid or ValueError for other files."""
     readers = [pa.ipc.open_stream(files[name]) for name in SCHEMAS]
     for batches in zip(*readers, strict=True):
         (head,), rows, views = (batch.to_pylist() for batch in batches)
-        yield _group(head, rows, [_view(view) for view in views])
+        yield _group(head, rows, [_view(view) for view in views], put)
 
 
 def _rows(group: Group, trajectories: tuple[Trajectory, ...]) -> dict[str, list[dict[str, Any]]]:
@@ -139,7 +139,7 @@ def _row(trajectory: Trajectory, views: list[int], score: Verdict) -> dict[str, 
     }
 
 
-def _group(head: dict[str, Any], rows: list[dict[str, Any]], views: list[View]) -> Group:
+def _group(head: dict[str, Any], rows: list[dict[str, Any]], views: list[View], put: Callable[[Any], Any]) -> Group:
     question = Question(
         id=head["id"],
         image=b"",
@@ -151,7 +151,7 @@ def _group(head: dict[str, Any], rows: list[dict[str, Any]], views: list[View]) 
     )
     trajectories = tuple(_trajectory(question.id, row, views) for row in rows)
     result = GroupResult(question.id, tuple(map(summarize, trajectories)))
-    return Group(head["number"], question, result, tuple(map(_verdict, rows)), ray.put(trajectories))
+    return Group(head["number"], question, result, tuple(map(_verdict, rows)), put(trajectories))
 
 
 def _trajectory(question_id: str, row: dict[str, Any], views: list[View]) -> Trajectory:

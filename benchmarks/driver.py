@@ -28,16 +28,16 @@ from ergo_rl.actors.rollout_worker import GroupResult, RolloutConfig, summarize
 from ergo_rl.cluster.placement import Cluster, ClusterConfig
 from ergo_rl.cluster.worker_pool import Faults, WorkerPool
 from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, View
-from ergo_rl.jobs.credit import Crediting
-from ergo_rl.jobs.flow import Flow
+from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
 from ergo_rl.jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics
+from ergo_rl.jobs.rollout_scheduler import RolloutScheduler
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.questions.dataset import Cursor, OnBadRow
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.pool import RewardPool
 
 MOST_MS, LEAST_LINEAR = 1.0, 0.95
-LEARNER = Crediting(LearnerConfig(), {"region": 1.0, "box": 0.5})
+LEARNER = AdvantageEstimator(LearnerConfig(), {"region": 1.0, "box": 0.5})
 
 
 class Timers:
@@ -120,13 +120,13 @@ async def measure(processes: list[Any], workers: int, arguments: argparse.Namesp
     await asyncio.sleep(arguments.seconds)
     idle = (time.process_time() - idle) / arguments.seconds
     questions: Any = Questions()
-    flow = Flow(questions, rollouts, rewards, 0, OnBadRow.SKIP)
+    flow = RolloutScheduler(questions, rollouts, rewards, 0, OnBadRow.SKIP)
     started, cpu = 0.0, 0.0
     for step in range(arguments.rounds + 1):
         if step == 1:
             started, cpu = time.perf_counter(), time.process_time()
         flow.keep_ahead(2 * workers)
-        groups = await flow.take(workers, oldest=0, wanted=LEARNER.teaches, spare=0)
+        groups = await flow.take(workers, oldest=0, wanted=LEARNER.has_signal, spare=0)
         rollout_metrics(groups, MetricsConfig()), reward_metrics(groups)
         LEARNER.batch(groups)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu

@@ -176,7 +176,7 @@ class Ours:
         from ergo_rl.cluster.worker_pool import Faults, WorkerPool
         from ergo_rl.episodes.episode import EpisodeConfig
         from ergo_rl.examples.panels.scenes import PROMPTS
-        from ergo_rl.jobs.credit import Crediting
+        from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
         from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
         from ergo_rl.learners.learner_group import LearnerGroup
         from ergo_rl.rewards.config import RewardConfig
@@ -201,18 +201,18 @@ class Ours:
         self._learners = await LearnerGroup.launch(cluster, learner)
         await asyncio.gather(self._rollouts.ready(900), self._rewards.ready(900))
         self._weights = WeightChannel(self._learners, self._rollouts)
-        self._credit, self._version = Crediting(learner, {}), 0
+        self._credit, self._version = AdvantageEstimator(learner, {}), 0
 
     async def block(self) -> dict[str, list[float]]:
-        from ergo_rl.jobs.flow import Flow, flowing
+        from ergo_rl.jobs.rollout_scheduler import RolloutScheduler
         from ergo_rl.questions.dataset import OnBadRow
 
         await self._weights.publish(self._version)
         questions: Any = Panels(self._settings["questions"])
-        flow = Flow(questions, self._rollouts, self._rewards, self._version, OnBadRow.SKIP)
+        flow = RolloutScheduler(questions, self._rollouts, self._rewards, self._version, OnBadRow.SKIP)
         groups, lengths = self._settings["groups"], list[float]()
         seconds: dict[str, list[float]] = {"seconds": [], "rollout": [], "learn": [], "publish": []}
-        async with flowing(flow):
+        async with flow:
             for _ in range(self._settings["steps"]):
                 times = [time.perf_counter()]
                 flow.keep_ahead(groups * (1 + self._staleness))

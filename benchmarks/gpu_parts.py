@@ -32,7 +32,7 @@ STEPS = 2
 
 def panels(sizes: Sizes, folder: Path, note: Notes) -> None:
     """A few steps of ``ergo-rl train`` on the recipe of the panels, each publish proved."""
-    from ergo_rl.jobs.train import main as train
+    from ergo_rl.jobs.commands.train import main as train
 
     flash = sizes.gpu and importlib.util.find_spec("flash_attn") is not None
     data = folder / "panels"
@@ -152,7 +152,7 @@ async def _colocated(cluster: Any, config: TrainConfig, sizes: Sizes, folder: Pa
     by what is free, and takes it that nobody else allocates meanwhile."""
     from ergo_rl.actors.rollout_pool import Rollout, RolloutPool
     from ergo_rl.cluster.weight_sync import WeightChannel
-    from ergo_rl.jobs.proof import Proof
+    from ergo_rl.jobs.weight_check import WeightCheck
     from ergo_rl.learners.learner_group import LearnerGroup, TrainingGroup
 
     rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
@@ -160,7 +160,7 @@ async def _colocated(cluster: Any, config: TrainConfig, sizes: Sizes, folder: Pa
     learners = await LearnerGroup.launch(cluster, config.learner)
     channel, sides = WeightChannel(learners, rollouts), math.isqrt(sizes.small) * 40
     size = sum(file.stat().st_size for file in (folder / "policy").glob("*.safetensors"))
-    proof = await Proof.prepare(rollouts, learners, [question(0, sides)], ProofConfig(tolerance=math.inf))
+    proof = await WeightCheck.prepare(rollouts, learners, [question(0, sides)], ProofConfig(tolerance=math.inf))
     published, means, most, steps = [], [], [], []
 
     async def publish(version: int) -> None:

@@ -25,11 +25,11 @@ from typing import Any
 from benchmarks.reporting import cpu_seconds, parser_of, report, spread
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_sync import WeightChannel
+from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
 from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
 from ergo_rl.jobs.config import TrainConfig, load_config
-from ergo_rl.jobs.credit import Crediting
 from ergo_rl.jobs.evaluation import launch_workers
-from ergo_rl.jobs.flow import Flow, flowing
+from ergo_rl.jobs.rollout_scheduler import RolloutScheduler
 from ergo_rl.learners.learner_group import LearnerGroup
 from ergo_rl.questions.dataset import OnBadRow, QuestionStream
 from ergo_rl.questions.prepare import prepare_embedded
@@ -43,16 +43,16 @@ class Loop:
 
     def __init__(self, config: TrainConfig, rollouts: Any, rewards: Any, learners: LearnerGroup) -> None:
         self._config, self._rollouts, self._rewards, self._learners = config, rollouts, rewards, learners
-        self._credit = Crediting(config.learner, term_weights(config.reward))
+        self._credit = AdvantageEstimator(config.learner, term_weights(config.reward))
         self._weights = WeightChannel(learners, rollouts)
         self._version, self._questions = 0, QuestionStream(config.questions)
 
     async def block(self, staleness: int, steps: int) -> list[dict[str, float]]:
         """Seconds of each step and its phases, and CPU seconds of all processes."""
         await self._weights.publish(self._version)
-        flow = Flow(self._questions, self._rollouts, self._rewards, self._version, OnBadRow.SKIP)
+        flow = RolloutScheduler(self._questions, self._rollouts, self._rewards, self._version, OnBadRow.SKIP)
         count, found = self._config.groups_per_step, []
-        async with flowing(flow):
+        async with flow:
             for _ in range(steps):
                 times, cpu = [time.perf_counter()], cpu_seconds()
                 flow.keep_ahead(count * (1 + staleness))

@@ -14,8 +14,8 @@ from ergo_rl.episodes.prompts import parse_answer
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
-from ergo_rl.jobs.layout import CONFIG, POLICY, RECIPE
 from ergo_rl.jobs.policy_clients import EpisodeResult
+from ergo_rl.jobs.run_paths import CONFIG, POLICY, RECIPE
 
 _SHOWN_SIDE = 1600
 """Longest side of the image with the box, in pixels."""

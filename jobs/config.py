@@ -26,12 +26,12 @@ from ergo_rl.episodes.plugins import import_class, is_import_path
 from ergo_rl.episodes.prompts import around_image
 from ergo_rl.episodes.types import Question
 from ergo_rl.errors import ErgoError
+from ergo_rl.jobs.alerts import GuardsConfig
+from ergo_rl.jobs.checkpoint_store import CheckpointConfig
 from ergo_rl.jobs.evaluation import EvaluationConfig
-from ergo_rl.jobs.guards import GuardsConfig
 from ergo_rl.jobs.hardware import HardwareConfig
 from ergo_rl.jobs.limits import out_of_range
 from ergo_rl.jobs.metrics import MetricsConfig
-from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.questions.dataset import QuestionsConfig
 from ergo_rl.rewards.config import Backend, RewardConfig

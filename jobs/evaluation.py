@@ -6,7 +6,7 @@ import asyncio
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
@@ -24,6 +24,7 @@ from ergo_rl.jobs.metrics import Metrics, MetricsConfig, covered_and_paid, rewar
 from ergo_rl.questions.dataset import DatasetError, QuestionStream
 from ergo_rl.rewards.config import Backend
 from ergo_rl.rewards.pool import RewardPool
+from ergo_rl.rewards.terms import TermSource
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,7 +179,9 @@ def occluded(questions: Sequence[Question]) -> list[Question]:
     return [replace(question, image=images.mask_boxes(question.image, question.boxes)) for question in questions]
 
 
-def launch_workers(cluster: Cluster, config: TrainConfig) -> tuple[RolloutPool, RewardPool]:
+def launch_workers(
+    cluster: Cluster, config: TrainConfig, reward_terms: Mapping[str, TermSource] | None = None
+) -> tuple[RolloutPool, RewardPool]:
     """Start rollout and reward workers in the background.
 
     Models are looked up here first, so that a missing one is reported at once (OSError, UnknownFamily) and not by a
@@ -186,7 +189,8 @@ def launch_workers(cluster: Cluster, config: TrainConfig) -> tuple[RolloutPool, 
     family_of(config.rollout.engine.model, config.episode.family)
     if config.reward.verifier.backend is Backend.ENGINE:
         family_of(config.reward.verifier.engine.model, config.reward.verifier.family)
-    return RolloutPool.launch(cluster, config.rollout, config.episode), RewardPool.launch(cluster, config.reward)
+    rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
+    return rollouts, RewardPool.launch(cluster, config.reward, reward_terms)
 
 
 async def compare_boxes(

@@ -14,13 +14,12 @@ from typing import Any
 import jinja2
 import yaml
 
+from ergo_rl.jobs.checkpoint_store import CheckpointStore, read_manifest, step_of, verify_checkpoint
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.jobs.evaluation import wilson
-from ergo_rl.jobs.layout import CONFIG, EVALUATIONS, POLICY, RECIPE
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.jobs.report_data import NotARunFolder, read_lines
-from ergo_rl.jobs.saving.checkpoints import Shelf, check, read_manifest, step_of
-from ergo_rl.jobs.saving.resume import CHECKPOINTS
+from ergo_rl.jobs.run_paths import CHECKPOINTS, CONFIG, EVALUATIONS, POLICY, RECIPE
 from ergo_rl.learners.checkpoint import export_state
 
 _SCORES = (
@@ -67,7 +66,7 @@ def export(run: Path, out: Path, which: str = "") -> int:
 
 def find_checkpoint(run: Path, which: str) -> Path:
     """The path of a checkpoint, verified. Raises NotARunFolder where none has that name, DamagedCheckpoint."""
-    shelf = Shelf(run / CHECKPOINTS)
+    shelf = CheckpointStore(run / CHECKPOINTS)
     names = sorted(shelf.names())
     if which == "latest":
         path = shelf.newest()
@@ -78,7 +77,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
         path = shelf.folder / which if which in names else None
     if path is None:
         raise NotARunFolder(f"{run} has no checkpoint {which!r}; it has: {', '.join(names) or 'none'}")
-    check(path)
+    verify_checkpoint(path)
     return path
 
 

@@ -1,4 +1,4 @@
-"""gamma from the data: how large are the regions that are known?"""
+"""Gamma of the reward from the data: how large are the regions that are known?"""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from itertools import islice
 import numpy as np
 
 from ergo_rl.episodes import images
-from ergo_rl.jobs.config import TrainConfig
-from ergo_rl.questions.dataset import DatasetError, QuestionStream
+from ergo_rl.questions.dataset import DatasetError, QuestionsConfig, QuestionStream
+from ergo_rl.rewards.config import RewardConfig
 
-MOST_QUESTIONS = 1000
+MAX_QUESTIONS = 1000
 
 
-def with_known_gamma(config: TrainConfig) -> TrainConfig:
-    """The same configuration with ``reward.gamma`` from the first thousand training questions, where
-    ``reward.gamma_quantile`` asks for it. A single number for the whole data set: no reward of a trajectory depends on
-    the box of its own question.
+def resolve_gamma(reward: RewardConfig, questions: QuestionsConfig) -> RewardConfig:
+    """Return ``reward`` with its gamma from the first thousand training questions, where ``gamma_quantile`` is set.
 
+    It is a single number for the whole data set: no reward of a trajectory depends on the box of its own question.
     Raises DatasetError where no question has a box."""
-    reward = config.reward
     if reward.gamma_quantile is None:
-        return config
-    stream = QuestionStream(replace(config.questions, shuffle=False))
+        return reward
+    stream = QuestionStream(replace(questions, shuffle=False))
     shares = []
-    for question in islice(stream, min(len(stream), MOST_QUESTIONS)):
+    for question in islice(stream, min(len(stream), MAX_QUESTIONS)):
         if question.boxes:
             width, height = images.size(question.image)
             shares.append(
@@ -35,4 +33,4 @@ def with_known_gamma(config: TrainConfig) -> TrainConfig:
         raise DatasetError(
             "reward.gamma_quantile needs questions with boxes, and none has any; set reward.gamma instead"
         )
-    return replace(config, reward=replace(reward, gamma=float(np.quantile(shares, reward.gamma_quantile))))
+    return replace(reward, gamma=float(np.quantile(shares, reward.gamma_quantile)))

@@ -1,4 +1,4 @@
-"""What a step's groups say, as numbers. Pure."""
+"""Metrics of a step, from its groups. Pure."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ class MetricsConfig:
 
 
 def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
-    """Rates are shares of all trajectories played, area ratios means over those with a crop, and coverage
-    (the crop contains the target) is a share of the trajectories whose question says where the target is."""
+    """Return metrics of the trajectories.
+
+    Rates are shares of all trajectories, area ratios means over those with a crop, and coverage (the crop contains the
+    target) is a share of the trajectories whose question says where the target is."""
     pairs = [(group, facts) for group in groups for facts in group.result.summaries]
     everyone = [facts for _, facts in pairs]
     ratios = [facts.area_ratio for facts in everyone if facts.area_ratio is not None]
@@ -59,8 +61,8 @@ def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:
 
 
 def staleness_metrics(groups: Sequence[Group], version: int) -> Metrics:
-    """How old trajectories are when ``version`` learns from them, in versions, by the oldest of their tokens; and the
-    share of them that lived through an update in the middle of a turn."""
+    """Return the age of trajectories when the learner is at ``version``, in versions by their oldest token; and the
+    share of them during which an update arrived in the middle of a turn."""
     everyone = [facts for group in groups for facts in group.result.summaries]
     ages = [float(version - min(facts.policy_versions)) for facts in everyone]
     return {
@@ -71,8 +73,9 @@ def staleness_metrics(groups: Sequence[Group], version: int) -> Metrics:
 
 
 def reward_metrics(groups: Sequence[Group]) -> Metrics:
-    """Means over what was scored; what could not be scored is counted, never averaged in. ``equal_groups``: share of
-    groups whose rewards are all the same, from which GRPO learns nothing."""
+    """Return means over the scored trajectories; the others are counted, never averaged in.
+
+    ``equal_groups`` is the share of groups whose rewards are all equal, from which GRPO learns nothing."""
     scores = [score for group in groups for score in group.scores if isinstance(score, Score)]
     everyone = sum(len(group.scores) for group in groups)
     metrics = {
@@ -87,8 +90,10 @@ def reward_metrics(groups: Sequence[Group]) -> Metrics:
 
 
 def region_agreement(groups: Sequence[Group]) -> Metrics:
-    """Of r_region with coverage, where questions say where the target is: precision (paid crops that hold the target),
-    recall (crops that hold the target that were paid)."""
+    """Return how r_region agrees with coverage, where questions say where the target is.
+
+    Precision: share of the rewarded crops that hold the target; recall: share of the crops that hold the target that
+    are rewarded."""
     pairs = covered_and_paid(groups)
     paid = [covered for covered, paid in pairs if paid]
     covered = [paid for covered, paid in pairs if covered]
@@ -98,7 +103,7 @@ def region_agreement(groups: Sequence[Group]) -> Metrics:
 
 
 def covered_and_paid(groups: Sequence[Group]) -> list[tuple[bool, bool]]:
-    """For every scored trajectory whose question says where the target is: does the crop hold it, is r_region 1?"""
+    """Return (the crop holds the target, r_region is 1) for every scored trajectory whose question has boxes."""
     return [
         (covers(group.question, facts), score.parts["region"] > 0.5)
         for group in groups

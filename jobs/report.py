@@ -21,8 +21,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ergo_rl.jobs.layout import ENDED
 from ergo_rl.jobs.report_data import RunReport, read_run
+from ergo_rl.jobs.run_paths import ENDED
 
 _TEMPLATES = files("ergo_rl.jobs") / "templates"
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from ergo_rl.errors import ErgoError
-from ergo_rl.jobs.layout import CONFIG, ENDED, EVALUATIONS, GROUP, METRICS, SAMPLES, TRAJECTORIES, VIEW, crop_name
+from ergo_rl.jobs.run_paths import CONFIG, ENDED, EVALUATIONS, GROUP, METRICS, SAMPLES, TRAJECTORIES, VIEW, crop_name
 
 Metrics = Mapping[str, Any]
 

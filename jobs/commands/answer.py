@@ -14,8 +14,8 @@ from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.answer import config_of_model, describe, write_images
 from ergo_rl.jobs.cli_common import add_endpoint, command
 from ergo_rl.jobs.config import TrainConfig
-from ergo_rl.jobs.layout import RECIPE
 from ergo_rl.jobs.policy_clients import endpoint_at, start_client
+from ergo_rl.jobs.run_paths import RECIPE
 
 
 async def ask(config: TrainConfig, question: Question, url: str, served_model: str, family: str, out: Path) -> None:

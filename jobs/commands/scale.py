@@ -13,7 +13,7 @@ import ray
 
 from ergo_rl.cluster.compat import bind_ray_localhost, join_with_token
 from ergo_rl.jobs.cli_common import command
-from ergo_rl.jobs.scale import ADDRESS, Sizes, ask
+from ergo_rl.jobs.run_control import ADDRESS, WorkerCounts, ask
 
 
 @command("scale")
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help="the cluster (host:port; default: what the run's folder says, or auto)")
     parser.add_argument("--namespace", default="ergo-rl", help="cluster.namespace of the run (default: %(default)s)")
     options = parser.parse_args(argv)
-    sizes = Sizes(options.rollout_workers, options.reward_workers)
-    if sizes == Sizes() or any(wanted is not None and wanted < 1 for wanted in (sizes.rollout, sizes.reward)):
+    sizes = WorkerCounts(options.rollout_workers, options.reward_workers)
+    if sizes == WorkerCounts() or any(wanted is not None and wanted < 1 for wanted in (sizes.rollout, sizes.reward)):
         parser.error("give --rollout-workers or --reward-workers, at least 1")
     folder = next((path for path in (Path(options.run), Path("runs") / options.run) if (path / ADDRESS).exists()), None)
     known = json.loads((folder / ADDRESS).read_text()) if folder else {}

@@ -1,10 +1,44 @@
-"""``ergo-rl train``."""
+"""``ergo-rl train``: train a policy."""
 
 from __future__ import annotations
 
-from ergo_rl.jobs.train import main
+import argparse
+import sys
+from collections.abc import Sequence
 
-__all__ = ["main"]
+from ergo_rl.jobs.cli_common import EXPECTED, add_recipe, explain, recipe_of
+from ergo_rl.jobs.config import load_config
+from ergo_rl.jobs.shutdown import Stopped
+from ergo_rl.jobs.trainer import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ergo-rl train",
+        description="Train a policy with ERGO: rollouts, rewards, updates, weights back into the engines. The same "
+        "command resumes a run that was stopped or killed from its last checkpoint (resume=never begins a new run, "
+        "resume=PATH begins one from another run's checkpoint). Ctrl-C and SIGTERM save first; Ctrl-C twice quits at "
+        "once.",
+        epilog="example: ergo-rl train configs/panels.yaml total_steps=50 learner.optimizer.lr=1e-4",
+    )
+    add_recipe(parser)
+    recipe, overrides = recipe_of(parser.parse_intermixed_args(argv))
+    try:
+        folder = Trainer(load_config(recipe, overrides)).fit(handle_signals=True, live_display=True)
+    except Stopped as stopped:
+        print(f"ergo-rl train: {explain(stopped)}; the same command resumes the run", file=sys.stderr)
+        return 128 + stopped.number
+    except EXPECTED as error:
+        print(f"ergo-rl train: {type(error).__name__}: {explain(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ergo-rl train: stopped by hand before anything could be saved", file=sys.stderr)
+        return 130
+    print(
+        f"Done. {folder}/ holds metrics.jsonl, samples/ and policy/; curves: tensorboard --logdir {folder}/tensorboard"
+    )
+    return 0
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 
 from ergo_rl.actors.rollout_worker import GroupResult, summarize
 from ergo_rl.actors.snapshot import SCHEMAS, read_groups, write_groups
@@ -18,11 +17,9 @@ from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Turn, Unsco
 from tests.factories import shared_view, trajectory, view
 
 
-@pytest.fixture(autouse=True)
-def object_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """References are what they refer to."""
-    monkeypatch.setattr(ray, "get", lambda reference: reference)
-    monkeypatch.setattr(ray, "put", lambda value: value)
+def unchanged(value: Any) -> Any:
+    """In place of the object store: the trajectories themselves are their reference."""
+    return value
 
 
 def group(number: int) -> Group:
@@ -46,7 +43,7 @@ def group(number: int) -> Group:
 
 def written(groups: list[Group]) -> dict[str, io.BytesIO]:
     files: Any = {name: io.BytesIO() for name in SCHEMAS}
-    write_groups(groups, files)
+    write_groups(groups, files, get=unchanged)
     return {name: io.BytesIO(file.getvalue()) for name, file in files.items()}
 
 
@@ -62,7 +59,7 @@ def same(one: Any, other: Any) -> bool:
 
 def test_snapshot_round_trip_is_bit_by_bit() -> None:
     groups = [group(7), group(9)]
-    found = list(read_groups(written(groups)))  # type: ignore[arg-type]
+    found = list(read_groups(written(groups), put=unchanged))  # type: ignore[arg-type]
     assert len(found) == 2
     for before, after in zip(groups, found, strict=True):
         assert (after.number, after.question, after.result, after.scores) == (
@@ -76,17 +73,17 @@ def test_snapshot_stores_the_coarse_view_once() -> None:
     views = pa.ipc.open_stream(files["views"]).read_all()
     assert views.num_rows == 2
     files["views"].seek(0)
-    (found,) = read_groups(files)  # type: ignore[arg-type]
+    (found,) = read_groups(files, put=unchanged)  # type: ignore[arg-type]
     first, second = found.trajectories  # type: ignore[misc]
     assert first.views[0] is second.views[0]
 
 
 def test_snapshot_without_groups_is_empty() -> None:
-    assert list(read_groups(written([]))) == []  # type: ignore[arg-type]
+    assert list(read_groups(written([]), put=unchanged)) == []  # type: ignore[arg-type]
 
 
 def test_snapshot_truncated_stream_raises() -> None:
     files = written([group(1)])
     files["views"] = io.BytesIO(files["views"].getvalue()[:400])
     with pytest.raises((pa.ArrowInvalid, OSError, ValueError)):
-        list(read_groups(files))  # type: ignore[arg-type]
+        list(read_groups(files, put=unchanged))  # type: ignore[arg-type]

@@ -12,10 +12,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from ergo_rl.jobs import export
+from ergo_rl.jobs.checkpoint_store import CheckpointStore, DamagedCheckpoint
 from ergo_rl.jobs.commands.export import main
 from ergo_rl.jobs.config import ConfigError, load_config
 from ergo_rl.jobs.report_data import NotARunFolder
-from ergo_rl.jobs.saving.checkpoints import DamagedCheckpoint, Shelf
 from ergo_rl.learners.checkpoint import COUNTERS
 from ergo_rl.learners.model import PolicyModel
 from tests.conftest import ROOT
@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = {COUNTERS: torch.tensor([step, step])}
         for name, value in trained.items():
             state |= {name: value + more, f"{name}/exp_avg": value * 9, f"{name}/exp_avg_sq": value * 9}
-        with Shelf(folder / "checkpoints").draft(step, score) as draft:
+        with CheckpointStore(folder / "checkpoints").write(step, score) as draft:
             draft.write("learner-00000.safetensors", safetensors.torch.save(state))
             draft.write("config.yaml", settings.encode())
     return folder

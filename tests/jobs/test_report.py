@@ -20,9 +20,9 @@ from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.jobs import report
 from ergo_rl.jobs.commands.report import main
-from ergo_rl.jobs.layout import SAMPLES, folder_of
 from ergo_rl.jobs.report_data import NotARunFolder, read_group, read_run
-from ergo_rl.jobs.samples import write_group
+from ergo_rl.jobs.rollout_recorder import record_group
+from ergo_rl.jobs.run_paths import SAMPLES, step_folder
 from scripts.fetch_chromium import chromium
 from tests.factories import trajectory, view
 
@@ -61,7 +61,7 @@ def write_run(folder: Path) -> Path:
         earned = [(1.0 + step / 1000,), (0.5, -0.5), (math.nan,) if step == 10 else (-1.0 - step / 1000,)]
         result = GroupResult("q", tuple(map(summarize, played)))
         group = Group(step, question, result, tuple(scores), ray.ObjectRef.nil())
-        write_group(folder / SAMPLES / folder_of(step), step, group, played, earned)
+        record_group(folder / SAMPLES / step_folder(step), step, group, played, earned)
     return folder
 
 
@@ -91,7 +91,7 @@ def test_read_run_reads_figures_plots_and_groups(run_folder: Path) -> None:
 
 
 def test_read_group_reads_trajectories(run_folder: Path) -> None:
-    group = read_group(run_folder / SAMPLES / folder_of(10))
+    group = read_group(run_folder / SAMPLES / step_folder(10))
     assert group is not None and group.size == [840, 560] and group.targets == [[110, 110, 190, 190]]
     first, second, third = group.attempts
     assert first.crop == [0, 100, 200, 300] and first.picture.startswith("data:image/png;base64,")
@@ -106,7 +106,7 @@ def test_read_group_reads_trajectories(run_folder: Path) -> None:
 
 
 def test_read_group_skips_unfinished_groups_and_reads_old_ones(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run") / SAMPLES / folder_of(0)
+    folder = write_run(tmp_path / "run") / SAMPLES / step_folder(0)
     (folder / "group.json").unlink()
     assert read_group(folder) is None
     (folder / "view.png").unlink()

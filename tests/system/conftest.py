@@ -234,6 +234,6 @@ def questions() -> list[Question]:
 
 async def differences(stack: Stack, trajectories: tuple[Any, ...]) -> np.ndarray:
     """|engine - learner| log-prob of every sampled token, nats."""
-    from ergo_rl.jobs.proof import mismatch
+    from ergo_rl.jobs.weight_check import mismatch
 
     return mismatch(trajectories, await stack.learners.logprobs(ray.put(trajectories)))

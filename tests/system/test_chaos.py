@@ -25,7 +25,7 @@ STEPS = 2 * len(VICTIMS) + 2
 
 
 @pytest.mark.timeout(1500)
-def test_whatever_dies_no_question_is_lost_or_used_twice(background: Background) -> None:
+def test_killed_and_hung_processes_lose_no_question_and_use_none_twice(background: Background) -> None:
     background.result(__name__)
 
 

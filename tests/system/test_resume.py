@@ -23,7 +23,7 @@ def outlived(life: Life) -> list[str]:
 
 
 @pytest.mark.timeout(1500)
-def test_a_run_that_is_stopped_and_killed_comes_to_the_same_end(background: Background) -> None:
+def test_run_stopped_and_killed_resumes_to_the_same_end(background: Background) -> None:
     background.result(__name__)
 
 
@@ -40,7 +40,7 @@ def story(tmp_path: Path) -> None:
         life.process.send_signal(signal.SIGTERM)
         if life.end(120) != 128 + signal.SIGTERM:
             life.fail(f"SIGTERM ended it with {life.process.returncode}")
-        assert "the same command goes on" in life.log.read_text()
+        assert "the same command resumes the run" in life.log.read_text()
         checkpoints = life.run / "checkpoints"
         saved = (checkpoints / "LATEST").read_text().strip()
         assert saved == f"step-{len(life.steps()):06d}", "saved where it stood"
@@ -61,7 +61,7 @@ def story(tmp_path: Path) -> None:
     with living(same, tmp_path / "last.log") as life:
         if life.end() != 0:
             life.fail("the last life failed")
-        assert life.run == tmp_path / "cut" / "run" and "going on from" in life.log.read_text()
+        assert life.run == tmp_path / "cut" / "run" and "resuming from" in life.log.read_text()
         compare(whole, life)
 
 

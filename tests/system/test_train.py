@@ -1,4 +1,4 @@
-"""The training command, whole: on bad data it goes on and counts, on a bad set-up it says one clear thing."""
+"""The training command, whole: bad data is skipped and counted, a bad set-up is refused with one clear message."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
-from ergo_rl.jobs.exporters import gauge_name
+from ergo_rl.jobs.trackers import gauge_name
 from ergo_rl.questions.dataset import write_questions
 from tests.conftest import ROOT
-from tests.jobs.test_exporters import on_the_dashboard
+from tests.jobs.test_trackers import on_the_dashboard
 
 pytestmark = pytest.mark.system
 TIMEOUT_S = 420
@@ -27,7 +27,7 @@ def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
-        "ergo_rl.jobs.train",
+        "ergo_rl.jobs.commands.train",
         "configs/panels.yaml",
         "embedded.panels=null",
         "evaluation.paths=[]",
@@ -37,7 +37,7 @@ def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(TIMEOUT_S + 60)
-def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
+def test_train_with_bad_rows_skips_and_counts_them(tmp_path: Path) -> None:
     """Three steps of 3 x 4 trajectories from 12 rows, 3 of them bad: one image is no picture, one is cut off behind its
     header, one text holds a special token. ZeRO-3 on two ranks."""
     rows = [question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(12)]
@@ -94,13 +94,13 @@ def test_a_run_with_bad_rows_ends_well_and_counts_them(tmp_path: Path) -> None:
     AutoModelForImageTextToText.from_pretrained(run / "policy")  # loads as an ordinary folder
 
 
-def test_a_misspelt_key_is_named() -> None:
+def test_train_names_a_misspelt_key() -> None:
     done = ergo_rl_train("learner.optimizer.learning_rate=1")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "unknown key 'learner.optimizer.learning_rate'" in done.stderr
 
 
-def test_a_missing_column_is_named(tmp_path: Path) -> None:
+def test_train_names_a_missing_column(tmp_path: Path) -> None:
     table = pa.table({"id": ["a"], "image": [b"x"], "text": ["?"], "options": [[]]})
     pq.write_table(table, tmp_path / "bad.parquet")
     done = ergo_rl_train(f"questions.paths=[{tmp_path / 'bad.parquet'}]", f"runs_dir={tmp_path}")
@@ -108,7 +108,7 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     assert "bad.parquet" in done.stderr and "answer" in done.stderr
 
 
-def test_a_bad_row_is_refused_when_told_so(tmp_path: Path) -> None:
+def test_train_refuses_a_bad_row_when_told_so(tmp_path: Path) -> None:
     bad = replace(question(PanelsConfig(), 0, Split.TRAIN, 0), id="the-bad-one", text="What is <|image_pad|>?")
     write_questions(tmp_path / "questions.parquet", iter([bad]))
     done = ergo_rl_train(
@@ -118,7 +118,7 @@ def test_a_bad_row_is_refused_when_told_so(tmp_path: Path) -> None:
     assert "the-bad-one" in done.stderr and "<|image_pad|>" in done.stderr
 
 
-def test_an_unreachable_reward_endpoint_is_named(tmp_path: Path) -> None:
+def test_train_names_an_unreachable_verifier_endpoint(tmp_path: Path) -> None:
     """Before the first step, not as a reward of 0."""
     write_questions(tmp_path / "questions.parquet", iter([question(PanelsConfig(), 0, Split.TRAIN, 0)]))
     done = ergo_rl_train(
@@ -131,7 +131,7 @@ def test_an_unreachable_reward_endpoint_is_named(tmp_path: Path) -> None:
     assert "VerifierUnavailable" in done.stderr and "http://127.0.0.1:9/v1" in done.stderr
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_train_names_a_missing_model(tmp_path: Path) -> None:
     write_questions(tmp_path / "questions.parquet", iter([question(PanelsConfig(), 0, Split.TRAIN, 0)]))
     done = ergo_rl_train(
         f"questions.paths=[{tmp_path / 'questions.parquet'}]", f"runs_dir={tmp_path}",
@@ -141,7 +141,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "models/no-such-policy" in done.stderr
 
 
-def test_evaluate_names_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_evaluate_names_a_missing_model(tmp_path: Path) -> None:
     write_questions(tmp_path / "questions.parquet", iter([question(PanelsConfig(), 0, Split.HELDOUT, 0)]))
     module = "ergo_rl.jobs.commands.evaluate"
     command = [sys.executable, "-m", module, "--model", "models/no-such-policy", "embedded.panels=null"]

@@ -14,7 +14,7 @@ from ergo_rl.actors.rollout_pool import Rollout
 from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.jobs.config import ProofConfig, TrainConfig
-from ergo_rl.jobs.proof import Proof, WeightsDiffer
+from ergo_rl.jobs.weight_check import WeightCheck, WeightsDiffer
 from tests.system.conftest import Everything, Stack, differences
 
 pytestmark = pytest.mark.system
@@ -64,7 +64,7 @@ def test_the_proof_notices_a_forgotten_cache(
         delattr(worker._engine._llm, forgotten)
 
     async def story() -> None:
-        proof = Proof(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-3))
+        proof = WeightCheck(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-3))
         await untied.publish()
         fresh = await proof.measure(untied.version)
         assert fresh["proof/mismatch_mean"] <= 1e-5
@@ -78,7 +78,7 @@ def test_the_proof_notices_a_forgotten_cache(
             await untied.on_worker(remember)
         await untied.publish()
         assert (await proof.measure(untied.version))["proof/mismatch_mean"] <= 1e-5
-        with pytest.raises(WeightsDiffer, match="played for versions"):
+        with pytest.raises(WeightsDiffer, match="sampled with versions"):
             await proof.measure(untied.version + 1)
 
     runner.run(story())
@@ -144,7 +144,7 @@ def test_direct_transfer_reaches_every_engine_and_recovers_after_a_failure(
         learner = untied.learners._actors[0]
         whole = await in_pieces(500_000)
         channel = WeightChannel(untied.learners, untied.rollouts, WeightsConfig(transport, 60.0))
-        proof = Proof(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-5))
+        proof = WeightCheck(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-5))
 
         async def publish(seed: int) -> Transport:
             await untied.perturb(seed)

@@ -10,26 +10,26 @@ from typing import IO
 
 import pytest
 
-from ergo_rl.jobs.saving.checkpoints import (
+from ergo_rl.jobs.checkpoint_store import (
     LATEST,
     MANIFEST,
     CheckpointConfig,
+    CheckpointStore,
+    CheckpointWriter,
     DamagedCheckpoint,
-    Disk,
-    Draft,
-    Shelf,
-    check,
-    name_of,
+    FileSystem,
+    RemoteStore,
     step_of,
+    verify_checkpoint,
 )
-from ergo_rl.jobs.saving.copies import Copies
+from ergo_rl.jobs.run_paths import step_folder
 
 
 class Crash(BaseException):
     """The machine stops; nothing is tidied up."""
 
 
-class FailingDisk(Disk):
+class FailingFileSystem(FileSystem):
     """Crashes at operation number ``at``: before it, or in the middle of it (a file half written)."""
 
     def __init__(self, at: int) -> None:
@@ -67,44 +67,44 @@ class FailingDisk(Disk):
         super().remove(path)
 
 
-def fill(draft: Draft, step: int) -> None:
-    draft.write("state.json", json.dumps({"step": step}).encode())
-    with draft.create("learner-00000.safetensors") as file:
+def fill(writer: CheckpointWriter, step: int) -> None:
+    writer.write("state.json", json.dumps({"step": step}).encode())
+    with writer.create("learner-00000.safetensors") as file:
         file.write(b"a" * 1000)
         file.write(memoryview(bytes([step]) * 1000))
 
 
-def save(shelf: Shelf, step: int, score: float | None = None) -> None:
-    with shelf.draft(step, score) as draft:
-        fill(draft, step)
-    shelf.prune(keep=1)
+def save(store: CheckpointStore, step: int, score: float | None = None) -> None:
+    with store.write(step, score) as writer:
+        fill(writer, step)
+    store.prune(keep=1)
 
 
 def step_in(folder: Path) -> int:
     """By its content; every file was compared."""
     found: int = json.loads((folder / "state.json").read_bytes())["step"]
-    assert check(folder).step == found and (folder / "learner-00000.safetensors").read_bytes()[-1] == found
+    assert verify_checkpoint(folder).step == found and (folder / "learner-00000.safetensors").read_bytes()[-1] == found
     return found
 
 
 @pytest.mark.parametrize("again", [50, 25], ids=["the next step", "the same step once more"])
-def test_a_crash_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, again: int) -> None:
+def test_crash_at_any_operation_leaves_an_intact_checkpoint(tmp_path: Path, again: int) -> None:
     survived = 0
     for at in range(100):
         folder = tmp_path / str(at)
-        save(Shelf(folder), 10)
-        save(Shelf(folder), 25)
+        save(CheckpointStore(folder), 10)
+        save(CheckpointStore(folder), 25)
         crashed = False
         try:
-            save(Shelf(folder, FailingDisk(at)), again)
+            save(CheckpointStore(folder, FailingFileSystem(at)), again)
         except Crash:
             survived, crashed = survived + 1, True
-        newest = Shelf(folder).newest()
+        newest = CheckpointStore(folder).newest()
         assert newest is not None and step_in(newest) in (10, 25, again)
         if again != 25:
             assert step_in(newest) in (25, 50)
-        save(Shelf(folder), 75)  # and the next life can save
-        newest = Shelf(folder).newest()
+        save(CheckpointStore(folder), 75)  # and the next life can save
+        newest = CheckpointStore(folder).newest()
         assert newest is not None and step_in(newest) == 75
         assert [path.name for path in sorted(folder.iterdir())] == [LATEST, "step-000075"], "nothing is left about"
         if not crashed:
@@ -112,12 +112,12 @@ def test_a_crash_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, agai
     assert survived >= 8
 
 
-def test_an_error_inside_a_draft_leaves_nothing(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    with pytest.raises(RuntimeError), shelf.draft(3) as draft:
-        draft.write("state.json", b"{}")
+def test_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(RuntimeError), store.write(3) as writer:
+        writer.write("state.json", b"{}")
         raise RuntimeError("the learner died")
-    assert shelf.newest() is None and shelf.names() == []
+    assert store.newest() is None and store.names() == []
 
 
 @pytest.mark.parametrize(
@@ -134,21 +134,21 @@ def test_an_error_inside_a_draft_leaves_nothing(tmp_path: Path) -> None:
         (lambda folder: rewrite(folder, files={"../../etc/passwd": [1, "00"]}), "are no files of its own"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
+def test_newest_refuses_a_damaged_checkpoint_by_name_and_uses_the_one_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object, message: str
 ) -> None:
-    shelf = Shelf(tmp_path)
+    store = CheckpointStore(tmp_path)
     for step in (10, 25):
-        with shelf.draft(step) as draft:
-            fill(draft, step)
+        with store.write(step) as writer:
+            fill(writer, step)
     damage(tmp_path / "step-000025")  # type: ignore[operator]
-    newest = shelf.newest()
+    newest = store.newest()
     assert newest is not None and step_in(newest) == 10
     assert "step-000025" in caplog.text and message in caplog.text
     damage_too = tmp_path / "step-000010" / "state.json"
     damage_too.write_bytes(b"{]")
-    with pytest.raises(DamagedCheckpoint, match=r"(?s)no checkpoint is whole: .*step-000025.*step-000010"):
-        shelf.newest()
+    with pytest.raises(DamagedCheckpoint, match=r"(?s)no checkpoint is intact: .*step-000025.*step-000010"):
+        store.newest()
 
 
 def flip(path: Path) -> None:
@@ -162,32 +162,36 @@ def rewrite(folder: Path, **cells: object) -> None:
     (folder / MANIFEST).write_text(json.dumps({**found, **cells}))
 
 
-def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
     for step, score in ((10, 0.7), (20, 0.5), (30, None), (40, 0.6), (50, 0.7)):
-        with shelf.draft(step, score) as draft:
-            fill(draft, step)
-        shelf.prune(keep=2)
+        with store.write(step, score) as writer:
+            fill(writer, step)
+        store.prune(keep=2)
         if step == 40:
-            assert sorted(shelf.names()) == ["step-000010", "step-000030", "step-000040"]
-    assert sorted(shelf.names()) == ["step-000040", "step-000050"], "of equal scores the later one is the best"
+            assert sorted(store.names()) == ["step-000010", "step-000030", "step-000040"]
+    assert sorted(store.names()) == ["step-000040", "step-000050"], "of equal scores the later one is the best"
 
 
-def test_a_damaged_one_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    save(shelf, 10)
+def test_prune_does_not_count_a_damaged_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 10)
     (tmp_path / "step-000099").mkdir()
-    save(shelf, 20)
-    assert shelf.names() == ["step-000020"]
+    save(store, 20)
+    assert store.names() == ["step-000020"]
 
 
-def test_names_and_steps() -> None:
-    assert name_of(50) == "step-000050" and step_of("step-000050") == 50 and step_of(name_of(12_345_678)) == 12_345_678
+def test_name_of_a_checkpoint_is_its_step() -> None:
+    assert (
+        step_folder(50) == "step-000050"
+        and step_of("step-000050") == 50
+        and step_of(step_folder(12_345_678)) == 12_345_678
+    )
     with pytest.raises(ValueError, match="'step-5' is not the name of a checkpoint"):
         step_of("step-5")
 
 
-def test_when_it_is_due() -> None:
+def test_checkpoint_is_due_every_few_steps_and_at_the_end() -> None:
     assert [step for step in range(8) if CheckpointConfig(every=3).due(step + 1, 8)] == [2, 5, 7]
     assert not CheckpointConfig(every=0).due(8, 8)
     with pytest.raises(ValueError, match=r"checkpoint\.keep 0"):
@@ -195,32 +199,32 @@ def test_when_it_is_due() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
-def test_copies_behind_a_url(tmp_path: Path, scheme: str) -> None:
+def test_remote_store_gives_back_the_newest_intact_checkpoint(tmp_path: Path, scheme: str) -> None:
     """A machine that has nothing gets the newest whole one; a copy that was cut off is not one."""
     root = tmp_path / "far" / "run" if scheme == "file" else Path(f"/{tmp_path.name}")
-    copies = Copies(f"{scheme}://{root}")
-    copies.probe()
-    here = Shelf(tmp_path / "here")
+    remote = RemoteStore(f"{scheme}://{root}")
+    remote.probe()
+    here = CheckpointStore(tmp_path / "here")
     for step in (10, 25):
-        with here.draft(step) as draft:
-            fill(draft, step)
-        copies.put(here.folder / name_of(step))
-    assert copies.names() == ["step-000025", "step-000010"]
-    there = Shelf(tmp_path / "there")
-    fetched = copies.fetch(there)
+        with here.write(step) as writer:
+            fill(writer, step)
+        remote.upload(here.folder / step_folder(step))
+    assert remote.names() == ["step-000025", "step-000010"]
+    there = CheckpointStore(tmp_path / "there")
+    fetched = remote.download(there)
     assert fetched is not None and step_in(fetched) == 25 and there.latest == "step-000025"
     assert [path.name for path in sorted(there.folder.iterdir())] == [LATEST, "step-000025"]
 
-    copies._remote.pipe_file(f"{copies._root}/step-000025/state.json", b"?")
-    fetched = copies.fetch(Shelf(tmp_path / "third"))
+    remote._remote.pipe_file(f"{remote._root}/step-000025/state.json", b"?")
+    fetched = remote.download(CheckpointStore(tmp_path / "third"))
     assert fetched is not None and step_in(fetched) == 10
-    copies._remote.rm_file(f"{copies._root}/step-000025/{MANIFEST}")
-    assert copies.names() == ["step-000010"]
-    copies.prune([])
-    assert copies.names() == [] and copies.fetch(there) is None
+    remote._remote.rm_file(f"{remote._root}/step-000025/{MANIFEST}")
+    assert remote.names() == ["step-000010"]
+    remote.prune([])
+    assert remote.names() == [] and remote.download(there) is None
 
 
-def test_a_url_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_names_an_unwritable_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"checkpoint\.url: cannot write to file://.*file/run"):
-        Copies(f"file://{tmp_path / 'file'}/run").probe()
+        RemoteStore(f"file://{tmp_path / 'file'}/run").probe()

@@ -1,4 +1,4 @@
-"""Stopped, killed and revived: the loop of ``jobs.train`` with a crew without machines (tests/jobs/fakes.py)."""
+"""The training loop, stopped, killed and resumed, on a backend in memory (tests/backends/memory.py)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
-from ergo_rl.jobs import outage
+from ergo_rl.jobs import rollout_scheduler
+from ergo_rl.jobs.checkpoint_store import CheckpointConfig, FileSystem
 from ergo_rl.jobs.config import ConfigError, RecoveryConfig, TrainConfig, load_config
-from ergo_rl.jobs.outage import RewardsUnavailable
-from ergo_rl.jobs.run import Run
-from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
-from ergo_rl.jobs.stopping import Stopped
-from ergo_rl.jobs.train import train
+from ergo_rl.jobs.rollout_scheduler import RewardsUnavailable
+from ergo_rl.jobs.run_folder import RunFolder
+from ergo_rl.jobs.shutdown import Stopped
+from ergo_rl.jobs.trainer import Trainer
 from ergo_rl.learners.learner_group import LearnerFailed
 from ergo_rl.questions.dataset import write_questions
+from tests.backends.memory import Learners, MemoryBackend, Rewards
 from tests.conftest import ROOT
-from tests.jobs.fakes import Learners, Rewards, World
-from tests.jobs.test_checkpoints import Crash, FailingDisk
+from tests.jobs.test_checkpoint_store import Crash, FailingFileSystem
 
 STEPS = 7
 
@@ -52,14 +52,13 @@ def config(data: Path, tmp_path: Path) -> TrainConfig:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    world = World()
-    world.enter(monkeypatch)
-    return world
+def backend() -> MemoryBackend:
+    return MemoryBackend()
 
 
-def go(config: TrainConfig) -> Path:
-    return asyncio.run(asyncio.wait_for(train(config), timeout=60))
+def fit(config: TrainConfig, backend: MemoryBackend) -> Path:
+    """As the command line does it."""
+    return asyncio.run(asyncio.wait_for(Trainer(config, backend=backend).afit(handle_signals=True), timeout=60))
 
 
 def digest(folder: Path) -> str:
@@ -81,31 +80,31 @@ def numbers(folder: Path) -> list[int]:
 
 
 @pytest.fixture
-def whole(config: TrainConfig, world: World, tmp_path: Path) -> Path:
+def whole(config: TrainConfig, backend: MemoryBackend, tmp_path: Path) -> Path:
     """A run that nobody disturbed."""
-    folder = go(replace(config, runs_dir=str(tmp_path / "undisturbed")))
-    assert numbers(folder) == list(range(3 * STEPS)) and world.launches == 1
+    folder = fit(replace(config, runs_dir=str(tmp_path / "undisturbed")), backend)
+    assert numbers(folder) == list(range(3 * STEPS)) and backend.learner_starts == 1
     return folder
 
 
-def test_killed_at_any_operation_of_a_save_it_comes_to_the_same_end(
-    config: TrainConfig, world: World, whole: Path, tmp_path: Path
+def test_run_killed_at_any_operation_of_a_save_resumes_to_the_same_end(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, tmp_path: Path
 ) -> None:
     """Synchronous: every loss and the last weights, bit for bit, however often it is killed."""
     for at in (*range(12), *range(12, 200, 7)):  # a save makes about twelve operations, the run four of them
         mine = replace(config, runs_dir=str(tmp_path / f"killed-{at}"))
-        world.disk = FailingDisk(at)
+        backend.file_system = FailingFileSystem(at)
         crashed = False
         try:
-            folder = go(mine)
+            folder = fit(mine, backend)
         except Crash:
             crashed = True
-            world.disk = FailingDisk(10 * at + 5)  # and perhaps once more
+            backend.file_system = FailingFileSystem(10 * at + 5)  # and perhaps once more
             try:
-                folder = go(mine)
+                folder = fit(mine, backend)
             except Crash:
-                world.disk = type(world.disk).__mro__[1]()
-                folder = go(mine)
+                backend.file_system = FileSystem()
+                folder = fit(mine, backend)
         assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
         assert numbers(folder) == numbers(whole) and folder.name == "story"
         if not crashed:
@@ -115,8 +114,13 @@ def test_killed_at_any_operation_of_a_save_it_comes_to_the_same_end(
 
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(
-    config: TrainConfig, world: World, whole: Path, monkeypatch: pytest.MonkeyPatch, staleness: int, number: int
+def test_signal_saves_and_the_same_command_resumes(
+    config: TrainConfig,
+    backend: MemoryBackend,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    staleness: int,
+    number: int,
 ) -> None:
     """Asynchronous runs differ in who was asked when; what no run may do is use a question twice, or never."""
     config = replace(config, max_staleness=staleness, checkpoint=CheckpointConfig(every=0))
@@ -132,11 +136,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     monkeypatch.setattr(Learners, "update", interrupted)
     for after in (3, 6):
         with pytest.raises(Stopped, match=signal.Signals(number).name):
-            go(config)
+            fit(config, backend)
         ended = json.loads((Path(config.runs_dir) / "story" / "ended.json").read_text())
         assert ended == {"done": False, "why": f"Stopped: stopped by {signal.Signals(number).name}"}
         assert len(losses(Path(config.runs_dir) / "story")) == after, "the step that had learned was finished"
-    folder = go(config)
+    folder = fit(config, backend)
     assert set(seen.values()) == {1}, "no step was learned twice"
     assert numbers(folder) == list(range(3 * STEPS))
     used = [used["id"] for step in records(folder, "questions.jsonl") for used in step["questions"]]
@@ -145,8 +149,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
 
 
-def test_a_signal_while_engines_play_drops_the_step(
-    config: TrainConfig, world: World, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_signal_during_rollouts_drops_the_step(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, calls = Rewards.score, [0]
 
@@ -159,58 +163,60 @@ def test_a_signal_while_engines_play_drops_the_step(
 
     monkeypatch.setattr(Rewards, "score", interrupted)
     with pytest.raises(Stopped):
-        go(config)
+        fit(config, backend)
     assert len(losses(Path(config.runs_dir) / "story")) == 2
-    folder = go(config)
+    folder = fit(config, backend)
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
 
 
 @pytest.mark.parametrize("dies_at", [{1}, {4}, {3, 6, 8}])
-def test_a_dead_learner_is_started_again_from_the_last_checkpoint_and_engines_stay(
-    config: TrainConfig, world: World, whole: Path, dies_at: set[int]
+def test_dead_learner_restarts_from_the_last_checkpoint_and_engines_stay(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, dies_at: set[int]
 ) -> None:
-    world.updates, world.engines, world.launches, world.dies_at = 0, 0, 0, dies_at
-    folder = go(config)
+    backend.updates, backend.engine_starts, backend.learner_starts, backend.dies_at = 0, 0, 0, dies_at
+    folder = fit(config, backend)
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole) and numbers(folder) == numbers(whole)
-    assert world.engines == 1 and world.launches == 1 + len(dies_at)
+    assert backend.engine_starts == 1 and backend.learner_starts == 1 + len(dies_at)
 
 
 @pytest.mark.parametrize("dies_at", [set(), {4}])
-def test_engines_that_sleep_do_so_for_each_update_and_new_weights_wake_them(
-    config: TrainConfig, world: World, whole: Path, dies_at: set[int]
+def test_sleeping_engines_sleep_for_each_update_and_new_weights_wake_them(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, dies_at: set[int]
 ) -> None:
     """Also where the learner dies while they sleep. The crew says when somebody updates beside an engine that is awake,
     or plays on one that sleeps."""
-    world.updates, world.dies_at = 0, dies_at
+    backend.updates, backend.dies_at = 0, dies_at
     engine = replace(config.rollout.engine, sleep=True)
-    folder = go(replace(config, rollout=replace(config.rollout, engine=engine)))
-    assert digest(folder) == digest(whole) and losses(folder) == losses(whole) and not world.rollouts.asleep
+    folder = fit(replace(config, rollout=replace(config.rollout, engine=engine)), backend)
+    assert digest(folder) == digest(whole) and losses(folder) == losses(whole) and not backend.rollouts.asleep
 
 
-def test_a_spent_budget_ends_the_run_and_it_can_go_on(config: TrainConfig, world: World, whole: Path) -> None:
-    world.updates, world.dies_at = 0, {4, 5}
+def test_spent_restarts_end_the_run_and_it_can_be_resumed(
+    config: TrainConfig, backend: MemoryBackend, whole: Path
+) -> None:
+    backend.updates, backend.dies_at = 0, {4, 5}
     config = replace(config, recovery=RecoveryConfig(learner_restarts=1, backoff_s=0.01))
     with pytest.raises(LearnerFailed) as caught:
-        go(config)
+        fit(config, backend)
     assert caught.value.__notes__ == ["no restarts are left (recovery.learner_restarts)"]
-    folder = go(config)
+    folder = fit(config, backend)
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
 
 
-def test_what_would_come_again_is_not_tried_again(
-    config: TrainConfig, world: World, monkeypatch: pytest.MonkeyPatch
+def test_learner_error_that_would_repeat_is_not_retried(
+    config: TrainConfig, backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fails(self: Learners, groups: Any) -> dict[str, float]:
         raise LearnerFailed("learner rank 0 failed in update: no token to learn from") from ValueError("no token")
 
     monkeypatch.setattr(Learners, "update", fails)
     with pytest.raises(LearnerFailed):
-        go(config)
-    assert world.launches == 1
+        fit(config, backend)
+    assert backend.learner_starts == 1
 
 
-def test_an_error_elsewhere_finds_the_run_saved(
-    config: TrainConfig, world: World, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_error_outside_the_learner_saves_the_run(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, calls = Rewards.score, [0]
 
@@ -223,92 +229,96 @@ def test_an_error_elsewhere_finds_the_run_saved(
     monkeypatch.setattr(Rewards, "score", breaks)
     config = replace(config, checkpoint=CheckpointConfig(every=0))
     with pytest.raises(OSError, match="disk of the reward model"):
-        go(config)
+        fit(config, backend)
     assert (Path(config.runs_dir) / "story" / "checkpoints" / "step-000005" / "manifest.json").exists()
-    folder = go(config)
+    folder = fit(config, backend)
     assert digest(folder) == digest(whole)
 
 
-def test_an_outage_of_the_reward_model_is_waited_for(
-    config: TrainConfig, world: World, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_verifier_outage_pauses_the_run(
+    config: TrainConfig,
+    backend: MemoryBackend,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(outage, "FIRST_WAIT_S", 0.01)
-    world.outage = 7
-    folder = go(config)
+    monkeypatch.setattr(rollout_scheduler, "FIRST_WAIT_S", 0.01)
+    backend.outage = 7
+    folder = fit(config, backend)
     assert digest(folder) == digest(whole)
     said = capsys.readouterr().out.replace("\n", " ")
     assert "paused: 100% of the step could not be scored: http://rewards:8000/v1/chat/completions: status 503" in said
-    assert "the reward model answers again" in said
+    assert "the verifier answers again" in said
 
 
-def test_an_outage_that_does_not_end_ends_the_run_saved(
-    config: TrainConfig, world: World, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_verifier_outage_beyond_the_deadline_ends_the_run_saved(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(rollout_scheduler, "FIRST_WAIT_S", 0.01)
     update = Learners.update
 
     async def then_it_goes(self: Learners, groups: Any) -> dict[str, float]:
         found = await update(self, groups)
-        world.outage = 10**6 if self.step == 3 else 0
+        backend.outage = 10**6 if self.step == 3 else 0
         return found
 
     monkeypatch.setattr(Learners, "update", then_it_goes)
     config = replace(config, reward=replace(config.reward, outage_deadline_s=0.2))
     with pytest.raises(RewardsUnavailable, match=r"100% of the step is unscored .*reward\.outage_deadline_s.*503"):
-        go(config)
-    world.outage = 0
+        fit(config, backend)
+    backend.outage = 0
     monkeypatch.setattr(Learners, "update", update)
-    folder = go(config)
+    folder = fit(config, backend)
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
 
 
-def test_questions_that_cannot_be_played_are_passed_over_once(
-    config: TrainConfig, world: World, tmp_path: Path
-) -> None:
-    world.unplayable = {question(PanelsConfig(), 0, Split.TRAIN, index).id for index in (2, 5)}
-    whole = go(replace(config, runs_dir=str(tmp_path / "undisturbed")))
-    world.updates, world.dies_at = 0, {4}
-    folder = go(config)
+def test_unplayable_questions_are_skipped_once(config: TrainConfig, backend: MemoryBackend, tmp_path: Path) -> None:
+    backend.unplayable = {question(PanelsConfig(), 0, Split.TRAIN, index).id for index in (2, 5)}
+    whole = fit(replace(config, runs_dir=str(tmp_path / "undisturbed")), backend)
+    backend.updates, backend.dies_at = 0, {4}
+    folder = fit(config, backend)
     assert digest(folder) == digest(whole)
     last = records(folder, "metrics.jsonl")[-1]
     assert last["count/unplayable"] == records(whole, "metrics.jsonl")[-1]["count/unplayable"] > 0
 
 
-def test_a_damaged_checkpoint_costs_only_the_steps_behind_it(
-    config: TrainConfig, world: World, whole: Path, caplog: pytest.LogCaptureFixture
+def test_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world.updates, world.dies_at = 0, {6}
+    backend.updates, backend.dies_at = 0, {6}
     with pytest.raises(LearnerFailed):
-        go(replace(config, recovery=RecoveryConfig(learner_restarts=0)))
+        fit(replace(config, recovery=RecoveryConfig(learner_restarts=0)), backend)
     newest = Path(config.runs_dir) / "story" / "checkpoints" / "step-000004"
     (newest / "learner-00000.safetensors").write_bytes(b"4 another")
-    folder = go(config)
+    folder = fit(config, backend)
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole) and numbers(folder) == numbers(whole)
     assert "step-000004: learner-00000.safetensors has 9 bytes" in caplog.text
 
 
-def test_a_run_that_is_done_is_not_gone_on_with(config: TrainConfig, world: World) -> None:
-    assert go(config).name == "story" and go(config).name == "story-2"
+def test_finished_run_is_not_resumed(config: TrainConfig, backend: MemoryBackend) -> None:
+    assert fit(config, backend).name == "story" and fit(config, backend).name == "story-2"
 
 
-def test_more_steps_from_a_checkpoint(config: TrainConfig, world: World, whole: Path) -> None:
-    short = go(replace(config, total_steps=4, name="short"))
-    longer = go(replace(config, resume=str(short), name="longer"))
+def test_resume_from_a_path_trains_more_steps_in_a_new_run(
+    config: TrainConfig, backend: MemoryBackend, whole: Path
+) -> None:
+    short = fit(replace(config, total_steps=4, name="short"), backend)
+    longer = fit(replace(config, resume=str(short), name="longer"), backend)
     assert longer.name == "longer" and digest(longer) == digest(whole) and losses(longer) == losses(whole)
-    again = go(replace(config, resume=str(short / "checkpoints" / "step-000002"), name="again"))
+    again = fit(replace(config, resume=str(short / "checkpoints" / "step-000002"), name="again"), backend)
     assert digest(again) == digest(whole) and numbers(again) == numbers(whole)
     assert len(losses(short)) == 4, "the run that it came from is as it was"
 
 
-def test_a_machine_with_nothing_but_the_url_goes_on(
-    config: TrainConfig, world: World, whole: Path, tmp_path: Path
+def test_machine_with_only_the_url_resumes(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, tmp_path: Path
 ) -> None:
     config = replace(config, checkpoint=CheckpointConfig(every=2, url=f"file://{tmp_path / 'bucket'}"))
-    world.updates, world.dies_at = 0, {6}
+    backend.updates, backend.dies_at = 0, {6}
     with pytest.raises(LearnerFailed):
-        go(replace(config, recovery=RecoveryConfig(learner_restarts=0)))
-    folder = go(replace(config, runs_dir=str(tmp_path / "another-machine")))
-    assert folder == tmp_path / "another-machine" / "story" and world.updates == 6 + 3, "from step 4 on"
+        fit(replace(config, recovery=RecoveryConfig(learner_restarts=0)), backend)
+    folder = fit(replace(config, runs_dir=str(tmp_path / "another-machine")), backend)
+    assert folder == tmp_path / "another-machine" / "story" and backend.updates == 6 + 3, "from step 4 on"
     assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
     assert sorted(path.name for path in (tmp_path / "bucket" / "story").glob("step-*")) == [
         "step-000006",
@@ -316,42 +326,44 @@ def test_a_machine_with_nothing_but_the_url_goes_on(
     ]
 
 
-def test_another_configuration_is_refused_by_its_keys(config: TrainConfig, world: World) -> None:
-    world.dies_at = {4}
+def test_resume_with_other_values_is_refused_naming_the_keys(config: TrainConfig, backend: MemoryBackend) -> None:
+    backend.dies_at = {4}
     with pytest.raises(LearnerFailed):
-        go(replace(config, recovery=RecoveryConfig(learner_restarts=0)))
+        fit(replace(config, recovery=RecoveryConfig(learner_restarts=0)), backend)
     other = replace(config, seed=1, learner=replace(config.learner, temperature=0.5), total_steps=9)
     with pytest.raises(ConfigError, match=r"learner\.temperature \(1\.0, now 0\.5\), seed \(0, now 1\)") as caught:
-        go(other)
+        fit(other, backend)
     assert "total_steps" not in str(caught.value) and "resume=never" in str(caught.value)
-    assert go(replace(other, resume="never")).name == "story-2"
+    assert fit(replace(other, resume="never"), backend).name == "story-2"
 
 
-def test_other_questions_are_refused(config: TrainConfig, world: World, data: Path, tmp_path: Path) -> None:
+def test_resume_with_other_questions_is_refused(
+    config: TrainConfig, backend: MemoryBackend, data: Path, tmp_path: Path
+) -> None:
     mine = tmp_path / "mine.parquet"
     mine.write_bytes(data.read_bytes())
     config = replace(config, questions=replace(config.questions, paths=[str(mine)]))
-    world.dies_at = {4}
+    backend.dies_at = {4}
     with pytest.raises(LearnerFailed):
-        go(replace(config, recovery=RecoveryConfig(learner_restarts=0)))
+        fit(replace(config, recovery=RecoveryConfig(learner_restarts=0)), backend)
     write_questions(mine, (question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(12)))
     with pytest.raises(ConfigError, match=r"questions\.paths had 10 rows at .*, now 12: other files"):
-        go(config)
+        fit(config, backend)
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
-    config: TrainConfig, world: World, tmp_path: Path
+def test_unwritable_folder_is_refused_before_anything_starts(
+    config: TrainConfig, backend: MemoryBackend, tmp_path: Path
 ) -> None:
     (tmp_path / "in-the-way").write_text("a file")
     with pytest.raises(OSError, match="in-the-way"):
-        go(replace(config, runs_dir=str(tmp_path / "in-the-way")))
+        fit(replace(config, runs_dir=str(tmp_path / "in-the-way")), backend)
     url = f"file://{tmp_path / 'in-the-way'}"
     with pytest.raises(OSError, match=r"checkpoint\.url: cannot write to file://"):
-        go(replace(config, checkpoint=CheckpointConfig(url=url)))
-    assert world.engines == 0
+        fit(replace(config, checkpoint=CheckpointConfig(url=url)), backend)
+    assert backend.engine_starts == 0
 
 
-def test_a_run_that_another_process_is_at_is_left_alone(config: TrainConfig, world: World) -> None:
-    with Run.open(config) as running:
-        assert running.folder.name == "story"
-        assert go(config).name == "story-2"
+def test_run_locked_by_another_process_is_left_alone(config: TrainConfig, backend: MemoryBackend) -> None:
+    with RunFolder.open(config) as running:
+        assert running.path.name == "story"
+        assert fit(config, backend).name == "story-2"

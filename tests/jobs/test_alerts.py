@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ergo_rl.jobs.guards import Guards, GuardsConfig
+from ergo_rl.jobs.alerts import Alerts, GuardsConfig
 from ergo_rl.jobs.metrics import Metrics
 
 FINE = {
@@ -18,18 +18,18 @@ FINE = {
 
 
 def after(*steps: Metrics, window: int = 2) -> tuple[Metrics, dict[str, str]]:
-    guards = Guards(GuardsConfig(window=window))
+    guards = Alerts(GuardsConfig(window=window))
     for step in steps:
         found = guards.watch(step)
     return found
 
 
-def test_all_is_well() -> None:
+def test_alerts_are_off_when_metrics_are_fine() -> None:
     alarms, sentences = after(FINE, FINE)
     assert set(alarms.values()) == {0.0} and len(alarms) == 5 and not sentences
 
 
-def test_nothing_is_said_before_a_whole_window() -> None:
+def test_alerts_say_nothing_before_a_whole_window() -> None:
     assert after(FINE | {"rollout/full_image_rate": 1.0}) == ({}, {})
 
 
@@ -42,7 +42,7 @@ def test_nothing_is_said_before_a_whole_window() -> None:
         ("reward/region", 1.0, "paid_without_coverage", "r_region is 45% above the coverage"),
     ],
 )
-def test_the_mean_of_the_window_counts(metric: str, value: float, alarm: str, sentence: str) -> None:
+def test_alert_follows_the_mean_of_the_window(metric: str, value: float, alarm: str, sentence: str) -> None:
     assert alarm not in after(FINE, FINE | {metric: 0.3})[1]
     one, both = after(FINE, FINE | {metric: value}), after(FINE | {metric: value}, FINE | {metric: value})
     assert both[0][f"alarm/{alarm}"] == 1.0 and alarm in both[1]
@@ -52,13 +52,13 @@ def test_the_mean_of_the_window_counts(metric: str, value: float, alarm: str, se
         assert alarm not in one[1]
 
 
-def test_entropy_is_measured_against_the_first_steps() -> None:
+def test_entropy_alert_is_relative_to_the_first_steps() -> None:
     low = FINE | {"learner/entropy": 0.04}
     assert after(FINE, FINE, low)[0]["alarm/entropy"] == 0.0  # (0.5 + 0.04) / 2 is more than a tenth of 0.5
     assert after(FINE, FINE, low, low)[1] == {"entropy": "entropy has fallen by 92%"}
 
 
-def test_what_cannot_be_told_has_no_alarm() -> None:
+def test_alert_is_absent_when_its_metrics_are() -> None:
     nowhere = {name: value for name, value in FINE.items() if name != "rollout/coverage"}
     alarms, _ = after(nowhere, nowhere)
     assert "alarm/paid_without_coverage" not in alarms and "alarm/full_image" in alarms

@@ -1,4 +1,4 @@
-"""The samples of a run: groups in text and pictures, one folder each, for people and for the report."""
+"""Writes samples of a run: groups as text and images, one folder each, for people and for the report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,35 @@ from PIL import Image, ImageDraw
 
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Score, Trajectory, Verdict, View
-from ergo_rl.jobs.credit import Advantages
-from ergo_rl.jobs.layout import GROUP, TRAJECTORIES, VIEW, crop_name
+from ergo_rl.jobs.advantage_estimator import GroupAdvantages
+from ergo_rl.jobs.run_paths import GROUP, TRAJECTORIES, VIEW, crop_name, step_folder
 
 _LONGEST = 1024
-"""Side of the picture with boxes, pixels: a small coarse view is enlarged three times at most, up to this."""
+"""Longest side in pixels to which the image with boxes is enlarged, at most three times."""
 
 
-def write_group(
-    folder: Path, step: int, group: Group, trajectories: Sequence[Trajectory], advantages: Advantages
+class RolloutRecorder:
+    """Records one group every few steps in ``folder/step-N``."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        """every: steps; 0: never."""
+        self._folder, self._every = folder, every
+
+    def is_due(self, step: int) -> bool:
+        return self._every > 0 and step % self._every == 0
+
+    def record(self, step: int, group: Group, trajectories: Sequence[Trajectory], advantages: GroupAdvantages) -> None:
+        record_group(self._folder / step_folder(step), step, group, trajectories, advantages)
+
+
+def record_group(
+    folder: Path, step: int, group: Group, trajectories: Sequence[Trajectory], advantages: GroupAdvantages
 ) -> None:
-    """``folder`` gets ``group.json`` (the question and the size of its image), ``trajectories.jsonl`` (a line for each:
-    replies, box, reward parts, advantage), ``view.png`` (the coarse view as it was seen), ``coarse.png`` (the same
-    with every box on it) and each crop.
+    """Write a group into ``folder``.
 
-    advantages: of each trajectory those of its turns, or one for all of it; NaN where it left the loss."""
+    ``group.json`` holds the question and the size of its image, ``trajectories.jsonl`` a line per trajectory (replies,
+    box, parts of the reward, advantages), ``view.png`` the coarse view, ``coarse.png`` the same with every box on it;
+    and each crop is an image."""
     folder.mkdir(parents=True, exist_ok=True)
     coarse, question = trajectories[0].views[0], group.question
     about = {
@@ -43,7 +57,7 @@ def write_group(
             if trajectory.crop is not None:
                 Image.fromarray(trajectory.crop.pixels).save(folder / crop_name(trajectory.sample))
             file.write(json.dumps(_readable(group, trajectory, score, earned)) + "\n")
-    (folder / GROUP).write_text(json.dumps(about) + "\n", encoding="utf-8")  # last: the folder is complete
+    (folder / GROUP).write_text(json.dumps(about) + "\n", encoding="utf-8")  # written last: now the folder is complete
 
 
 def _readable(group: Group, trajectory: Trajectory, score: Verdict, advantages: Sequence[float]) -> dict[str, object]:
@@ -63,22 +77,22 @@ def _readable(group: Group, trajectory: Trajectory, score: Verdict, advantages: 
         "total": score.total if isinstance(score, Score) else None,
         "parts": dict(score.parts) if isinstance(score, Score) else None,
         "unscored": None if isinstance(score, Score) else score.reason,
-        "advantages": [None if math.isnan(one) else one for one in advantages],
+        "advantages": [None if math.isnan(value) else value for value in advantages],
     }
 
 
 def _with_boxes(coarse: View, trajectories: Sequence[Trajectory]) -> Image.Image:
-    """The coarse view, a small one enlarged, with the box of every trajectory on it."""
+    """Draw the box of every trajectory on the coarse view, enlarged where it is small."""
     scale = max(1, min(3, _LONGEST // max(coarse.width, coarse.height)))
-    picture = Image.fromarray(coarse.pixels).resize(
+    image = Image.fromarray(coarse.pixels).resize(
         (coarse.width * scale, coarse.height * scale), Image.Resampling.NEAREST
     )
-    draw = ImageDraw.Draw(picture)
-    sx, sy = picture.width / coarse.box.width, picture.height / coarse.box.height
+    draw = ImageDraw.Draw(image)
+    sx, sy = image.width / coarse.box.width, image.height / coarse.box.height
     for crop in (trajectory.crop for trajectory in trajectories):
         if crop is not None:
             box = crop.box
             edges = (box.x1 * sx, box.y1 * sy, box.x2 * sx - 1, box.y2 * sy - 1)
-            draw.rectangle(edges, outline="black", width=4)  # white on black is seen on any background
+            draw.rectangle(edges, outline="black", width=4)  # white on black is visible on any background
             draw.rectangle(edges, outline="white", width=2)
-    return picture
+    return image

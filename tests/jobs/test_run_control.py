@@ -15,7 +15,7 @@ import pytest
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.jobs.commands.scale import main
 from ergo_rl.jobs.config import ConfigError
-from ergo_rl.jobs.scale import ADDRESS, Sizes, ask, scalable
+from ergo_rl.jobs.run_control import ADDRESS, WorkerCounts, ask, serve_run_control
 from tests.conftest import ROOT
 
 
@@ -34,29 +34,29 @@ def crew(folder: Path) -> tuple[Any, Any, Any]:
     return SimpleNamespace(folder=folder, view=SimpleNamespace(say=lambda text: None)), SmallPool(), SmallPool()
 
 
-def test_a_run_does_what_its_mailbox_is_asked(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_run_obeys_requests_to_its_control_actor(ray_cluster: Cluster, tmp_path: Path) -> None:
     run, rollouts, rewards = crew(tmp_path / "panels")
 
     async def story() -> None:
-        async with scalable(run, rollouts, rewards):
-            assert await ask("panels", Sizes(rollout=3)) == "3 rollout workers"
+        async with serve_run_control(run.folder, run.view, rollouts, rewards):
+            assert await ask("panels", WorkerCounts(rollout=3)) == "3 rollout workers"
             assert (rollouts.size, rewards.size) == (3, 1)
-            said = await ask("panels", Sizes(rollout=4, reward=2))
+            said = await ask("panels", WorkerCounts(rollout=4, reward=2))
             assert said == "rollout workers not changed: 1 of 3 new workers did not start; 2 reward workers"
-            with pytest.raises(ConfigError, match=r"no run 'other' going on in this cluster; give one of: .*panels"):
-                await ask("other", Sizes(reward=1))
+            with pytest.raises(ConfigError, match=r"no run 'other' running in this cluster; give one of: .*panels"):
+                await ask("other", WorkerCounts(reward=1))
         assert not (run.folder / ADDRESS).exists()
         with pytest.raises(ConfigError, match="give one of: none"):
-            await ask("panels", Sizes(reward=1))
+            await ask("panels", WorkerCounts(reward=1))
 
     asyncio.run(story())
 
 
-def test_from_another_terminal(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_scale_command_works_from_another_process(ray_cluster: Cluster, tmp_path: Path) -> None:
     run, rollouts, rewards = crew(tmp_path / "runs" / "panels-2")
 
     async def story() -> None:
-        async with scalable(run, rollouts, rewards):
+        async with serve_run_control(run.folder, run.view, rollouts, rewards):
             command = [sys.executable, "-m", "ergo_rl.jobs", "scale", str(run.folder), "--rollout-workers", "2"]
             terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
             process = await asyncio.to_thread(
@@ -68,7 +68,7 @@ def test_from_another_terminal(ray_cluster: Cluster, tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_nothing_to_do_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_command_without_numbers_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ([], ["--reward-workers", "0"]):
         with pytest.raises(SystemExit):
             main(["panels", *wrong])

@@ -1,4 +1,4 @@
-"""Which folder a run gets, and from which checkpoint it goes on."""
+"""Which folder a run gets, and from which checkpoint it resumes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from ergo_rl.jobs.checkpoint_store import (
+    MANIFEST,
+    CheckpointConfig,
+    CheckpointStore,
+    DamagedCheckpoint,
+    RemoteStore,
+    step_of,
+    verify_checkpoint,
+)
 from ergo_rl.jobs.config import ConfigError, TrainConfig
-from ergo_rl.jobs.layout import CONFIG, ENDED
-from ergo_rl.jobs.saving.checkpoints import MANIFEST, DamagedCheckpoint, Shelf, check, step_of
-from ergo_rl.jobs.saving.copies import Copies
+from ergo_rl.jobs.run_paths import CHECKPOINTS, CONFIG, ENDED, POLICY
 
 AUTO, NEVER = "auto", "never"
-CHECKPOINTS = "checkpoints"
 _MAY_DIFFER = (
     "name", "runs_dir", "resume", "checkpoint", "recovery", "total_steps", "start_deadline_s", "samples_every",
     "embedded", "proof", "evaluation", "metrics", "guards", "cluster", "hardware",
@@ -35,28 +41,33 @@ _MAY_DIFFER = (
     *(f"learner.{key}" for key in ("ranks", "threads", "zero_stage", "stage3_persistence_threshold", "bucket_bytes",
                                    "micro_batch_tokens", "gradient_checkpointing", "collective_timeout_s")),
 )  # fmt: skip
-"""Keys (with all below them) that change how a run is done, but not what it learns from what it has learned."""
+"""Keys, with all below them, that may change on resume: they do not change what the policy learns."""
 
 
 @dataclass(slots=True)
-class Start:
-    """folder: of the run, locked while ``lock`` is open; checkpoint: a checked one to go on from; None: from step 0."""
+class ResumePoint:
+    """Where a run begins."""
 
     folder: Path
+    """Of the run."""
     checkpoint: Path | None
+    """A verified checkpoint to resume from; None: begin with step 0."""
     lock: IO[bytes]
+    """Locks the folder while it is open."""
 
 
-def find_start(config: TrainConfig) -> Start:
-    """``resume: auto`` goes on with the unfinished run of this name (the last of NAME, NAME-2, ...), unless another
-    process is at it; ``never`` begins a new one; a path or URL of a checkpoint, or of a run, begins a new one there.
+def find_resume_point(config: TrainConfig) -> ResumePoint:
+    """Find or create the folder of a run.
+
+    ``resume: auto`` resumes the unfinished run of this name (the last of NAME, NAME-2, ...), unless another process
+    runs it; ``never`` begins a new run; a path or URL of a checkpoint, or of a run, begins a new run from there.
 
     Raises ConfigError (naming the keys whose values do not fit), DamagedCheckpoint, OSError."""
     runs = Path(config.runs_dir)
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError(f"name {config.name!r} cannot be a folder name")
     if config.checkpoint.url:
-        Copies(config.checkpoint.url).probe()
+        RemoteStore(config.checkpoint.url).probe()
     if config.resume not in (AUTO, NEVER):
         return _branch(config, runs)
     if config.resume == AUTO and (start := _unfinished(config, runs)) is not None:
@@ -64,15 +75,16 @@ def find_start(config: TrainConfig) -> Start:
     return _fresh(runs, config.name)
 
 
-def copies_of(config: TrainConfig, folder: Path) -> Copies | None:
-    """Where the checkpoints of the run in ``folder`` are copied to."""
-    url = config.checkpoint.url
-    return Copies(f"{url.rstrip('/')}/{folder.name}") if url else None
+def remote_store(config: CheckpointConfig, folder: Path) -> RemoteStore | None:
+    """Return the store to which the checkpoints of the run in ``folder`` are copied, if there is one."""
+    url = config.url
+    return RemoteStore(f"{url.rstrip('/')}/{folder.name}") if url else None
 
 
 def differences(before: Any, config: TrainConfig) -> list[str]:
-    """``key (old, now new)`` of every value that must be the same to go on. before: a configuration as OmegaConf
-    loads it."""
+    """Return ``key (old, now new)`` of every value that must not change on resume.
+
+    before: a configuration as OmegaConf loads it."""
     now = _flat(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
     old = _flat(before)
     return [
@@ -82,55 +94,55 @@ def differences(before: Any, config: TrainConfig) -> list[str]:
     ]
 
 
-def _unfinished(config: TrainConfig, runs: Path) -> Start | None:
+def _unfinished(config: TrainConfig, runs: Path) -> ResumePoint | None:
     folder = next(reversed(list(_taken(runs, config.name))), None)
     if folder is None:
-        return _from_copies(config, runs / config.name)
+        return _from_remote(config, runs / config.name)
     if _done(folder):
         return None
     lock = _locked(folder)
     if lock is None:
         return None
-    checkpoint = Shelf(folder / CHECKPOINTS).newest()
-    if checkpoint is None and (copies := copies_of(config, folder)) is not None:
-        checkpoint = copies.fetch(Shelf(folder / CHECKPOINTS))
+    checkpoint = CheckpointStore(folder / CHECKPOINTS).newest()
+    if checkpoint is None and (remote := remote_store(config.checkpoint, folder)) is not None:
+        checkpoint = remote.download(CheckpointStore(folder / CHECKPOINTS))
     if checkpoint is None and (folder / CONFIG).exists() and differences(OmegaConf.load(folder / CONFIG), config):
         lock.close()
-        return None  # it has saved nothing and was another run: leave it as it is
+        return None  # it saved nothing and was configured otherwise: leave it as it is
     if checkpoint is not None:
         _must_fit(config, checkpoint, folder)
-    return Start(folder, checkpoint, lock)
+    return ResumePoint(folder, checkpoint, lock)
 
 
 def _done(folder: Path) -> bool:
-    """Runs of former versions have their policy and no ``ended.json``."""
+    """Whether the run is finished. Runs of former versions have a policy and no ``ended.json``."""
     ended = folder / ENDED
-    return bool(json.loads(ended.read_text())["done"]) if ended.exists() else (folder / "policy").exists()
+    return bool(json.loads(ended.read_text())["done"]) if ended.exists() else (folder / POLICY).exists()
 
 
-def _from_copies(config: TrainConfig, folder: Path) -> Start | None:
-    """A machine without the run's folder, but with a URL."""
-    copies = copies_of(config, folder)
-    if copies is None or not (names := copies.names()) or step_of(names[0]) >= config.total_steps:
+def _from_remote(config: TrainConfig, folder: Path) -> ResumePoint | None:
+    """Resume on a machine that has only the URL and not the run's folder."""
+    remote = remote_store(config.checkpoint, folder)
+    if remote is None or not (names := remote.names()) or step_of(names[0]) >= config.total_steps:
         return None
     start = _fresh(folder.parent, folder.name)
-    start.checkpoint = copies.fetch(Shelf(start.folder / CHECKPOINTS))
+    start.checkpoint = remote.download(CheckpointStore(start.folder / CHECKPOINTS))
     if start.checkpoint is not None:
         _must_fit(config, start.checkpoint, folder)
     return start
 
 
-def _branch(config: TrainConfig, runs: Path) -> Start:
+def _branch(config: TrainConfig, runs: Path) -> ResumePoint:
     where = Path(config.resume)
     if "://" in config.resume:
         start = _fresh(runs, config.name)
-        start.checkpoint = Copies(config.resume).fetch(Shelf(start.folder / CHECKPOINTS))
+        start.checkpoint = RemoteStore(config.resume).download(CheckpointStore(start.folder / CHECKPOINTS))
     elif (where / MANIFEST).exists():
-        check(where)
+        verify_checkpoint(where)
         start = _fresh(runs, config.name)
         start.checkpoint = where
     else:
-        found = Shelf(where / CHECKPOINTS).newest()
+        found = CheckpointStore(where / CHECKPOINTS).newest()
         start = _fresh(runs, config.name)
         start.checkpoint = found
     if start.checkpoint is None:
@@ -147,11 +159,11 @@ def _must_fit(config: TrainConfig, checkpoint: Path, run: Path) -> None:
     if wrong := differences(before, config):
         raise ConfigError(
             f"{run} holds a run that stands after step {step_of(checkpoint.name)} and has another {', '.join(wrong)}: "
-            "give the old values to go on with it, or resume=never to begin a new run"
+            "give the old values to resume it, or resume=never to begin a new run"
         )
 
 
-def _fresh(runs: Path, name: str) -> Start:
+def _fresh(runs: Path, name: str) -> ResumePoint:
     for number in range(1, 10_000):
         folder = runs / _numbered(name, number)
         try:
@@ -159,7 +171,7 @@ def _fresh(runs: Path, name: str) -> Start:
         except FileExistsError:
             continue
         if (lock := _locked(folder)) is not None:
-            return Start(folder, None, lock)
+            return ResumePoint(folder, None, lock)
     raise ConfigError(f"there are too many runs called {name!r} in {runs}")
 
 
@@ -175,7 +187,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _locked(folder: Path) -> IO[bytes] | None:
-    """None where another process is at this run. The lock goes with the process, however it ends.
+    """Lock a run; None where another process has locked it. The lock ends with the process, however that ends.
 
     Raises OSError where nothing can be written there."""
     file = (folder / ".lock").open("ab")

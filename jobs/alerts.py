@@ -1,4 +1,4 @@
-"""Alarms: known ways in which a run goes wrong while its reward still looks fine. Pure."""
+"""Alerts: known ways in which a run goes wrong while its reward still looks fine. Pure."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class GuardsConfig:
             raise ValueError(f"guards.window is {self.window}; at least 1 step")
 
 
-class Guards:
-    """Watches a run step by step."""
+class Alerts:
+    """Watches the metrics of a run step by step."""
 
     def __init__(self, config: GuardsConfig) -> None:
         self._config = config
@@ -40,8 +40,9 @@ class Guards:
         self._first_entropy: float | None = None
 
     def watch(self, metrics: Metrics) -> tuple[Metrics, dict[str, str]]:
-        """``alarm/...`` (1 where it is on, 0 where not; absent where it cannot be told) and a sentence for each that
-        is on, by its name. Nothing is on before a whole window was seen."""
+        """Return ``alarm/NAME`` (1 on, 0 off; absent where its metrics are) and a sentence for each that is on.
+
+        Nothing is on before a whole window was seen."""
         self._recent.append(metrics)
         if len(self._recent) < self._config.window:
             return {}, {}

@@ -11,7 +11,7 @@ import ray
 from ergo_rl.actors.rollout_worker import GroupResult, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Outcome, Question, Score, Unscored, Verdict
-from ergo_rl.jobs.credit import Crediting
+from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
 from ergo_rl.learners.advantages import AdvantageConfig, Credit, Terms
 from ergo_rl.learners.config import LearnerConfig, LossConfig
 
@@ -33,18 +33,18 @@ def group(*scores: Verdict, truncated: tuple[int, ...] = (), replies: tuple[int,
     return Group(0, Question("q", b"", "?", "ring"), GroupResult("q", facts), scores, ray.ObjectRef.nil())
 
 
-def crediting(loss: LossConfig | None = None, **advantages: object) -> Crediting:
+def crediting(loss: LossConfig | None = None, **advantages: object) -> AdvantageEstimator:
     config = AdvantageConfig(epsilon=0.0, **advantages)  # type: ignore[arg-type]
-    return Crediting(LearnerConfig(advantages=config, loss=loss or LossConfig()), WEIGHTS)
+    return AdvantageEstimator(LearnerConfig(advantages=config, loss=loss or LossConfig()), WEIGHTS)
 
 
-def test_one_advantage_for_a_trajectory() -> None:
+def test_batch_by_trajectory_has_an_advantage_per_trajectory() -> None:
     (batch,) = crediting().batch([group(score(0, 0), score(1, 0), score(1, 2), Unscored("timeout"))])
     assert batch.advantages[:3] == ((-1.0,), (0.0,), (1.0,)) and math.isnan(batch.advantages[3][0])
     assert batch.tokens == (112,) * 4
 
 
-def test_one_advantage_for_a_turn() -> None:
+def test_batch_by_turn_has_an_advantage_per_turn() -> None:
     """Turn 1 earned 0, 1, 2; turn 2 earned 1, 1, 1."""
     (batch,) = crediting(credit=Credit.TURN).batch([group(score(0, 0, 1), score(1, 0, 1), score(1, 2, 1))])
     assert batch.advantages == ((-1.0, 0.0), (0.0, 0.0), (1.0, 0.0))
@@ -57,7 +57,7 @@ def test_truncated_trajectories_leave_the_loss_and_stay_in_the_baseline() -> Non
     assert math.isnan(batch.advantages[0][0]) and batch.advantages[1:] == ((0.0,), (1.0,))
 
 
-def test_terms_for_themselves_are_scaled_over_the_step() -> None:
+def test_separate_terms_are_scaled_over_the_step() -> None:
     """Two groups of equal sums: in the first region and box differ, in the second nothing does. Advantages are -a, a,
     0, 0, their sample deviation a sqrt(2/3)."""
     terms = crediting(terms=Terms.NORMALISE_THEN_SUM)
@@ -66,18 +66,18 @@ def test_terms_for_themselves_are_scaled_over_the_step() -> None:
     assert second.advantages == ((0.0,), (0.0,))
 
 
-def test_what_teaches() -> None:
+def test_has_signal_when_advantages_differ_from_zero() -> None:
     equal, unlike = group(score(1, 0), score(0, 2)), group(score(1, 0), score(0, 0))
-    assert not crediting().teaches(equal) and crediting().teaches(unlike)
-    assert crediting(terms=Terms.NORMALISE_THEN_SUM).teaches(equal), "equal sums of unlike terms"
-    assert not crediting().teaches(group(Unscored("timeout"), Unscored("timeout")))
-    assert not crediting().teaches(group(score(1, 0), Unscored("timeout"))), "one scored member says nothing"
+    assert not crediting().has_signal(equal) and crediting().has_signal(unlike)
+    assert crediting(terms=Terms.NORMALISE_THEN_SUM).has_signal(equal), "equal sums of unlike terms"
+    assert not crediting().has_signal(group(Unscored("timeout"), Unscored("timeout")))
+    assert not crediting().has_signal(group(score(1, 0), Unscored("timeout"))), "one scored member says nothing"
     # the same totals, earned in other turns
     swapped = group(score(1, 0, 0), score(0, 0, 1))
-    assert not crediting().teaches(swapped) and crediting(credit=Credit.TURN).teaches(swapped)
+    assert not crediting().has_signal(swapped) and crediting(credit=Credit.TURN).has_signal(swapped)
 
 
-def test_a_group_that_is_too_old_weighs_less_for_each_version() -> None:
+def test_stale_group_weighs_less_for_each_version() -> None:
     """Sampled by version 0, rewards 1 and 0: advantages of +-sqrt(1/2) with the sample deviation."""
     old, half = group(score(1.0, 0.0), score(0.0, 0.0)), replace(crediting(), stale_weight=0.5)
     plain = 0.5**0.5

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from ergo_rl.jobs.stopping import Stop, Stopped
+from ergo_rl.jobs.shutdown import GracefulShutdown, Stopped
 from tests.conftest import ROOT
 
-VIEW: Any = SimpleNamespace(say=print, leave=lambda: None)
+CONSOLE: Any = SimpleNamespace(say=print, close=lambda: None)
 
 
-def test_work_that_is_waited_for_is_cancelled_and_what_is_done_counts() -> None:
+def test_run_or_stop_cancels_waiting_work_on_a_signal_and_returns_finished_work() -> None:
     cancelled = []
 
     async def work(seconds: float) -> str:
@@ -32,28 +32,28 @@ def test_work_that_is_waited_for_is_cancelled_and_what_is_done_counts() -> None:
         return "done"
 
     async def story() -> None:
-        with Stop.on_signals(VIEW) as stop:
-            assert await stop.unless(work(0)) == "done"
-            stop.check()
+        with GracefulShutdown.on_signals(CONSOLE) as shutdown:
+            assert await shutdown.run_or_stop(work(0)) == "done"
+            shutdown.raise_if_requested()
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(Stopped, match="stopped by SIGTERM") as caught:
-                await stop.unless(work(100))
+                await shutdown.run_or_stop(work(100))
             assert caught.value.number == signal.SIGTERM and cancelled == [100]
             with pytest.raises(Stopped):
-                stop.check()
+                shutdown.raise_if_requested()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     asyncio.run(story())
 
 
-def test_the_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     """Even where the first one is being obeyed slowly, in a thread that nobody can cancel."""
     script = tmp_path / "slow.py"
     script.write_text(
         "import asyncio, time\n"
-        "from tests.jobs.test_stopping import VIEW, Stop\n"
+        "from tests.jobs.test_shutdown import CONSOLE, GracefulShutdown\n"
         "async def main():\n"
-        "    with Stop.on_signals(VIEW):\n"
+        "    with GracefulShutdown.on_signals(CONSOLE):\n"
         "        print('up', flush=True)\n"
         "        await asyncio.to_thread(time.sleep, 60)\n"
         "asyncio.run(main())\n"

@@ -1,4 +1,4 @@
-"""From a step's scores to what the learner takes: advantages in place of scores. Pure."""
+"""From the scores of a step to the batch that the learner takes. Pure."""
 
 from __future__ import annotations
 
@@ -10,43 +10,61 @@ from itertools import islice
 
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Outcome, Unscored
-from ergo_rl.learners.advantages import Credit, Terms, normalise_over_step, term_advantages, turn_advantages
+from ergo_rl.learners.advantages import (
+    Credit,
+    Terms,
+    TurnAdvantages,
+    normalise_over_step,
+    term_advantages,
+    turn_advantages,
+)
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.learners.learner_group import TrainingGroup
 
-Advantages = Sequence[tuple[float, ...]]
-"""For each trajectory of a group those of its turns, or one for all of it; NaN leaves the loss."""
+GroupAdvantages = Sequence[TurnAdvantages]
+"""By trajectory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Crediting:
-    """How a step's trajectories are credited. weights: of the reward terms, by their names; stale_weight: of a group
-    for each version that it is too old."""
+class AdvantageEstimator:
+    """Computes advantages relative to the group, as ``learner.advantages`` says.
+
+    Example::
+
+        estimator = AdvantageEstimator(LearnerConfig(), {"region": 1.0, "box": 0.5})
+        batch = estimator.batch(groups, oldest=step - max_staleness)
+        await learners.update(batch)
+    """
 
     config: LearnerConfig
     weights: Mapping[str, float]
+    """Of the reward terms, by name."""
     stale_weight: float = 0.0
+    """Factor on the advantages of a group, once for each version by which it is too old."""
 
     def batch(self, groups: Sequence[Group], oldest: int = 0) -> list[TrainingGroup]:
-        """The scored groups of a step as the learner takes them; ``oldest``: the first version that is not too old."""
-        advantages: list[Advantages] = [self.advantages(group) for group in groups]
+        """Return the scored groups of a step as the learner takes them.
+
+        oldest: the first policy version that is not too old."""
+        advantages: list[GroupAdvantages] = [self.advantages(group) for group in groups]
         if self.config.advantages.terms is Terms.NORMALISE_THEN_SUM:
             advantages = list(normalise_over_step(advantages, self.config.advantages))
         return [
             TrainingGroup(
                 question_id=group.question.id,
                 trajectories=group.trajectories,
-                advantages=tuple(self._without_truncated(group, self._aged(group, mine, oldest))),
+                advantages=tuple(self._mask_truncated(group, self._discount_stale(group, mine, oldest))),
                 tokens=tuple(facts.prompt_tokens + sum(facts.reply_tokens) for facts in group.result.summaries),
             )
             for group, mine in zip(groups, advantages, strict=True)
         ]
 
-    def teaches(self, group: Group) -> bool:
-        """Whether any advantage of the group is other than 0: from the others nothing is learned."""
-        return any(advantage and not math.isnan(advantage) for one in self.advantages(group) for advantage in one)
+    def has_signal(self, group: Group) -> bool:
+        """Whether any advantage of the group differs from 0; nothing is learned from a group without one."""
+        return any(value and not math.isnan(value) for turns in self.advantages(group) for value in turns)
 
-    def advantages(self, group: Group) -> Advantages:
+    def advantages(self, group: Group) -> GroupAdvantages:
+        """Return the advantages of one group, before staleness, truncation and scaling over the step."""
         config = self.config.advantages
         if config.terms is Terms.NORMALISE_THEN_SUM:
             parts = [None if isinstance(score, Unscored) else score.parts for score in group.scores]
@@ -59,20 +77,20 @@ class Crediting:
         ]
         return turn_advantages(earned, config)
 
-    def _aged(self, group: Group, advantages: Advantages, oldest: int) -> Advantages:
+    def _discount_stale(self, group: Group, advantages: GroupAdvantages, oldest: int) -> GroupAdvantages:
         if (late := oldest - group.oldest_version) <= 0:
             return advantages
-        return [tuple(one * self.stale_weight**late for one in mine) for mine in advantages]
+        return [tuple(value * self.stale_weight**late for value in turns) for turns in advantages]
 
-    def _without_truncated(self, group: Group, advantages: Advantages) -> Advantages:
+    def _mask_truncated(self, group: Group, advantages: GroupAdvantages) -> GroupAdvantages:
         if not self.config.loss.mask_truncated:
             return advantages
         pairs = zip(group.result.summaries, advantages, strict=True)
         return [(math.nan,) if facts.outcome is Outcome.TRUNCATED else mine for facts, mine in pairs]
 
 
-def shuffled(groups: Sequence[Group], rng: random.Random) -> list[Group]:
-    """The same groups with their scores dealt out anew, across all of them."""
+def shuffle_scores(groups: Sequence[Group], rng: random.Random) -> list[Group]:
+    """Return the same groups with the scores of all of them dealt out at random: a control experiment."""
     scores = [score for group in groups for score in group.scores]
     rng.shuffle(scores)
     dealt = iter(scores)

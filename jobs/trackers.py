@@ -1,4 +1,5 @@
-"""Where the figures of a run go besides its own files: TensorBoard, Weights & Biases, MLflow, Prometheus.
+"""Experiment trackers, which get the metrics of a run besides its own files: TensorBoard, Weights & Biases, MLflow,
+Prometheus.
 
 Chosen by ``metrics.exporters``. The packages of W&B and MLflow are extras and imported here only. Addresses, accounts
 and keys are those of their own environment variables (WANDB_API_KEY, WANDB_ENTITY, WANDB_MODE; MLFLOW_TRACKING_URI):
@@ -15,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from ergo_rl.jobs.config import ConfigError, TrainConfig
-from ergo_rl.jobs.layout import CONFIG
-from ergo_rl.jobs.metrics import ExporterName, Metrics
+from ergo_rl.jobs.config import ConfigError
+from ergo_rl.jobs.metrics import ExporterName, Metrics, MetricsConfig
+from ergo_rl.jobs.run_paths import CONFIG
 
 _PACKAGES = {
     ExporterName.WANDB: ("wandb", "pip install 'ergo-rl[wandb]'"),
@@ -25,36 +26,38 @@ _PACKAGES = {
 }
 
 
-class Exporter(Protocol):
+class Tracker(Protocol):
     def log(self, step: int, metrics: Metrics) -> None:
-        """Figures of a step, or of an evaluation after ``step`` updates. Does not wait for a network."""
+        """Send the metrics of a step, or of an evaluation after ``step`` updates. Does not wait for a network."""
 
     def close(self, failed: bool) -> None: ...
 
 
-def require_packages(config: TrainConfig) -> None:
-    """Raises ConfigError where a chosen exporter is not installed: to be said before anything starts."""
-    for name in config.metrics.exporters:
+def require_packages(config: MetricsConfig) -> None:
+    """Raises ConfigError where a chosen tracker is not installed. Call it before anything starts."""
+    for name in config.exporters:
         package, how = _PACKAGES.get(name, ("", ""))
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(f"metrics.exporters has {name.value}, but the package {package} is not installed: {how}")
 
 
-def open_exporters(config: TrainConfig, folder: Path, step: int) -> list[Exporter]:
-    """For a run in ``folder`` that goes on from ``step``. Raises ConfigError where one does not start."""
-    kinds: dict[ExporterName, Callable[[TrainConfig, Path, int], Exporter]] = {
+def open_trackers(config: MetricsConfig, folder: Path, step: int) -> list[Tracker]:
+    """Open the chosen trackers for the run in ``folder``, which holds its ``config.yaml``.
+
+    step: that the run resumes from. Raises ConfigError where one does not start."""
+    kinds: dict[ExporterName, Callable[[MetricsConfig, Path, int], Tracker]] = {
         ExporterName.TENSORBOARD: TensorBoard,
         ExporterName.WANDB: WeightsAndBiases,
         ExporterName.MLFLOW: MLflow,
         ExporterName.PROMETHEUS: Prometheus,
     }
-    return [kinds[name](config, folder, step) for name in dict.fromkeys(config.metrics.exporters)]
+    return [kinds[name](config, folder, step) for name in dict.fromkeys(config.exporters)]
 
 
 class TensorBoard:
-    """What an earlier life of the run wrote behind ``step`` is hidden."""
+    """Hides events after ``step`` that the run wrote before it was stopped."""
 
-    def __init__(self, config: TrainConfig, folder: Path, step: int) -> None:
+    def __init__(self, config: MetricsConfig, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._events: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -68,21 +71,23 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run that is gone on with stays one run there. It takes no step twice by itself, so steps are a figure of their
-    own, drawn along x: those that are made again after a restart appear twice."""
+    """A resumed run stays one run there.
 
-    def __init__(self, config: TrainConfig, folder: Path, step: int) -> None:
+    W&B accepts no step twice, so the step is a metric of its own along the x axis: steps that are repeated after a
+    restart appear twice."""
+
+    def __init__(self, config: MetricsConfig, folder: Path, step: int) -> None:
         import wandb
         from omegaconf import OmegaConf
 
         try:
             self._run: Any = wandb.init(
-                project=config.metrics.project,
-                id=_remembered(folder / ".wandb-run", lambda: f"{folder.name}-{time.time_ns():x}"),
+                project=config.project,
+                id=_read_or_create_id(folder / ".wandb-run", lambda: f"{folder.name}-{time.time_ns():x}"),
                 name=folder.name,
                 dir=str(folder),
                 resume="allow",
-                config=OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),
+                config=OmegaConf.to_container(OmegaConf.load(folder / CONFIG)),
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
@@ -98,14 +103,14 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run that is gone on with stays one run there. MLflow sends in the background and logs what it could not."""
+    """A resumed run stays one run there. MLflow sends in the background and logs what it could not send."""
 
-    def __init__(self, config: TrainConfig, folder: Path, step: int) -> None:
+    def __init__(self, config: MetricsConfig, folder: Path, step: int) -> None:
         import mlflow
 
         self._client: Any = mlflow.MlflowClient()
         try:
-            self.run_id = _remembered(folder / ".mlflow-run", lambda: self._new_run(config.metrics.project, folder))
+            self.run_id = _read_or_create_id(folder / ".mlflow-run", lambda: self._new_run(config.project, folder))
             self._client.update_run(self.run_id, status="RUNNING")
         except mlflow.exceptions.MlflowException as error:
             raise ConfigError(f"metrics.exporters: mlflow did not start: {error}") from error
@@ -132,9 +137,9 @@ class MLflow:
 
 
 class Prometheus:
-    """Gauges at Ray's own metrics endpoint while the run goes on: ``ray_ergo_rl_reward_total{run="..."}``, ..."""
+    """Gauges at Ray's own metrics endpoint while the run lasts: ``ray_ergo_rl_reward_total{run="..."}``, ..."""
 
-    def __init__(self, config: TrainConfig, folder: Path, step: int) -> None:
+    def __init__(self, config: MetricsConfig, folder: Path, step: int) -> None:
         self._tags = {"run": folder.name}
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -142,7 +147,7 @@ class Prometheus:
             _gauge(gauge_name(name)).set(value, self._tags)
 
     def close(self, failed: bool) -> None:
-        """They end with the driver."""
+        """Gauges end with the driver."""
 
 
 def gauge_name(metric: str) -> str:
@@ -157,8 +162,8 @@ def _gauge(name: str) -> Any:
     return Gauge(name, description="ergo-rl: docs/metrics.md", tag_keys=("run",))
 
 
-def _remembered(path: Path, new: Callable[[], str]) -> str:
-    """What the run is called elsewhere; asked for once."""
+def _read_or_create_id(path: Path, new: Callable[[], str]) -> str:
+    """Return the id of the run at a tracker; created once and kept in the run's folder."""
     if not path.is_file():
         path.write_text(new())
     return path.read_text()

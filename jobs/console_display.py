@@ -1,4 +1,4 @@
-"""The live view in the terminal: what is being waited for, the reward curve, the times of each phase."""
+"""What a run shows on the console: what it waits for, the curves, the time of each phase."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ _SHOWN = (
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """The last ``width`` values as bars, scaled between their least and greatest."""
+    """Draw the last ``width`` values as bars, scaled between their minimum and maximum."""
     shown = values[-width:]
     low, high = min(shown), max(shown)
     span = (high - low) or 1.0
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in shown)
 
 
-class View:
-    """On a terminal one picture that renews itself; elsewhere (a log, a pipe) a line per step."""
+class ConsoleDisplay:
+    """A line per step; or, with ``live`` on a terminal, one panel that renews itself."""
 
-    def __init__(self, name: str, total_steps: int, folder: Path) -> None:
+    def __init__(self, name: str, total_steps: int, folder: Path, live: bool = False) -> None:
         self.console = Console()
+        self._is_live = live and self.console.is_terminal
         self._name, self._folder = name, folder
         self._history: dict[str, list[float]] = {}
         self._latest: Metrics = {}
@@ -65,18 +66,18 @@ class View:
         self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._render)
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self._is_live:
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.leave()
+        self.close()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Give the terminal back."""
-        if self.console.is_terminal:
+        if self._is_live:
             self._live.stop()
 
     def say(self, message: str) -> None:
@@ -84,26 +85,26 @@ class View:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Say what takes long, and how long it took."""
+        """Say what the block waits for, and how long it took."""
         self.say(f"[cyan]…[/cyan] {what}")
         started = self._progress.get_time()
         yield
         self.say(f"[green]✓[/green] {what} [dim]({self._progress.get_time() - started:.1f} s)[/dim]")
 
     def warn(self, sentences: Mapping[str, str]) -> None:
-        """What is wrong now, by its name; empty where nothing is."""
-        if not self.console.is_terminal:
+        """Show what is wrong now, a sentence by name; empty where nothing is."""
+        if not self._is_live:
             for name in sentences.keys() - self._warnings.keys():
                 self.say(f"[bold red]alarm:[/bold red] {sentences[name]}")
         self._warnings = sentences
 
     def rewind(self, step: int, metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> None:
-        """The picture as it was after ``step`` steps."""
+        """Show the curves as they were after ``step`` steps."""
         self._history = {}
-        for one in (*metrics, *evaluations):
+        for record in (*metrics, *evaluations):
             for _, name in _SHOWN:
-                if name in one:
-                    self._history.setdefault(name, []).append(one[name])
+                if name in record:
+                    self._history.setdefault(name, []).append(record[name])
         self._progress.update(self._task, completed=step)
 
     def show(self, step: int, metrics: Metrics) -> None:
@@ -112,7 +113,7 @@ class View:
             if name in metrics:
                 self._history.setdefault(name, []).append(metrics[name])
         self._progress.update(self._task, completed=step + 1)
-        if not self.console.is_terminal:
+        if not self._is_live:
             shown = [f"{label} {metrics[name]:.3g}" for label, name in _SHOWN if name in metrics]
             self.say(f"step {step + 1:4d}  " + "  ".join(shown))
 
@@ -120,7 +121,7 @@ class View:
         for label, name in (("held-out coverage", "eval/coverage"), ("held-out accuracy", "eval/accuracy")):
             if name in metrics:
                 self._history.setdefault(name, []).append(metrics[name])
-                if not self.console.is_terminal:
+                if not self._is_live:
                     self.say(f"after {step} steps: {label} {metrics[name]:.1%}")
 
     def _render(self) -> Group:

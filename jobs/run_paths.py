@@ -1,11 +1,14 @@
-"""Names in a run's folder that more than one reader knows. Imports nothing, so that looking at a run is quick."""
+"""Names in the folder of a run. Imports nothing, so that looking at a run is quick."""
 
 from __future__ import annotations
 
 CONFIG = "config.yaml"
 """A recipe: ``load_config`` reads it."""
 ENDED = "ended.json"
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+METRICS, EVALUATIONS, QUESTIONS = "metrics.jsonl", "evaluations.jsonl", "questions.jsonl"
+RECORDS = (METRICS, EVALUATIONS, QUESTIONS)
+"""Files with a line per step; a checkpoint holds a copy of each."""
+CHECKPOINTS = "checkpoints"
 POLICY = "policy"
 """The policy after the last step, a Hugging Face folder."""
 RECIPE = "ergo-rl.yaml"
@@ -15,7 +18,8 @@ GROUP, TRAJECTORIES, VIEW = "group.json", "trajectories.jsonl", "view.png"
 """In a folder of samples; ``GROUP`` is written last."""
 
 
-def folder_of(step: int) -> str:
+def step_folder(step: int) -> str:
+    """Name of a folder that belongs to a step, of checkpoints and of samples."""
     return f"step-{step:06d}"
 
 

@@ -1,7 +1,7 @@
-"""The proof that every engine holds the learner's weights: log-probs, not parameters.
+"""Check that every engine holds the learner's weights, by log-probs instead of parameters.
 
-After each publish every engine plays one question it has seen before (the same prompt, the same images), and the
-learner computes the log-probs of what was sampled. A stale prefix cache, a stale vision-encoder cache or a stale
+After a publish every engine answers one question that it has seen before (the same prompt, the same images), and the
+learner computes the log-probs of the sampled tokens. A stale prefix cache, a stale vision-encoder cache or a stale
 packed head changes the engine's log-probs by 0.05 to 0.1 nats, while its parameters look right.
 """
 
@@ -22,15 +22,22 @@ from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.learners.learner_group import LearnerGroup
 from ergo_rl.questions.dataset import DatasetError
 
-MOST_TRIED = 64
+MAX_PROBES = 64
 
 
 class WeightsDiffer(ErgoError, RuntimeError):
     """An engine does not hold the learner's weights."""
 
 
-class Proof:
-    """One probe question, played a few times by every engine after each publish."""
+class WeightCheck:
+    """One probe question, answered a few times by every engine after each publish.
+
+    Example::
+
+        check = await WeightCheck.prepare(rollouts, learners, questions, config.proof)
+        await weights.publish(version=1)
+        metrics = await check.measure(version=1)  # raises WeightsDiffer
+    """
 
     def __init__(self, rollouts: RolloutPool, learners: LearnerGroup, question: Question, config: ProofConfig) -> None:
         self._rollouts, self._learners, self._question, self._config = rollouts, learners, question, config
@@ -42,41 +49,41 @@ class Proof:
         learners: LearnerGroup,
         questions: Iterable[Question],
         config: ProofConfig,
-    ) -> Proof:
-        """With the first of ``questions`` that can be played. Raises DatasetError where none of the first 64 can."""
-        why = "there are none"
-        for question in islice(questions, MOST_TRIED):
+    ) -> WeightCheck:
+        """Choose the first of ``questions`` that can be played. Raises DatasetError where none of the first 64 can."""
+        reason = "there are none"
+        for question in islice(questions, MAX_PROBES):
             answer = await rollouts.rollout(question, seed=0, samples=1)
             if not isinstance(answer, SkippedQuestion):
                 return cls(rollouts, learners, question, config)
-            why = f"the last one, {answer.question_id!r}: {answer.reason}"
-        raise DatasetError(f"none of the first {MOST_TRIED} questions could be played; {why}")
+            reason = f"the last one, {answer.question_id!r}: {answer.reason}"
+        raise DatasetError(f"none of the first {MAX_PROBES} questions could be played; {reason}")
 
     async def measure(self, version: int) -> Metrics:
-        """Mean and largest absolute difference (nats) per sampled token, over all engines.
+        """Return the mean and largest absolute difference (nats) per sampled token, over all engines.
 
-        Raises WeightsDiffer above the tolerance, or when an engine plays for another version."""
+        Raises WeightsDiffer above the tolerance, or when an engine samples with another version."""
         plays = await self._rollouts.rollout_everywhere(self._question, seed=version, samples=self._config.replies)
         differences = []
         for worker, trajectories in enumerate(plays):
-            if stale := {turn.policy_version for one in trajectories for turn in one.turns} - {version}:
+            if stale := {turn.policy_version for trajectory in trajectories for turn in trajectory.turns} - {version}:
                 raise WeightsDiffer(
-                    f"rollout worker {worker} played for versions {sorted(stale)} after version {version}"
+                    f"rollout worker {worker} sampled with versions {sorted(stale)} after version {version}"
                 )
             ours = await self._learners.logprobs(ray.put(trajectories))
             differences.append(mismatch(trajectories, ours))
-        every = np.concatenate(differences)
-        mean, most = float(every.mean()), float(every.max())
+        all_tokens = np.concatenate(differences)
+        mean, largest = float(all_tokens.mean()), float(all_tokens.max())
         if not mean <= self._config.tolerance:  # NaN must not pass
             raise WeightsDiffer(
                 f"after publishing version {version} the engines' log-probs differ from the learner's by {mean:.2e} "
-                f"nats on average ({most:.2e} at most), more than proof.tolerance = {self._config.tolerance:.0e}: "
+                f"nats on average ({largest:.2e} at most), more than proof.tolerance = {self._config.tolerance:.0e}: "
                 "stale weights or caches"
             )
-        return {"proof/mismatch_mean": mean, "proof/mismatch_max": most, "proof/tokens": float(every.size)}
+        return {"proof/mismatch_mean": mean, "proof/mismatch_max": largest, "proof/tokens": float(all_tokens.size)}
 
 
 def mismatch(trajectories: Sequence[Trajectory], ours: Sequence[np.ndarray]) -> np.ndarray:
-    """float32[all sampled tokens]: absolute differences between the engine's and our log-probs."""
-    theirs = [one.logprobs[one.loss_mask] for one in trajectories]
+    """Return float32[all sampled tokens]: absolute differences between the engine's and the learner's log-probs."""
+    theirs = [trajectory.logprobs[trajectory.loss_mask] for trajectory in trajectories]
     return np.concatenate([np.abs(a - b) for a, b in zip(theirs, ours, strict=True)])
