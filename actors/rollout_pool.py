@@ -10,13 +10,14 @@ from typing import Any
 
 import ray
 
-from ergo_rl.actors.rollout_worker import Manner, Played, RolloutConfig, RolloutWorker, SamplingConfig, Unplayable
+from ergo_rl.actors.config import RolloutConfig, SamplingConfig
+from ergo_rl.actors.rollout_worker import Manner, Played, RolloutWorker, Unplayable
 from ergo_rl.cluster.broadcast import NotDelivered, Published
 from ergo_rl.cluster.buckets import Layout
 from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.pool import Faults, Pool
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.episodes.config import EpisodeConfig
 from ergo_rl.episodes.types import Box, Question, Trajectory
 
 ROLE = "rollout"
@@ -53,8 +54,8 @@ class RolloutPool:
         async def catch_up(worker: Any) -> None:
             await self._catch_up(worker)
 
-        faults = Faults(config.restarts, config.stall_s, config.backoff_s)
-        self = cls(Pool(spawn, config.size.least, faults, "rollout workers", catch_up), config, cluster)
+        faults = Faults(config.restarts, config.hang_timeout_s, config.backoff_s)
+        self = cls(Pool(spawn, config.size.min, faults, "rollout workers", catch_up), config, cluster)
         return self
 
     async def _catch_up(self, worker: Any) -> None:

@@ -25,7 +25,8 @@ from typing import Any
 from benchmarks.reporting import cpu_seconds, parser_of, report, spread
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weights import WeightChannel
-from ergo_rl.episodes.questions import OnBadRow, QuestionStream
+from ergo_rl.episodes.config import OnBadRow
+from ergo_rl.episodes.questions import QuestionStream
 from ergo_rl.jobs.commands import DEFAULT_RECIPE, launch_players
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.jobs.credit import Crediting

@@ -38,15 +38,15 @@ import numpy as np
 import ray
 
 from benchmarks.reporting import parser_of, report, spread
+from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import RolloutConfig
 from ergo_rl.cluster.buckets import Bucket, Layout
-from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.cluster.config import ClusterConfig, EngineConfig, Transport, WeightsConfig
 from ergo_rl.cluster.meeting import Meeting
-from ergo_rl.cluster.placement import Cluster, ClusterConfig
+from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.shared_memory import SharedFile, SharedFiles
-from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.cluster.weights import WeightChannel
+from ergo_rl.episodes.config import EpisodeConfig
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.learners.learner_group import LearnerGroup
 

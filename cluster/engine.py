@@ -14,13 +14,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ergo_rl.cluster.buckets import Bucket, Layout
+from ergo_rl.cluster.config import EngineConfig
 from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.pool import WorkerDied
 from ergo_rl.cluster.shared_memory import SharedFile, SharedFiles
@@ -33,42 +34,6 @@ _ATTEMPTS = 4
 """vLLM ends a request with "error", or with an EngineGenerateError ("recoverable"), where another attempt may do: so
 when its two caches of processed images have drifted apart, because a request was cancelled on its way between them, or
 while that is mended; the next attempt sends the image again."""
-
-
-@dataclass
-class EngineConfig:
-    model: str = ""
-    """Local folder or hub name."""
-    dtype: str = "auto"
-    """auto | float32 | bfloat16 | float16."""
-    max_model_len: int = 4096
-    """Longest conversation in tokens, visual tokens included. Longer prompts are refused, never cut."""
-    max_num_seqs: int = 64
-    """Sequences that the engine decodes at once."""
-    threads: int = 1
-    """CPU threads of the engine's compute."""
-    kv_cache_gib: int = 1
-    """KV cache on CPU, whole GiB (vLLM's VLLM_CPU_KVCACHE_SPACE)."""
-    gpu_memory_utilization: float = 0.85
-    """Share of one GPU that this engine may use."""
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = True
-    """No graph capture: quicker start, slower decoding. Set false for long runs on GPUs."""
-    prefix_caching: bool = True
-    """Turn 2 re-uses the prompt and reply of turn 1."""
-    start_deadline_s: float = 600.0
-    """An engine that is not up by then counts as failed."""
-    sleep: bool = False
-    """Give the GPU's memory back between a step's last reply and the next weights (vLLM's sleep level 1: weights go to
-    main memory, the KV cache is dropped), for a learner on the same GPU. On a CPU it pauses and gives nothing back."""
-    trust_remote_code: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further vLLM engine arguments, passed on as they are."""
-
-    @property
-    def processes(self) -> int:
-        """Worker processes that hold weights."""
-        return self.tensor_parallel_size * int(self.extra.get("pipeline_parallel_size", 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,12 @@ own."""
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What a pool does about workers that fail. restarts: replacements before it gives up; stall_s: a worker that has
-    work and finishes none of it for so long counts as dead; backoff_s: wait before the second replacement in a row,
-    doubled each time, ``LONGEST_BACKOFF_S`` at most (a call that succeeds ends the row)."""
+    """What a pool does about workers that fail. restarts: replacements before it gives up; hang_timeout_s: a worker
+    that has work and finishes none of it for so long counts as dead; backoff_s: wait before the second replacement in a
+    row, doubled each time, ``LONGEST_BACKOFF_S`` at most (a call that succeeds ends the row)."""
 
     restarts: int = 3
-    stall_s: float = 900.0
+    hang_timeout_s: float = 900.0
     backoff_s: float = 2.0
 
 
@@ -251,16 +251,16 @@ class Pool:
                 await self._changed.wait()
 
     async def _watched(self, worker: _Worker, answer: ray.ObjectRef) -> Any:
-        """The answer, unless the worker hangs: it has work, and no call of it has ended for ``stall_s``."""
+        """The answer, unless the worker hangs: it has work, and no call of it has ended for ``hang_timeout_s``."""
         if worker.load == 0:
             worker.progress = time.monotonic()
         worker.load += 1
         waiting = asyncio.ensure_future(_awaited(answer))
         try:
             while not waiting.done():
-                left = worker.progress + self._faults.stall_s - time.monotonic()
+                left = worker.progress + self._faults.hang_timeout_s - time.monotonic()
                 if left <= 0:
-                    raise _Hung(f"it finished nothing for {self._faults.stall_s:.0f} s")
+                    raise _Hung(f"it finished nothing for {self._faults.hang_timeout_s:.0f} s")
                 await asyncio.wait({waiting}, timeout=left)
             failure = waiting.exception()
             if isinstance(failure, RayTaskError):

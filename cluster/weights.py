@@ -13,64 +13,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Protocol
 
 import ray
 
 from ergo_rl.cluster.broadcast import Broadcast, NotDelivered, Receivers, Sender
-from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.config import Transport, WeightsConfig
 
 logger = logging.getLogger(__name__)
-
-
-class Transport(StrEnum):
-    AUTO = "auto"
-    OBJECT_STORE = "object_store"
-    BROADCAST = "broadcast"
-    IPC = "ipc"
-
-
-@dataclass
-class WeightsConfig:
-    """How weights get from the learner into the engines."""
-
-    transport: Transport = Transport.AUTO
-    """object_store: every engine pulls them by itself | broadcast: one collective to all of them, NCCL on GPUs (not yet
-    run by this project), gloo on CPUs | ipc: from memory to memory on one machine, CUDA IPC where roles share GPUs (not
-    yet run by this project), shared memory where they have none; what these two cannot deliver goes through the object
-    store | auto: broadcast where the learner's ranks and the rollout workers have GPUs of their own, ipc where they
-    share GPUs, else object_store."""
-    timeout_s: float = 120.0
-    """In a broadcast or ipc: who waits longer than this for another process gives it up, seconds. vLLM before 0.32
-    finishes running replies first, which counts."""
-
-    def for_roles(self, *roles: Resources) -> WeightsConfig:
-        """The same with ``auto`` decided, for actors with these resources. A share of a GPU is not one's own: NCCL
-        takes no two ranks on one, and CUDA IPC does not leave it.
-
-        Raises ValueError for a transport that cannot be between such roles."""
-        own = all(one.gpus >= 1 for one in roles)
-        shared = all(0 < one.gpus < 1 for one in roles)
-        without = all(one.gpus == 0 for one in roles)
-        shares = ", ".join(f"{one.gpus:g}" for one in roles)
-        if self.transport is Transport.BROADCAST and not (own or without):
-            raise ValueError(
-                "weights.transport=broadcast needs learner.resources.gpus and rollout.resources.gpus both 0 (gloo) or "
-                f"both at least 1 (NCCL, a GPU for every process), got {shares}; set weights.transport=object_store"
-            )
-        if self.transport is Transport.IPC and not (shared or without):
-            raise ValueError(
-                "weights.transport=ipc needs learner.resources.gpus and rollout.resources.gpus both 0 (shared memory) "
-                f"or both between 0 and 1 (CUDA IPC on the GPU that they share), got {shares}; set "
-                "weights.transport=object_store"
-            )
-        if self.transport is not Transport.AUTO:
-            return self
-        return replace(
-            self, transport=Transport.BROADCAST if own else Transport.IPC if shared else Transport.OBJECT_STORE
-        )
 
 
 class WeightSource(Sender, Protocol):

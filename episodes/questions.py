@@ -11,8 +11,7 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ergo_rl.episodes import images
+from ergo_rl.episodes.config import OnBadRow, QuestionsConfig
 from ergo_rl.episodes.families import FAMILIES, ModelFamily
-from ergo_rl.episodes.images import MAX_PIXELS
 from ergo_rl.episodes.types import Box, Question
 
 logger = logging.getLogger(__name__)
@@ -44,27 +43,6 @@ _WARNINGS = 10
 """Bad rows that are logged one by one; later ones are only counted."""
 _SHOWN = 200
 """Characters of a value that a message shows."""
-
-
-class OnBadRow(StrEnum):
-    SKIP = "skip"
-    ERROR = "error"
-
-
-@dataclass
-class QuestionsConfig:
-    paths: list[str] = field(default_factory=list)
-    """Parquet files; their rows are one data set."""
-    image_root: str = ""
-    """Folder that image paths are relative to and may not leave; empty: the folder of the Parquet file."""
-    seed: int = 0
-    """Seed of the order."""
-    shuffle: bool = True
-    """Row groups in a new order each epoch, and the rows within each; false: the order of the files."""
-    on_bad_row: OnBadRow = OnBadRow.SKIP
-    """skip: leave the row out, count it and log it; error: stop at the first one."""
-    max_image_pixels: int = MAX_PIXELS
-    """A larger image is a bad row."""
 
 
 class DatasetError(ValueError):

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.cluster.resources import Size
+from ergo_rl.cluster.config import Size
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.jobs.view import View
 
@@ -34,7 +34,7 @@ class Decider:
     """The rule. Pure: what it saw is handed in, what it answers is done by ``Scaler``."""
 
     def __init__(self, size: Size) -> None:
-        self._size, self._ceiling = size, size.most
+        self._size, self._ceiling = size, size.max
         self._workers = 0
         self._seen: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._before: float | None = None
@@ -49,18 +49,18 @@ class Decider:
             self._seen.clear()
             return workers  # the first step has a share of both
         self._seen.append((rollout_s, step_s))
-        if not self._size.least <= workers <= self._size.most:  # somebody asked for it with ``ergo-rl scale``
-            return min(max(workers, self._size.least), self._size.most) if len(self._seen) == WINDOW else workers
+        if not self._size.min <= workers <= self._size.max:  # somebody asked for it with ``ergo-rl scale``
+            return min(max(workers, self._size.min), self._size.max) if len(self._seen) == WINDOW else workers
         if len(self._seen) < WINDOW:
             return workers
         before, self._before = self._before, None
         if before is not None and self._played() > (1 - LEAST_GAIN) * before:
-            self._ceiling = max(workers - 1, self._size.least)
+            self._ceiling = max(workers - 1, self._size.min)
             return self._ceiling
         share = self._played() / max(1e-9, sum(step for _, step in self._seen) / WINDOW)
         if share > GROW_ABOVE and workers < self._ceiling:
             return workers + 1
-        if share < SHRINK_BELOW and workers > self._size.least:
+        if share < SHRINK_BELOW and workers > self._size.min:
             return workers - 1
         return workers
 
@@ -120,7 +120,7 @@ class Scaler:
 async def scaling(rollouts: RolloutPool, view: View) -> AsyncIterator[Scaler | None]:
     """None where the number of workers is fixed."""
     size = rollouts.config.size
-    if size.least == size.most:
+    if size.min == size.max:
         yield None
         return
     scaler = Scaler(rollouts, view)

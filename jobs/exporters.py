@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.config import ConfigError, ExporterName, TrainConfig
 from ergo_rl.jobs.layout import CONFIG
-from ergo_rl.jobs.metrics import ExporterName, Metrics
+from ergo_rl.jobs.metrics import Metrics
 
 _PACKAGES = {
     ExporterName.WANDB: ("wandb", "pip install 'ergo-rl[wandb]'"),

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import Unplayable, stable_seed, without_image
 from ergo_rl.actors.trajectory_store import Group, TrajectoryStore
-from ergo_rl.episodes.questions import BadRow, Cursor, OnBadRow, QuestionStream
+from ergo_rl.episodes.config import OnBadRow
+from ergo_rl.episodes.questions import BadRow, Cursor, QuestionStream
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.rewards.reward_pool import RewardPool

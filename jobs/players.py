@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import httpx
 
+from ergo_rl.actors.config import SamplingConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import Manner, RolloutWorker, SamplingConfig, Unplayable
+from ergo_rl.actors.rollout_worker import Manner, RolloutWorker, Unplayable
 from ergo_rl.cluster.engine import EngineDied
 from ergo_rl.episodes.coarse_to_fine import CoarseToFine
 from ergo_rl.episodes.extensions import imported

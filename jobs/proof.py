@@ -17,7 +17,7 @@ from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import Unplayable
 from ergo_rl.episodes.questions import DatasetError
 from ergo_rl.episodes.types import Question, Trajectory
-from ergo_rl.jobs.config import ProofConfig
+from ergo_rl.jobs.config import WeightCheckConfig
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.learners.learner_group import LearnerGroup
 
@@ -31,7 +31,9 @@ class WeightsDiffer(RuntimeError):
 class Proof:
     """One probe question, played a few times by every engine after each publish."""
 
-    def __init__(self, rollouts: RolloutPool, learners: LearnerGroup, question: Question, config: ProofConfig) -> None:
+    def __init__(
+        self, rollouts: RolloutPool, learners: LearnerGroup, question: Question, config: WeightCheckConfig
+    ) -> None:
         self._rollouts, self._learners, self._question, self._config = rollouts, learners, question, config
 
     @classmethod
@@ -40,7 +42,7 @@ class Proof:
         rollouts: RolloutPool,
         learners: LearnerGroup,
         questions: Iterable[Question],
-        config: ProofConfig,
+        config: WeightCheckConfig,
     ) -> Proof:
         """With the first of ``questions`` that can be played. Raises DatasetError where none of the first 64 can."""
         why = "there are none"
@@ -69,8 +71,8 @@ class Proof:
         if not mean <= self._config.tolerance:  # NaN must not pass
             raise WeightsDiffer(
                 f"after publishing version {version} the engines' log-probs differ from the learner's by {mean:.2e} "
-                f"nats on average ({most:.2e} at most), more than proof.tolerance = {self._config.tolerance:.0e}: "
-                "stale weights or caches"
+                f"nats on average ({most:.2e} at most), more than weight_check.tolerance = "
+                f"{self._config.tolerance:.0e}: stale weights or caches"
             )
         return {"proof/mismatch_mean": mean, "proof/mismatch_max": most, "proof/tokens": float(every.size)}
 

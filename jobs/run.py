@@ -98,7 +98,7 @@ class Run:
         step = 0 if checkpoint is None else step_of(checkpoint.name)
         self._records = {name: (self.folder / name).open("a", encoding="utf-8", buffering=1) for name in RECORDS}
         self._exporters = open_exporters(self.config, self.folder, step)
-        self._guards, self._alarms = Guards(self.config.guards), set[str]()
+        self._guards, self._alarms = Guards(self.config.alerts), set[str]()
         metrics, self._evaluations = self._lines("metrics.jsonl"), self._lines("evaluations.jsonl")
         for one in metrics:
             self._guards.watch(one)

@@ -96,7 +96,7 @@ async def live(
         return credit.teaches(group) or unscored_share([group]) > config.reward.unscored_tolerance
 
     await weights.publish(version=state.step)
-    proof = await Proof.prepare(rollouts, learners, probes, config.proof)
+    proof = await Proof.prepare(rollouts, learners, probes, config.weight_check)
     await proof.measure(version=state.step)
     async with flowing(flow), keeper.kept(), scaling(rollouts, run.view) as scaler:
         if run.evaluation_due(state.step):
@@ -120,7 +120,7 @@ async def live(
                 with report.timed("publish"):
                     last = step + 1 == config.total_steps
                     await weights.publish(version=step + 1, wait=last or config.max_staleness == 0)
-                if config.proof.due(step + 1, config.total_steps):
+                if config.weight_check.due(step + 1, config.total_steps):
                     await weights.settled()
                     with report.timed("proof"):
                         report.add(await proof.measure(version=step + 1))

@@ -48,7 +48,7 @@ def pace(config: TrainConfig, policy: Shape, judge: Shape | None) -> Pace:
     width = 2 if config.learner.dtype is Dtype.BFLOAT16 else 4
 
     playing = _engine_s(policy, tokens - replies, replies, played, rollout.engine.max_num_seqs,
-                        rollout.engine.tensor_parallel_size, rollout.size.most, flops, bandwidth)  # fmt: skip
+                        rollout.engine.tensor_parallel_size, rollout.size.max, flops, bandwidth)  # fmt: skip
     judging = 0.0
     if judge is not None and config.reward.verifier.backend is Backend.ENGINE:
         verifier = config.reward.verifier

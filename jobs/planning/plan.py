@@ -105,7 +105,7 @@ def _processes(config: TrainConfig, policy: Shape, judge: Shape | None) -> tuple
     picture = largest_picture(config.episode)
     gpus = rollout.resources.gpus
     needs = engine_needs(policy, rollout.engine, picture, memory if gpus else None)
-    add_engines("rollout", rollout.size.most, gpus, needs)
+    add_engines("rollout", rollout.size.max, gpus, needs)
     gpus = reward.resources.gpus
     if judge is not None:
         crop = min(config.episode.fine_tokens, reward.verifier.max_visual_tokens)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ergo_rl.episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.coarse_to_fine import CoarseToFine
+from ergo_rl.episodes.config import EpisodeConfig
 from ergo_rl.episodes.families import ModelFamily, Tokenizer
 from ergo_rl.episodes.lessons import LEGIBLE_AREA, Pointing, crop_anywhere, crop_view, crop_with, point
 from ergo_rl.episodes.panels import PROMPTS, VIEW_TOKENS, PanelScene, PanelsConfig, Split, ask, question, scene

@@ -12,15 +12,14 @@ import pytest
 import ray
 
 from ergo_rl.actors import rollout_pool
+from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import RolloutConfig
 from ergo_rl.cluster.buckets import Layout
-from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.cluster.config import EngineConfig, Resources, Transport, WeightsConfig
 from ergo_rl.cluster.meeting import Meeting
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.resources import Resources
-from ergo_rl.cluster.weights import Transport, WeightChannel, WeightsConfig
-from ergo_rl.episodes.coarse_to_fine import EpisodeConfig
+from ergo_rl.cluster.weights import WeightChannel
+from ergo_rl.episodes.config import EpisodeConfig
 
 LAYOUT = Layout(("w",), ("int64",), ((),), (8,))
 

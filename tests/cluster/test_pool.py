@@ -71,9 +71,9 @@ class Clerk:
 Story = Callable[[Pool], Coroutine[Any, Any, None]]
 
 
-def run(story: Story, size: int = 2, restarts: int = 3, prepare: Any = None, stall_s: float = 60.0) -> None:
+def run(story: Story, size: int = 2, restarts: int = 3, prepare: Any = None, hang_timeout_s: float = 60.0) -> None:
     async def play() -> None:
-        faults = Faults(restarts, stall_s, backoff_s=0.1)
+        faults = Faults(restarts, hang_timeout_s, backoff_s=0.1)
         pool = Pool(lambda index: Clerk.remote(index), size, faults, "clerks", prepare)
         try:
             await pool.ready(60)
@@ -143,7 +143,7 @@ def test_the_others_go_on_while_there_is_no_room_for_a_replacement(ray_cluster: 
         return Clerk.options(num_cpus=0.01 if len(made) < 3 else 5000).remote(index)  # type: ignore[attr-defined]
 
     async def story() -> None:
-        pool = Pool(spawn, 2, Faults(restarts=1, stall_s=60, backoff_s=0.1), "clerks")
+        pool = Pool(spawn, 2, Faults(restarts=1, hang_timeout_s=60, backoff_s=0.1), "clerks")
         try:
             await pool.ready(60)
             pids = {pid: index for index, _, pid in await pool.call_all("who")}
@@ -213,16 +213,14 @@ def test_ready_gives_up_with_the_numbers(ray_cluster: Cluster) -> None:
 
 
 def test_a_gang_that_cannot_be_held_is_refused_with_the_numbers(ray_cluster: Cluster) -> None:
-    from ergo_rl.cluster.placement import ClusterConfig
-    from ergo_rl.cluster.resources import Resources
+    from ergo_rl.cluster.config import ClusterConfig, Resources
 
     with pytest.raises(TimeoutError, match=r"did not offer 2 x \{'CPU': 5000.*free now: \{'CPU'"):
         asyncio.run(Cluster(ClusterConfig(wait_s=0.2)).reserve("giants", 2, Resources(cpus=5000)))
 
 
 def test_the_loop_goes_on_while_places_are_waited_for(ray_cluster: Cluster) -> None:
-    from ergo_rl.cluster.placement import ClusterConfig
-    from ergo_rl.cluster.resources import Resources
+    from ergo_rl.cluster.config import ClusterConfig, Resources
 
     async def story() -> None:
         waiting = asyncio.create_task(Cluster(ClusterConfig(wait_s=3)).reserve("giants", 1, Resources(cpus=5000)))
@@ -245,7 +243,7 @@ def test_a_hung_worker_counts_as_dead(ray_cluster: Cluster, tmp_path: Any) -> No
         assert first == "done" and len(others) == 3 and pool.restarts == 1
         assert 3 <= time.monotonic() - started < 60
 
-    run(story, size=1, stall_s=3.0)
+    run(story, size=1, hang_timeout_s=3.0)
 
 
 def test_slow_is_not_hung(ray_cluster: Cluster) -> None:
@@ -257,7 +255,7 @@ def test_slow_is_not_hung(ray_cluster: Cluster) -> None:
         await pool.call("who")
         assert pool.restarts == 0
 
-    run(story, size=1, stall_s=3.5)
+    run(story, size=1, hang_timeout_s=3.5)
 
 
 def test_a_replacement_that_fails_to_start_is_replaced_with_back_off(ray_cluster: Cluster) -> None:

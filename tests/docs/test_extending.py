@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from ergo_rl.episodes.coarse_to_fine import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.coarse_to_fine import CoarseToFine
+from ergo_rl.episodes.config import EpisodeConfig
 from ergo_rl.episodes.extensions import imported
 from ergo_rl.episodes.families import ModelFamily, Qwen25VL, UnknownFamily, family_of, load_tokenizer
 from ergo_rl.episodes.types import Box, Outcome, Score, View

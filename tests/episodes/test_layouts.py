@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ergo_rl.episodes.archives import Pictures
+from ergo_rl.episodes.config import QuestionsConfig
 from ergo_rl.episodes.layouts import LAYOUTS, Corners, Unit, Unusable, convert, split_options
-from ergo_rl.episodes.questions import QuestionsConfig, QuestionStream, write_questions
+from ergo_rl.episodes.questions import QuestionStream, write_questions
 from ergo_rl.episodes.types import Box, Question
 from tests.episodes.test_questions import png
 

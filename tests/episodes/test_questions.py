@@ -17,15 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ergo_rl.episodes.questions import (
-    BadRow,
-    Cursor,
-    DatasetError,
-    OnBadRow,
-    QuestionsConfig,
-    QuestionStream,
-    write_questions,
-)
+from ergo_rl.episodes.config import OnBadRow, QuestionsConfig
+from ergo_rl.episodes.questions import BadRow, Cursor, DatasetError, QuestionStream, write_questions
 from ergo_rl.episodes.types import Box, Question
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import ray
 
+from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import Rollout
-from ergo_rl.actors.rollout_worker import Played, RolloutConfig, Unplayable, facts_of
+from ergo_rl.actors.rollout_worker import Played, Unplayable, facts_of
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.jobs import run, train

@@ -10,10 +10,10 @@ from typing import IO
 
 import pytest
 
+from ergo_rl.jobs.config import CheckpointConfig
 from ergo_rl.jobs.saving.checkpoints import (
     LATEST,
     MANIFEST,
-    CheckpointConfig,
     DamagedCheckpoint,
     Disk,
     Draft,

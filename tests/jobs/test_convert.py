@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ergo_rl.episodes.questions import OnBadRow, QuestionsConfig, QuestionStream
+from ergo_rl.episodes.config import OnBadRow, QuestionsConfig
+from ergo_rl.episodes.questions import QuestionStream
 from ergo_rl.episodes.types import Box, Question
 from ergo_rl.jobs.prepare import main
 from tests.conftest import ROOT

@@ -14,9 +14,8 @@ import pytest
 import ray
 
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
+from ergo_rl.jobs.config import ConfigError, ExporterName, TrainConfig, load_config
 from ergo_rl.jobs.exporters import MLflow, Prometheus, WeightsAndBiases, gauge_name, open_exporters
-from ergo_rl.jobs.metrics import ExporterName
 from ergo_rl.jobs.run import Run
 from tests.conftest import ROOT
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from ergo_rl.actors.rollout_pool import Rollout
 from ergo_rl.actors.rollout_worker import Played, TrajectoryFacts, Unplayable
 from ergo_rl.actors.trajectory_store import Group
-from ergo_rl.episodes.questions import Cursor, OnBadRow
+from ergo_rl.episodes.config import OnBadRow
+from ergo_rl.episodes.questions import Cursor
 from ergo_rl.episodes.types import Outcome, Question, Score
 from ergo_rl.jobs.flow import Flow, FlowState
 from ergo_rl.jobs.saving.state import flow_cells, flow_state

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.cluster.config import EngineConfig
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.jobs.planning.memory import (
     GIB,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from ergo_rl.episodes.config import QuestionsConfig
 from ergo_rl.episodes.panels import PanelsConfig, Split, question
-from ergo_rl.episodes.questions import QuestionsConfig, QuestionStream
+from ergo_rl.episodes.questions import QuestionStream
 from ergo_rl.jobs.prepare import main, prepare_panels
 
 

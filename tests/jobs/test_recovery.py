@@ -16,10 +16,9 @@ import pytest
 from ergo_rl.episodes.panels import PanelsConfig, Split, question
 from ergo_rl.episodes.questions import write_questions
 from ergo_rl.jobs import outage
-from ergo_rl.jobs.config import ConfigError, RecoveryConfig, TrainConfig, load_config
+from ergo_rl.jobs.config import CheckpointConfig, ConfigError, RecoveryConfig, TrainConfig, load_config
 from ergo_rl.jobs.outage import RewardsUnavailable
 from ergo_rl.jobs.run import Run
-from ergo_rl.jobs.saving.checkpoints import CheckpointConfig
 from ergo_rl.jobs.stopping import Stopped
 from ergo_rl.jobs.train import train
 from ergo_rl.learners.learner_group import LearnerFailed

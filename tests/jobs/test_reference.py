@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import OmegaConf
 
-from ergo_rl.jobs.config import TrainConfig, load_config
-from ergo_rl.jobs.config import _all_keys as all_keys
+from ergo_rl.jobs.config import TrainConfig, all_keys, load_config
 from ergo_rl.jobs.reference import docs_of, main, reference
 from tests.conftest import ROOT
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ergo_rl.cluster.buckets import Bucket, tensors_of
+from ergo_rl.cluster.config import Resources
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.resources import Resources
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
 from ergo_rl.learners.learner_group import LearnerFailed, LearnerGroup, Share, TrainingGroup, assign, cut

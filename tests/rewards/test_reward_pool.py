@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import pytest
 import ray
 
+from ergo_rl.cluster.config import Resources
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.pool import Pool
-from ergo_rl.cluster.resources import Resources
 from ergo_rl.episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.reward_pool import RewardPool

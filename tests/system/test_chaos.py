@@ -28,7 +28,7 @@ STEPS = 2 * len(VICTIMS) + 2
 def test_whatever_dies_no_question_is_lost_or_used_twice(tmp_path: Path) -> None:
     overrides = small_run(
         tmp_path, STEPS, max_staleness=1, **{
-            "checkpoint.every": 1, "rollout.restarts": 6, "rollout.stall_s": STALL_S, "reward.restarts": 3,
+            "checkpoint.every": 1, "rollout.restarts": 6, "rollout.hang_timeout_s": STALL_S, "reward.restarts": 3,
             "recovery.backoff_s": 0.5, "rollout.backoff_s": 0.5,
         },
     )  # fmt: skip
