@@ -188,7 +188,10 @@ def test_what_is_wrong_with_a_class_is_said(folder: Path, path: str, kind: Any, 
         (["reward.terms.box=my_terms:ShortThought"], "reward.terms: box is a term of ours"),
         (["reward.terms.brief=my_terms:Brief", "reward.weights.brief=1"], "my_terms has nothing of that name"),
         (["learner.loss.objective=my_objective:TOP"], "my_objective has nothing of that name"),
-        (["episode.family=my_family:Thousandths"], r"learner.family \(''\) must equal episode.family"),
+        (
+            ["episode.family=my_family:Thousandths", "learner.family=my_family:Other"],
+            r"learner.family \('my_family:Other'\) must equal episode.family",
+        ),
         (
             ["reward.verifier.family=my_terms:ShortThought"],
             "must be a subclass of ergo_rl.episodes.families.ModelFamily",

@@ -190,7 +190,7 @@ def test_names_and_steps() -> None:
 def test_when_it_is_due() -> None:
     assert [step for step in range(8) if CheckpointConfig(every=3).due(step + 1, 8)] == [2, 5, 7]
     assert not CheckpointConfig(every=0).due(8, 8)
-    with pytest.raises(ValueError, match=r"checkpoint\.keep 0"):
+    with pytest.raises(ValueError, match="keep is 0; it must be at least 1"):
         CheckpointConfig(keep=0)
 
 

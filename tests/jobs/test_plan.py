@@ -276,4 +276,4 @@ def test_a_recipe_that_is_wrong_is_no_plan(capsys: pytest.CaptureFixture[str]) -
     assert main([str(ROOT / "configs/ergo-7b.yaml"), "learner.model=./gone", "rollout.engine.model=./gone"]) == 1
     assert "how large ./gone is cannot be told" in capsys.readouterr().err
     assert main([str(ROOT / "configs/ergo-7b.yaml"), "hardware.nodes=0"]) == 1
-    assert "hardware: nodes" in capsys.readouterr().err
+    assert "hardware.nodes is 0; it must be at least 1" in capsys.readouterr().err
