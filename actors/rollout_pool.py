@@ -10,18 +10,12 @@ from typing import Any
 
 import ray
 
-from ergo_rl.actors.rollout_worker import (
-    EvalMode,
-    GroupResult,
-    RolloutConfig,
-    RolloutWorker,
-    SamplingConfig,
-    SkippedQuestion,
-)
+from ergo_rl.actors.config import RolloutConfig, SamplingConfig
+from ergo_rl.actors.rollout_worker import EvalMode, GroupResult, RolloutWorker, SkippedQuestion
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_sync import WeightSnapshot
 from ergo_rl.cluster.worker_pool import Faults, WorkerPool
-from ergo_rl.episodes.episode import EpisodeConfig
+from ergo_rl.episodes.config import EpisodeConfig
 from ergo_rl.episodes.types import Box, Question, Trajectory
 
 ROLE = "rollout"
@@ -59,7 +53,7 @@ class RolloutPool:
         async def prepare(worker: Any) -> None:
             await self._sync_new_worker(worker)
 
-        faults = Faults(config.restarts, config.stall_s, config.backoff_s)
+        faults = Faults(config.restarts, config.hang_timeout_s, config.backoff_s)
         self = cls(WorkerPool(spawn, config.size.min, faults, "rollout workers", prepare), config, cluster)
         return self
 

@@ -14,51 +14,15 @@ from typing import Any
 
 from PIL import Image
 
-from ergo_rl.cluster.engine import Completion, Engine, EngineConfig, EngineImage, EngineRefused, Sampling
-from ergo_rl.cluster.resources import Resources, Size
+from ergo_rl.actors.config import RolloutConfig, SamplingConfig
+from ergo_rl.cluster.engine import Completion, Engine, EngineImage, EngineRefused, Sampling
 from ergo_rl.cluster.weight_buckets import Bucket
-from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.config import EpisodeConfig
+from ergo_rl.episodes.episode import CoarseToFine
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.images import UnreadableImage
 from ergo_rl.episodes.prompts import ReservedText
 from ergo_rl.episodes.types import Box, Outcome, Question, Trajectory, View
-
-
-@dataclass
-class SamplingConfig:
-    """How the policy is sampled. No top-p or top-k: the learner's distribution would differ from the sampled one."""
-
-    temperature: float = 1.0
-    """0 is greedy (evaluation only)."""
-    coarse_max_tokens: int = 512
-    """Longest reply of turn 1."""
-    fine_max_tokens: int = 512
-    """Longest reply of turn 2."""
-
-
-@dataclass
-class RolloutConfig:
-    workers: Any = 1
-    """How many, or ``{min: 1, max: 4}``: the run then scales itself by who waits for whom (``jobs.autoscale``)."""
-    resources: Resources = field(default_factory=Resources)
-    """Per worker."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    group_size: int = 8
-    """Trajectories per question (GRPO's G)."""
-    restarts: int = 3
-    """Dead or hung workers replaced before the run gives up."""
-    stall_s: float = 900.0
-    """A worker that has work and finishes none of it for so long counts as dead, seconds."""
-    backoff_s: float = 2.0
-    """Wait before the second replacement in a row, in seconds; doubled each time, a minute at most."""
-
-    def __post_init__(self) -> None:
-        Size.read(self.workers, "rollout.workers")
-
-    @property
-    def size(self) -> Size:
-        return Size.read(self.workers, "rollout.workers")
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class Kill:
 class Chaos:
     """One training over all its lives."""
 
-    def __init__(self, folder: Path, kills: list[str], seed: int, stall_s: float, patience_s: float) -> None:
+    def __init__(self, folder: Path, kills: list[str], seed: int, hang_timeout_s: float, patience_s: float) -> None:
         self.folder, self.kinds, self.patience_s = folder, kills, patience_s
         self.steps = STEPS_BETWEEN * (len(kills) + 1)
         self._random = random.Random(seed)
@@ -86,7 +86,7 @@ class Chaos:
             folder, self.steps, self.steps * GROUPS, max_staleness=1, **{
                 "checkpoint.every": 1, "rollout.restarts": 100, "reward.restarts": 100, "start_deadline_s": patience_s,
                 "recovery.learner_restarts": 100, "recovery.backoff_s": 0.5, "rollout.backoff_s": 0.5,
-                "reward.backoff_s": 0.5, "rollout.stall_s": stall_s, "reward.stall_s": patience_s,
+                "reward.backoff_s": 0.5, "rollout.hang_timeout_s": hang_timeout_s, "reward.hang_timeout_s": patience_s,
                 "rollout.engine.extra.distributed_executor_backend": "mp",
             },
         )  # fmt: skip
@@ -269,14 +269,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="kills of each kind (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--seed", type=int, default=0, help="of order and moments (default: %(default)s)")
-    parser.add_argument("--stall-s", type=float, default=60, help="rollout.stall_s (default: %(default)s)")
+    parser.add_argument(
+        "--hang-timeout-s", type=float, default=60, help="rollout.hang_timeout_s (default: %(default)s)"
+    )
     parser.add_argument("--patience-s", type=float, default=900, help="for each recovery (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="a new folder for the run, kept (default: one that is removed)")
     options = parser.parse_args()
     kinds = plan(options.rounds, options.kinds, options.seed)
     started, status, failure = time.monotonic(), 1, ""
     with workplace(options.folder) as folder:
-        chaos = Chaos(folder, kinds, options.seed, options.stall_s, options.patience_s)
+        chaos = Chaos(folder, kinds, options.seed, options.hang_timeout_s, options.patience_s)
         try:
             status = chaos.go()
         except LifeFailed as error:

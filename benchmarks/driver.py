@@ -23,16 +23,20 @@ import numpy as np
 import ray
 
 from benchmarks.reporting import parser_of, report
+from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import GroupResult, RolloutConfig, summarize
-from ergo_rl.cluster.placement import Cluster, ClusterConfig
+from ergo_rl.actors.rollout_worker import GroupResult, summarize
+from ergo_rl.cluster.config import ClusterConfig
+from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.worker_pool import Faults, WorkerPool
+from ergo_rl.episodes.config import OnBadRow
 from ergo_rl.episodes.types import Box, Finish, Outcome, Question, Score, Trajectory, Turn, View
 from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
-from ergo_rl.jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics
+from ergo_rl.jobs.config import MetricsConfig
+from ergo_rl.jobs.metrics import reward_metrics, rollout_metrics
 from ergo_rl.jobs.rollout_scheduler import RolloutScheduler
 from ergo_rl.learners.config import LearnerConfig
-from ergo_rl.questions.dataset import Cursor, OnBadRow
+from ergo_rl.questions.dataset import Cursor
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.pool import RewardPool
 

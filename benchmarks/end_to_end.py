@@ -169,12 +169,12 @@ class Ours:
         self._settings, self._staleness = settings, staleness
 
     async def start(self, cluster: Any) -> None:
+        from ergo_rl.actors.config import RolloutConfig, SamplingConfig
         from ergo_rl.actors.rollout_pool import RolloutPool
-        from ergo_rl.actors.rollout_worker import RolloutConfig, SamplingConfig
-        from ergo_rl.cluster.engine import EngineConfig
+        from ergo_rl.cluster.config import EngineConfig
         from ergo_rl.cluster.weight_sync import WeightChannel
         from ergo_rl.cluster.worker_pool import Faults, WorkerPool
-        from ergo_rl.episodes.episode import EpisodeConfig
+        from ergo_rl.episodes.config import EpisodeConfig
         from ergo_rl.examples.panels.scenes import PROMPTS
         from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
         from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
@@ -204,8 +204,8 @@ class Ours:
         self._credit, self._version = AdvantageEstimator(learner, {}), 0
 
     async def block(self) -> dict[str, list[float]]:
+        from ergo_rl.episodes.config import OnBadRow
         from ergo_rl.jobs.rollout_scheduler import RolloutScheduler
-        from ergo_rl.questions.dataset import OnBadRow
 
         await self._weights.publish(self._version)
         questions: Any = Panels(self._settings["questions"])
@@ -329,7 +329,8 @@ def main() -> int:
     arguments.groups, arguments.group_size = arguments.groups or groups, arguments.group_size or group_size
     arguments.reply = arguments.reply or reply
     arguments.engine_threads = arguments.engine_threads or {"tiny": 1}.get(arguments.size, os.cpu_count())
-    from ergo_rl.cluster.placement import Cluster, ClusterConfig
+    from ergo_rl.cluster.config import ClusterConfig
+    from ergo_rl.cluster.placement import Cluster
 
     with tempfile.TemporaryDirectory() as place, Cluster.connect(ClusterConfig(object_store_gib=1.0)) as cluster:
         folder = Path(place)

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.gpu_models import Notes, Sizes, models, question
 from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes.types import Box
-from ergo_rl.jobs.config import ProofConfig, TrainConfig, load_config
+from ergo_rl.jobs.config import TrainConfig, WeightCheckConfig, load_config
 from ergo_rl.jobs.memory_model import GIB, learner_parts, total
 from ergo_rl.jobs.model_shapes import model_spec
 from ergo_rl.jobs.placement_plan import make_plan
@@ -37,14 +37,15 @@ def panels(sizes: Sizes, folder: Path, note: Notes) -> None:
     flash = sizes.gpu and importlib.util.find_spec("flash_attn") is not None
     data = folder / "panels"
     overrides = [
-        "name=panels", f"runs_dir={folder}/runs", f"total_steps={STEPS + 1}", "groups_per_step=4", "proof.every=1",
-        "evaluation.every=0", "checkpoint.every=0", "samples_every=0", "embedded.train=64", "embedded.heldout=8",
+        "name=panels", f"runs_dir={folder}/runs", f"total_steps={STEPS + 1}", "groups_per_step=4",
+        "weight_check.every=1", "evaluation.every=0", "checkpoint.every=0", "samples_every=0",
+        "embedded.train=64", "embedded.heldout=8",
         f"embedded.panels={data}", f"questions.paths=[{data}/train.parquet]", "weights.transport=ipc",
     ]  # fmt: skip
     overrides += ["learner.attention=FLASH"] if flash else []
     config = load_config(Path(sizes.panels), overrides)
     note(
-        "panels", wanted=config.total_steps, tolerance=config.proof.tolerance, dtype=config.learner.dtype.value,
+        "panels", wanted=config.total_steps, tolerance=config.weight_check.tolerance, dtype=config.learner.dtype.value,
         attention="flash-attn, varlen" if flash else "torch's sdpa, row by row", weights="ipc",
     )  # fmt: skip
     if status := train([sizes.panels, *overrides]):
@@ -160,7 +161,7 @@ async def _colocated(cluster: Any, config: TrainConfig, sizes: Sizes, folder: Pa
     learners = await LearnerGroup.launch(cluster, config.learner)
     channel, sides = WeightChannel(learners, rollouts), math.isqrt(sizes.small) * 40
     size = sum(file.stat().st_size for file in (folder / "policy").glob("*.safetensors"))
-    proof = await WeightCheck.prepare(rollouts, learners, [question(0, sides)], ProofConfig(tolerance=math.inf))
+    proof = await WeightCheck.prepare(rollouts, learners, [question(0, sides)], WeightCheckConfig(tolerance=math.inf))
     published, means, most, steps = [], [], [], []
 
     async def publish(version: int) -> None:
@@ -171,7 +172,7 @@ async def _colocated(cluster: Any, config: TrainConfig, sizes: Sizes, folder: Pa
         found = await proof.measure(version)
         means.append(found["proof/mismatch_mean"])
         most.append(found["proof/mismatch_max"])
-        note("mismatch", dtype=sizes.dtype, tolerance=config.proof.tolerance, means=means, most=most)
+        note("mismatch", dtype=sizes.dtype, tolerance=config.weight_check.tolerance, means=means, most=most)
 
     await publish(0)
     asked = [question(number, sides) for number in range(sizes.questions)]

@@ -39,7 +39,7 @@ def small_run(folder: Path, steps: int, rows: int = 24, **overrides: object) -> 
     settings = {
         "name": "run", "runs_dir": folder, "questions.paths": f"[{data}]", "embedded.panels": "null",
         "evaluation.paths": "[]", "samples_every": 0, "total_steps": steps, "groups_per_step": GROUPS,
-        "rollout.group_size": G, "proof.every": 1000, "checkpoint.every": 2, **overrides,
+        "rollout.group_size": G, "weight_check.every": 1000, "checkpoint.every": 2, **overrides,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in settings.items()]
 

@@ -25,13 +25,14 @@ from typing import Any
 from benchmarks.reporting import cpu_seconds, parser_of, report, spread
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_sync import WeightChannel
+from ergo_rl.episodes.config import OnBadRow
 from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
 from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.jobs.evaluation import launch_workers
 from ergo_rl.jobs.rollout_scheduler import RolloutScheduler
 from ergo_rl.learners.learner_group import LearnerGroup
-from ergo_rl.questions.dataset import OnBadRow, QuestionStream
+from ergo_rl.questions.dataset import QuestionStream
 from ergo_rl.questions.prepare import prepare_embedded
 from ergo_rl.rewards.terms import term_weights
 

@@ -31,11 +31,13 @@ from typing import Any
 import ray
 
 from benchmarks.reporting import cpu_seconds, parser_of, report, spread
+from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import Rollout, RolloutPool
-from ergo_rl.actors.rollout_worker import RolloutConfig, derive_seed
+from ergo_rl.actors.rollout_worker import derive_seed
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.episodes import images
-from ergo_rl.episodes.episode import EpisodeConfig, read_box
+from ergo_rl.episodes.config import EpisodeConfig
+from ergo_rl.episodes.episode import read_box
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.prompts import around_image
 from ergo_rl.episodes.types import Question

@@ -37,13 +37,13 @@ import numpy as np
 import ray
 
 from benchmarks.reporting import parser_of, report, spread
+from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import RolloutConfig
-from ergo_rl.cluster.engine import EngineConfig
-from ergo_rl.cluster.placement import Cluster, ClusterConfig
+from ergo_rl.cluster.config import ClusterConfig, EngineConfig, Transport, WeightsConfig
+from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_buckets import Bucket, SharedFile, SharedFiles, map_file, memory_domain
-from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig
-from ergo_rl.episodes.episode import EpisodeConfig
+from ergo_rl.cluster.weight_sync import WeightChannel
+from ergo_rl.episodes.config import EpisodeConfig
 from ergo_rl.learners.config import LearnerConfig
 from ergo_rl.learners.learner_group import LearnerGroup
 

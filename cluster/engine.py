@@ -14,12 +14,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ergo_rl.cluster.config import EngineConfig
 from ergo_rl.cluster.weight_buckets import Bucket, SharedFile, SharedFiles, memory_domain
 from ergo_rl.cluster.worker_pool import WorkerDied
 
@@ -32,42 +33,6 @@ CRASH_GRACE_S = 5.0
 _ATTEMPTS = 4
 """Tries per request when vLLM ends it with "error" or raises EngineGenerateError ("recoverable"): its two caches of
 processed images can disagree after a cancelled request; the retry sends the image again."""
-
-
-@dataclass
-class EngineConfig:
-    model: str = ""
-    """Local folder or hub name."""
-    dtype: str = "auto"
-    """auto | float32 | bfloat16 | float16."""
-    max_model_len: int = 4096
-    """Longest conversation in tokens, visual tokens included. Longer prompts are refused, never cut."""
-    max_num_seqs: int = 64
-    """Sequences that the engine decodes at once."""
-    threads: int = 1
-    """CPU threads of the engine's compute."""
-    kv_cache_gib: int = 1
-    """KV cache on CPU, whole GiB (vLLM's VLLM_CPU_KVCACHE_SPACE)."""
-    gpu_memory_utilization: float = 0.85
-    """Share of one GPU that this engine may use."""
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = True
-    """No graph capture: quicker start, slower decoding. Set false for long runs on GPUs."""
-    prefix_caching: bool = True
-    """Turn 2 re-uses the prompt and reply of turn 1."""
-    start_deadline_s: float = 600.0
-    """An engine that is not up by then counts as failed."""
-    sleep: bool = False
-    """Give the GPU's memory back between a step's last reply and the next weights (vLLM's sleep level 1: weights go to
-    main memory, the KV cache is dropped), for a learner on the same GPU. On a CPU it pauses and gives nothing back."""
-    trust_remote_code: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further vLLM engine arguments, passed on as they are."""
-
-    @property
-    def processes(self) -> int:
-        """Worker processes that hold weights."""
-        return self.tensor_parallel_size * int(self.extra.get("pipeline_parallel_size", 1))
 
 
 @dataclass(frozen=True, slots=True)

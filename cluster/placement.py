@@ -17,30 +17,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ergo_rl.cluster.compat import bind_ray_localhost, has_autoscaler
-from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.config import ClusterConfig, Resources
 
 logger = logging.getLogger(__name__)
 
 _POLL_S, _LOG_EVERY_S = 1.0, 10.0
-
-
-@dataclass
-class ClusterConfig:
-    address: str | None = None
-    """Ray address to join (``auto``, ``host:port``); null starts Ray on this machine, or joins the cluster of
-    a submitted job."""
-    namespace: str = "ergo-rl"
-    local_only: bool = True
-    """A Ray that is started here listens on 127.0.0.1 only: whoever reaches its ports can run code. false: on every
-    interface, so that other machines can join."""
-    object_store_gib: float = 2.0
-    """Object store of a Ray that is started here."""
-    metrics_port: int = 0
-    """Port of the metrics (Prometheus) of a Ray that is started here; 0: any that is free."""
-    wait_s: float = 300.0
-    """How long to wait for resources before giving up, with the numbers."""
-    log_to_driver: bool = False
-    """Print the workers' output between ours (it is always in Ray's own log files)."""
 
 
 @dataclass

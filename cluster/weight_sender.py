@@ -27,8 +27,9 @@ import torch.distributed
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
+from ergo_rl.cluster.config import Transport
 from ergo_rl.cluster.weight_buckets import Bucket, SharedFile, SharedFiles, memory_domain
-from ergo_rl.cluster.weight_sync import Transport, WeightSyncFailed
+from ergo_rl.cluster.weight_sync import WeightSyncFailed
 from ergo_rl.cluster.worker_pool import on_one_line
 
 

@@ -22,13 +22,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 
-from ergo_rl.cluster.resources import Resources
+from ergo_rl.cluster.config import Transport, WeightsConfig
 from ergo_rl.errors import ErgoError
 
 logger = logging.getLogger(__name__)
@@ -36,54 +35,6 @@ logger = logging.getLogger(__name__)
 
 class WeightSyncFailed(ErgoError, RuntimeError):
     """A direct transfer did not reach every engine. The message says which one failed and how."""
-
-
-class Transport(StrEnum):
-    AUTO = "auto"
-    OBJECT_STORE = "object_store"
-    BROADCAST = "broadcast"
-    IPC = "ipc"
-
-
-@dataclass
-class WeightsConfig:
-    """How weights get from the learner into the engines."""
-
-    transport: Transport = Transport.AUTO
-    """object_store: every engine pulls the weights by itself | broadcast: vLLM's NCCL engine, to all of them at once
-    (not yet run by this project; GPUs only) | ipc: on one machine, vLLM's CUDA IPC engine where roles share GPUs (not
-    yet run by this project), shared memory where they have none; what these two cannot deliver goes through the object
-    store | auto: broadcast where the learner's ranks and the rollout workers have GPUs of their own, ipc where they
-    share GPUs, else object_store."""
-    timeout_s: float = 120.0
-    """With broadcast or ipc: how long the learner waits for one answer of an engine, seconds; a broadcast is one answer
-    as a whole. vLLM before 0.32 finishes running replies first, which counts."""
-
-    def for_roles(self, *roles: Resources) -> WeightsConfig:
-        """Decide ``auto`` for actors with these resources. A share of a GPU does not count as a GPU of one's own: NCCL
-        takes no two ranks on one GPU, and CUDA IPC does not leave it.
-
-        Raises ValueError for a transport that cannot connect such roles."""
-        own = all(role.gpus >= 1 for role in roles)
-        shared = all(0 < role.gpus < 1 for role in roles)
-        without = all(role.gpus == 0 for role in roles)
-        shares = ", ".join(f"{role.gpus:g}" for role in roles)
-        if self.transport is Transport.BROADCAST and not own:
-            raise ValueError(
-                "weights.transport=broadcast needs learner.resources.gpus and rollout.resources.gpus both at least 1 "
-                f"(NCCL, a GPU for every process), got {shares}; set weights.transport=object_store"
-            )
-        if self.transport is Transport.IPC and not (shared or without):
-            raise ValueError(
-                "weights.transport=ipc needs learner.resources.gpus and rollout.resources.gpus both 0 (shared memory) "
-                f"or both between 0 and 1 (CUDA IPC on the GPU that they share), got {shares}; set "
-                "weights.transport=object_store"
-            )
-        if self.transport is not Transport.AUTO:
-            return self
-        return replace(
-            self, transport=Transport.BROADCAST if own else Transport.IPC if shared else Transport.OBJECT_STORE
-        )
 
 
 class WeightSnapshot:

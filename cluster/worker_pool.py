@@ -43,7 +43,7 @@ class Faults:
 
     restarts: int = 3
     """Replacements before the pool gives up."""
-    stall_s: float = 900.0
+    hang_timeout_s: float = 900.0
     """A worker that has calls and finishes none of them for so long counts as dead."""
     backoff_s: float = 2.0
     """Wait before the second replacement in a row; doubled each time, ``LONGEST_BACKOFF_S`` at most. A finished call
@@ -238,16 +238,16 @@ class WorkerPool:
 
     async def _watched(self, worker: _Worker, answer: ray.ObjectRef) -> Any:
         """Await the answer. Raises _Hung if no call of this worker, of several that may run, has ended for
-        ``stall_s``."""
+        ``hang_timeout_s``."""
         if worker.load == 0:
             worker.progress = time.monotonic()
         worker.load += 1
         waiting = asyncio.ensure_future(_awaited(answer))
         try:
             while not waiting.done():
-                left = worker.progress + self._faults.stall_s - time.monotonic()
+                left = worker.progress + self._faults.hang_timeout_s - time.monotonic()
                 if left <= 0:
-                    raise _Hung(f"it finished nothing for {self._faults.stall_s:.0f} s")
+                    raise _Hung(f"it finished nothing for {self._faults.hang_timeout_s:.0f} s")
                 await asyncio.wait({waiting}, timeout=left)
             failure = waiting.exception()
             if isinstance(failure, RayTaskError):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 
 import numpy as np
 
 from ergo_rl.episodes import images
+from ergo_rl.episodes.config import EpisodeConfig, OnBadBox
 from ergo_rl.episodes.families import ModelFamily, Tokenizer
-from ergo_rl.episodes.prompts import PromptTemplates, fill, parse_zoom
+from ergo_rl.episodes.prompts import fill, parse_zoom
 from ergo_rl.episodes.types import (
     Box,
     BoxOutcome,
@@ -25,29 +25,6 @@ from ergo_rl.episodes.types import (
     Turn,
     View,
 )
-
-
-class OnBadBox(StrEnum):
-    """What a reply without a usable box leads to: the episode stops (nothing to read, no reward to hunt), or continues
-    with the whole image as the crop (what the authors' released client does)."""
-
-    STOP = "stop"
-    WHOLE_IMAGE = "whole_image"
-
-
-@dataclass
-class EpisodeConfig:
-    family: str = ""
-    """``package.module:Class`` of your own model family (docs/extending.md); empty: ours, by the model's type."""
-    coarse_tokens: int = 640
-    """Visual-token budget of the coarse view (paper: 640 or 1280)."""
-    fine_tokens: int = 640
-    """Visual-token budget of the crop."""
-    on_bad_box: OnBadBox = OnBadBox.STOP
-    max_image_pixels: int = images.MAX_PIXELS
-    """Larger images are refused before they are decoded."""
-    prompts: PromptTemplates = field(default_factory=PromptTemplates)
-
 
 Generate = Callable[[Sequence[int], Sequence[View], int], Awaitable[Completion]]
 """Called with (token ids of the whole conversation so far, one placeholder per image; its views; turn 0 or 1)."""

@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ergo_rl.episodes.config import MAX_PIXELS
 from ergo_rl.episodes.families import Corners, ModelFamily
 from ergo_rl.episodes.types import Box, BoxOutcome, Pixels, View
 from ergo_rl.errors import ErgoError
-
-MAX_PIXELS = 200_000_000
-"""Default limit on decoded images: 200 megapixels, 600 MB of RGB."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
 """What is decoded. Pillow knows more than thirty, among them PostScript, for which it would start an interpreter."""

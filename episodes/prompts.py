@@ -9,38 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ergo_rl.episodes.families import Corners, ModelFamily
 from ergo_rl.episodes.types import BoxOutcome, Question
 from ergo_rl.errors import ErgoError
-
-
-@dataclass
-class PromptTemplates:
-    """``{image}``, ``{question}`` and ``{options}`` are filled in; options are lettered, one a line, and
-    are shown in the fine turn only (METHOD: the released prompts ask turn 1 without them)."""
-
-    system: str = "You are a helpful assistant."
-    coarse: str = (
-        "{image}{question}\nThe image is a small copy of a large one. Think about where to look, then name the one "
-        "region that answers the question, in pixels of this image. Reply as "
-        "<think>...</think><zoom>[x1, y1, x2, y2]</zoom>"
-    )
-    fine: str = (
-        "{image}This is the region at full resolution. {question}{options}\n"
-        "Reply as <think>...</think><answer>...</answer>. For a multiple-choice question answer with the letter."
-    )
-    direct: str = (
-        "{image}{question}{options}\nReply as <think>...</think><answer>...</answer>. "
-        "For a multiple-choice question answer with the letter."
-    )
-    """Evaluation in mode direct: one turn, without a second look."""
-    verify: str = (
-        "{image}{question}{options}\nAnswer from this image alone, as <answer>...</answer>. "
-        "For a multiple-choice question answer with the letter."
-    )
-
 
 _SLOT = re.compile(r"\{(question|options)\}")
 

@@ -10,15 +10,8 @@ from itertools import islice
 
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Outcome, Unscored
-from ergo_rl.learners.advantages import (
-    Credit,
-    Terms,
-    TurnAdvantages,
-    normalise_over_step,
-    term_advantages,
-    turn_advantages,
-)
-from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.learners.advantages import TurnAdvantages, normalise_over_step, term_advantages, turn_advantages
+from ergo_rl.learners.config import Credit, LearnerConfig, Terms
 from ergo_rl.learners.learner_group import TrainingGroup
 
 GroupAdvantages = Sequence[TurnAdvantages]

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
+from ergo_rl.jobs.config import AlertsConfig
 from ergo_rl.jobs.metrics import Metrics
-
-
-@dataclass
-class GuardsConfig:
-    """Each alarm looks at the mean of the last ``window`` steps."""
-
-    window: int = 5
-    """Steps."""
-    full_image_rate: float = 0.5
-    """Alarm above this share of crops that are (nearly) the whole image: the policy saves itself the looking."""
-    tiny_box_rate: float = 0.5
-    """Alarm above this share of tiny crops: boxes shrink for the sake of r_box."""
-    entropy: float = 0.1
-    """Alarm below this share of the entropy of the first steps: the policy has stopped trying things."""
-    equal_groups: float = 0.8
-    """Alarm above this share of groups of equal rewards: they teach nothing."""
-    paid_without_coverage: float = 0.4
-    """Alarm where r_region is above the coverage of the targets by more than this: the reward model pays for regions
-    that do not hold them."""
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"guards.window is {self.window}; at least 1 step")
 
 
 class Alerts:
     """Watches the metrics of a run step by step."""
 
-    def __init__(self, config: GuardsConfig) -> None:
+    def __init__(self, config: AlertsConfig) -> None:
         self._config = config
         self._recent: deque[Metrics] = deque(maxlen=config.window)
         self._first_entropy: float | None = None

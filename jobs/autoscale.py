@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.cluster.resources import Size
+from ergo_rl.cluster.config import Size
 from ergo_rl.jobs.console_display import ConsoleDisplay
 from ergo_rl.jobs.metrics import Metrics
 

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import ray
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.cluster.placement import Cluster, ClusterConfig
+from ergo_rl.cluster.config import ClusterConfig
+from ergo_rl.cluster.placement import Cluster
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.checkpoint_store import FileSystem
-from ergo_rl.jobs.config import ProofConfig, TrainConfig
+from ergo_rl.jobs.config import TrainConfig, WeightCheckConfig
 from ergo_rl.jobs.console_display import ConsoleDisplay
 from ergo_rl.jobs.evaluation import launch_workers
 from ergo_rl.jobs.run_control import serve_run_control
@@ -52,7 +53,7 @@ class Backend(Protocol):
         ...
 
     async def prepare_weight_check(
-        self, rollouts: RolloutPool, learners: LearnerGroup, probes: Iterable[Question], config: ProofConfig
+        self, rollouts: RolloutPool, learners: LearnerGroup, probes: Iterable[Question], config: WeightCheckConfig
     ) -> WeightCheck: ...
 
     def serve_run_control(
@@ -90,7 +91,7 @@ class RayBackend:
         cluster.release(ROLE)
 
     async def prepare_weight_check(
-        self, rollouts: RolloutPool, learners: LearnerGroup, probes: Iterable[Question], config: ProofConfig
+        self, rollouts: RolloutPool, learners: LearnerGroup, probes: Iterable[Question], config: WeightCheckConfig
     ) -> WeightCheck:
         return await WeightCheck.prepare(rollouts, learners, probes, config)
 

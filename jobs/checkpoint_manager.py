@@ -26,15 +26,8 @@ from typing import Any
 from ergo_rl.actors.snapshot import SCHEMAS, read_groups, write_groups
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.jobs.backend import Backend
-from ergo_rl.jobs.checkpoint_store import (
-    CheckpointConfig,
-    CheckpointStore,
-    CheckpointWriter,
-    DamagedCheckpoint,
-    read_manifest,
-    step_of,
-)
-from ergo_rl.jobs.config import ConfigError, RecoveryConfig
+from ergo_rl.jobs.checkpoint_store import CheckpointStore, CheckpointWriter, DamagedCheckpoint, read_manifest, step_of
+from ergo_rl.jobs.config import CheckpointConfig, ConfigError, RecoveryConfig
 from ergo_rl.jobs.monitor import Monitor
 from ergo_rl.jobs.resume import remote_store
 from ergo_rl.jobs.rollout_scheduler import RolloutScheduler, SchedulerState

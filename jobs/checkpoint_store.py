@@ -43,31 +43,6 @@ class DamagedCheckpoint(ErgoError, ValueError):
     """A checkpoint is not what its manifest says; the message names the folder, the file and the difference."""
 
 
-@dataclass
-class CheckpointConfig:
-    every: int = 25
-    """Save after every so many steps, and after the last; 0: only when the run is stopped or fails."""
-    keep: int = 2
-    """How many of the newest checkpoints stay; the best one stays beside them."""
-    best: str = "coverage"
-    """The best one is the one whose evaluation has the highest figure of this name (coverage, accuracy, ...)."""
-    url: str = ""
-    """Folder or fsspec URL (s3://bucket/runs, gs://..., file:///...) that gets a copy of each checkpoint as
-    URL/RUN/step-..., and from which a run goes on where its own folder has none; empty: no copies."""
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
-            raise ValueError(f"checkpoint.every is {self.every}, checkpoint.keep {self.keep}; need at least 0 and 1")
-        if "@" in self.url.split("://")[-1].split("/")[0]:
-            raise ValueError(
-                "checkpoint.url holds a user or password: it would be in config.yaml and in the logs; put it into the "
-                "environment, where the storage's own package looks"
-            )
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return self.every > 0 and (step % self.every == 0 or step == total_steps)
-
-
 @dataclass(frozen=True, slots=True)
 class Manifest:
     step: int

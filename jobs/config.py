@@ -1,44 +1,50 @@
-"""One run's configuration: the packages' own configs put together, and the checks that span them.
+"""A run's configuration: the sections of all packages, the checks that span them, and the reader of recipes.
 
-OmegaConf structured configs: a key that does not exist is refused, by name, with the nearest one that does.
+Recipes are YAML, read by OmegaConf's structured configs: a key that does not exist is refused, by name, with the
+nearest one that does. Importing this module loads neither Ray nor torch.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
+from enum import StrEnum
+from functools import cache, reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Gt, Le
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from ergo_rl.actors.rollout_worker import RolloutConfig
-from ergo_rl.cluster.placement import ClusterConfig
-from ergo_rl.cluster.weight_sync import WeightsConfig
-from ergo_rl.episodes.episode import EpisodeConfig
-from ergo_rl.episodes.families import ModelFamily
+from ergo_rl.actors.config import RolloutConfig
+from ergo_rl.cluster.config import ClusterConfig, WeightsConfig
+from ergo_rl.config_fields import (
+    MAY_CHANGE,
+    Because,
+    ConfigSection,
+    Formerly,
+    keys_marked,
+    out_of_range,
+    with_current_names,
+)
+from ergo_rl.episodes.config import EpisodeConfig, QuestionsConfig
 from ergo_rl.episodes.plugins import import_class, is_import_path
-from ergo_rl.episodes.prompts import around_image
-from ergo_rl.episodes.types import Question
 from ergo_rl.errors import ErgoError
-from ergo_rl.jobs.alerts import GuardsConfig
-from ergo_rl.jobs.checkpoint_store import CheckpointConfig
-from ergo_rl.jobs.evaluation import EvaluationConfig
-from ergo_rl.jobs.hardware import HardwareConfig
-from ergo_rl.jobs.limits import out_of_range
-from ergo_rl.jobs.metrics import MetricsConfig
 from ergo_rl.learners.config import LearnerConfig
-from ergo_rl.questions.dataset import QuestionsConfig
-from ergo_rl.rewards.config import Backend, RewardConfig
-from ergo_rl.rewards.terms import load_terms, term_weights
+from ergo_rl.rewards.config import RewardConfig
 
 _SHOWN = 400
 """Characters of a value or a reason that a message shows."""
+_SHARED = {
+    "model": ("learner.model", "rollout.engine.model"),
+    "family": ("learner.family", "episode.family"),
+    "temperature": ("learner.temperature", "rollout.sampling.temperature"),
+}
+"""Keys of the run, and the keys of its sections that get the same value."""
 
 
 class ConfigError(ErgoError, ValueError):
@@ -46,127 +52,285 @@ class ConfigError(ErgoError, ValueError):
 
 
 @dataclass
-class EmbeddedData:
-    """The panels data set, made on the spot where its files are absent."""
+class EmbeddedData(ConfigSection):
+    """The panels data set, which is made at the start of a run if its files are absent."""
 
     panels: str | None = None
     """Folder for train.parquet and heldout.parquet; null: no embedded data set."""
-    train: int = 2048
+    train: Annotated[int, Ge(1)] = 2048
     """Questions of the train split."""
-    heldout: int = 256
+    heldout: Annotated[int, Ge(1)] = 256
     """Questions of the held-out split."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of its scenes."""
 
 
 @dataclass
-class ProofConfig:
-    """Each publish is proved: every engine plays a question it has seen before, the learner computes the log-probs."""
+class CheckpointConfig(ConfigSection):
+    """When checkpoints are saved, and how many are kept."""
 
-    tolerance: float = 1.0e-2
-    """Largest mean difference in nats; above it the run stops, because the engine does not hold the learner's weights.
-    About 1e-6 is normal in float32, 1e-2 in bfloat16."""
-    replies: int = 4
-    """Replies of each engine."""
-    every: int = 1
-    """Prove every so many publishes, and always the first and the last."""
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return step % self.every == 0 or step == total_steps
+    every: Annotated[int, Ge(0)] = 25
+    """Save after every so many steps, and after the last; 0: only when the run is stopped or fails."""
+    keep: Annotated[int, Ge(1)] = 2
+    """How many of the newest checkpoints are kept; the best is kept as well."""
+    best: str = "coverage"
+    """The figure of the evaluation by which the best checkpoint is chosen, the highest wins (coverage, accuracy,
+    ...)."""
+    url: str = ""
+    """Folder or fsspec URL (s3://bucket/runs, gs://..., file:///...) that gets a copy of each checkpoint as
+    URL/RUN/step-..., and from which a run resumes if its own folder has none; empty: no copies."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"proof.every is {self.every}; at least 1")
+        super().__post_init__()
+        if "@" in self.url.split("://")[-1].split("/")[0]:
+            raise ValueError(
+                "checkpoint.url holds a user or password: it would be in config.yaml and in the logs; put it into the "
+                "environment, where the storage's own package looks"
+            )
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Tell whether to save after this many steps."""
+        return self.every > 0 and (step % self.every == 0 or step == total_steps)
 
 
 @dataclass
-class RecoveryConfig:
-    """What a run does about a learner that fails; rollout and reward workers have ``restarts`` of their own."""
+class WeightCheckConfig(ConfigSection):
+    """A check after weights are published: every engine answers a question that it has seen before, and the learner
+    computes the log-probs of the same tokens. They must agree."""
 
-    learner_restarts: int = 3
-    """Times that the learner is started again, from the last checkpoint, before the run gives up; engines stay."""
-    backoff_s: float = 5.0
-    """Wait before the first of them, in seconds; doubled each time."""
+    tolerance: Annotated[float, Ge(0)] = 1.0e-2
+    """Largest mean difference in nats; above it the run stops, because the engine does not hold the learner's weights.
+    About 1e-6 is normal in float32, 1e-2 in bfloat16."""
+    replies: Annotated[int, Ge(1)] = 4
+    """Replies of each engine."""
+    every: Annotated[int, Ge(1)] = 1
+    """Check after every so many publishes, and always after the first and the last."""
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Tell whether to check after this many steps."""
+        return step % self.every == 0 or step == total_steps
 
 
 @dataclass
-class TrainConfig:
-    name: str = MISSING
+class RecoveryConfig(ConfigSection):
+    """What a run does when its learner fails; rollout and reward workers have ``restarts`` of their own."""
+
+    learner_restarts: Annotated[int, Ge(0)] = 3
+    """How often the learner is restarted, from the last checkpoint, before the run gives up; engines keep running."""
+    backoff_s: Annotated[float, Ge(0)] = 5.0
+    """Wait before the first restart, in seconds; doubled each time."""
+
+
+@dataclass
+class EvaluationConfig(ConfigSection):
+    """Evaluation on held-out questions, during training and by ``ergo-rl evaluate``."""
+
+    paths: list[str] = field(default_factory=list)
+    """Parquet files of held-out questions; empty: no evaluation during training."""
+    questions: Annotated[int, Ge(0)] = 128
+    """How many of them, from the first; 0: all."""
+    every: Annotated[int, Ge(0)] = 0
+    """Evaluate before the first step, after every so many steps, and after the last; 0: never."""
+    in_flight: Annotated[int, Ge(1)] = 64
+    """Questions in progress at once."""
+    oracle_margin: Annotated[float, Ge(0)] = 1.0
+    """The oracle's box is the target's, grown on each side by this share of its longer side."""
+    random_area: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Area of a random box as a share of the image."""
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Tell whether to evaluate before step 0, 1, ... and, as step ``total_steps``, after the last."""
+        return bool(self.paths) and self.every > 0 and (step % self.every == 0 or step == total_steps)
+
+
+class ExporterName(StrEnum):
+    """Where figures go besides metrics.jsonl."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+    PROMETHEUS = "prometheus"
+
+
+@dataclass
+class MetricsConfig(ConfigSection):
+    """Where figures go, and what counts as a whole image or as tiny."""
+
+    exporters: list[ExporterName] = field(default_factory=lambda: [ExporterName.TENSORBOARD])
+    """Where figures go besides metrics.jsonl (docs/metrics.md): any of tensorboard, wandb, mlflow, prometheus."""
+    project: str = "ergo-rl"
+    """Project of W&B, experiment of MLflow."""
+    full_image_ratio: float = 0.9
+    """A crop of at least this share of the image counts as the whole image."""
+    tiny_box_ratio: float = 0.005
+    """A crop of at most this share of the image counts as tiny."""
+
+
+@dataclass
+class AlertsConfig(ConfigSection):
+    """Known ways in which a run goes wrong while its reward still looks fine. Each alert looks at the mean of the last
+    ``window`` steps."""
+
+    window: Annotated[int, Ge(1)] = 5
+    """Steps."""
+    full_image_rate: float = 0.5
+    """Alert above this share of crops that are (nearly) the whole image: the policy avoids choosing a region."""
+    tiny_box_rate: float = 0.5
+    """Alert above this share of tiny crops: boxes shrink for the sake of r_box."""
+    entropy: float = 0.1
+    """Alert below this share of the entropy of the first steps: the policy has stopped exploring."""
+    equal_groups: float = 0.8
+    """Alert above this share of groups of equal rewards: nothing is learned from them."""
+    paid_without_coverage: float = 0.4
+    """Alert if r_region is above the coverage of the targets by more than this: the verifier pays for regions that do
+    not contain them."""
+
+
+@dataclass
+class HardwareConfig(ConfigSection):
+    """The machines that a recipe is meant for, read by ``ergo-rl plan`` (does it fit?) and ``ergo-rl submit --dry-run``
+    (what to ask for). Training itself takes what the cluster has."""
+
+    nodes: Annotated[int, Ge(1)] = 1
+    """Machines."""
+    gpus_per_node: Annotated[int, Ge(0)] = 0
+    """0: everything runs on CPUs."""
+    gpu_memory_gib: Annotated[float, Gt(0)] = 80.0
+    """Memory of one GPU."""
+    gpu_tflops: Annotated[float, Gt(0)] = 989.0
+    """Dense bfloat16 peak of one GPU (an H100's), for the estimate of time."""
+    gpu_bandwidth_tb_s: Annotated[float, Gt(0)] = 3.35
+    """Memory bandwidth of one GPU, terabytes a second (an H100's)."""
+    cpus_per_node: Annotated[int, Ge(1)] = 2
+    """CPU cores of one machine."""
+    memory_gib_per_node: Annotated[float, Gt(0)] = 16.0
+    """Main memory of one machine."""
+
+
+@dataclass
+class TrainConfig(ConfigSection):
+    name: Annotated[str, MAY_CHANGE] = MISSING
     """Name of the run and of its folder."""
-    runs_dir: str = "runs"
-    seed: int = 0
-    total_steps: int = 100
+    runs_dir: Annotated[str, MAY_CHANGE] = "runs"
+    """Folder that holds the folders of runs."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of the run."""
+    model: str = ""
+    """The policy: local folder or hub name of a vision-language model of a known family, for learner.model and
+    rollout.engine.model."""
+    family: str = ""
+    """``package.module:Class`` of your own model family (docs/extending.md), for learner.family and episode.family;
+    empty: one of ours, by the model's type."""
+    temperature: float | None = None
+    """Temperature of sampling, for learner.temperature and rollout.sampling.temperature; null: 1.0."""
+    total_steps: Annotated[int, Ge(1), MAY_CHANGE] = 100
     """Optimiser updates."""
-    groups_per_step: int = 8
-    """Questions per optimiser update; each is played ``rollout.group_size`` times."""
-    max_staleness: int = 0
+    groups_per_step: Annotated[int, Ge(1)] = 8
+    """Questions per optimiser update, with ``rollout.group_size`` trajectories each."""
+    max_staleness: Annotated[int, Ge(0)] = 0
     """How many policy versions a trajectory may be older than the update that uses it; 0 is on-policy."""
-    stale_weight: float = 0.0
-    """Of a group that is older than that: its advantages count so much for each version that it is too old. 0: it is
-    dropped, and another question is played in its place."""
-    start_deadline_s: float = 600.0
-    """Workers that are not up by then end the run."""
+    stale_weight: Annotated[float, Ge(0), Le(1), Because("0 drops what is too old, 1 counts it in full")] = 0.0
+    """Advantages of a group that is older than that are multiplied by this for each version that it is too old. 0: the
+    group is dropped, and another question takes its place."""
+    start_deadline_s: Annotated[float, Ge(1), MAY_CHANGE] = 600.0
+    """The run ends if workers are not up after this many seconds."""
     dynamic_sampling: bool = False
-    """Play another question in place of one whose trajectories all earned the same: nothing is learned from those."""
-    dynamic_sampling_most: int = 4
-    """With dynamic_sampling: play at most so many times groups_per_step questions in a step."""
+    """Replace a question whose trajectories all earned the same, because nothing is learned from it."""
+    dynamic_sampling_most: Annotated[int, Ge(1), Because("it counts in units of groups_per_step")] = 4
+    """With dynamic_sampling: at most this many times groups_per_step questions in a step."""
     shuffle_rewards: bool = False
     """A control: deal the scores of a step to its trajectories at random. Nothing about the task can be learned."""
-    resume: str = "auto"
-    """auto: go on with the unfinished run of this name, if there is one; never: begin a new one; a path or URL of a run
-    or a checkpoint: begin a new one from there."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
-    samples_every: int = 5
-    """Write the trajectories of one group (text and pictures) every so many steps; 0: never."""
-    embedded: EmbeddedData = field(default_factory=EmbeddedData)
+    resume: Annotated[str, MAY_CHANGE] = "auto"
+    """auto: resume the unfinished run of this name, if there is one; never: begin a new run; a path or URL of a run or
+    a checkpoint: begin a new run from there."""
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = field(default_factory=CheckpointConfig)
+    recovery: Annotated[RecoveryConfig, MAY_CHANGE] = field(default_factory=RecoveryConfig)
+    samples_every: Annotated[int, Ge(0), MAY_CHANGE] = 5
+    """Write the trajectories of one group (text and images) every so many steps; 0: never."""
+    embedded: Annotated[EmbeddedData, MAY_CHANGE] = field(default_factory=EmbeddedData)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
-    proof: ProofConfig = field(default_factory=ProofConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    weight_check: Annotated[WeightCheckConfig, Formerly("proof"), MAY_CHANGE] = field(default_factory=WeightCheckConfig)
+    evaluation: Annotated[EvaluationConfig, MAY_CHANGE] = field(default_factory=EvaluationConfig)
+    metrics: Annotated[MetricsConfig, MAY_CHANGE] = field(default_factory=MetricsConfig)
+    alerts: Annotated[AlertsConfig, Formerly("guards"), MAY_CHANGE] = field(default_factory=AlertsConfig)
+    cluster: Annotated[ClusterConfig, MAY_CHANGE] = field(default_factory=ClusterConfig)
+    hardware: Annotated[HardwareConfig, MAY_CHANGE] = field(default_factory=HardwareConfig)
+
+    def __post_init__(self) -> None:
+        """Fill the keys that share a value: sections that are at their defaults follow the run's key, and the run's key
+        follows the sections where it is not set."""
+        super().__post_init__()
+        for name, keys in _SHARED.items():
+            of_run = getattr(self, name)
+            if of_run in ("", None):
+                of_run = _read(self, keys[0])
+                setattr(self, name, of_run)
+            untouched = all(_read(self, key) == _read(_defaults(), key) for key in keys)
+            for key in keys:
+                if untouched or _read(self, key) == "":
+                    section, _, leaf = key.rpartition(".")
+                    setattr(_read(self, section), leaf, of_run)
 
     @property
     def spare_groups(self) -> int:
-        """Questions that a step may play in place of others."""
+        """Questions that a step may use in place of others."""
         return (self.dynamic_sampling_most - 1) * self.groups_per_step if self.dynamic_sampling else 0
+
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot work together, across sections."""
+        rollout, learner, episode = self.rollout, self.learner, self.episode
+        sampling = rollout.sampling
+        if rollout.engine.sleep and self.max_staleness > 0:
+            yield (
+                "rollout.engine.sleep needs max_staleness=0: engines that sleep while the learner updates play nothing"
+            )
+        if sampling.temperature <= 0:
+            yield "rollout.sampling.temperature must be above 0 for training"
+        if learner.temperature != sampling.temperature:
+            yield (
+                f"learner.temperature ({learner.temperature}) must equal rollout.sampling.temperature "
+                f"({sampling.temperature}): log-probs would be of another distribution"
+            )
+        if learner.model != rollout.engine.model:
+            yield (
+                f"learner.model ({learner.model}) and rollout.engine.model ({rollout.engine.model}) must be the same "
+                "model"
+            )
+        if learner.family != episode.family:
+            yield f"learner.family ({learner.family!r}) must equal episode.family ({episode.family!r})"
+        longest = episode.coarse_tokens + episode.fine_tokens + sampling.coarse_max_tokens + sampling.fine_max_tokens
+        if longest >= rollout.engine.max_model_len:
+            yield (
+                f"rollout.engine.max_model_len ({rollout.engine.max_model_len}) must be above {longest}, the sum of "
+                "both visual-token budgets and both reply limits, with room for the prompts' text"
+            )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A recipe (YAML) with ``key=value`` overrides, typed and checked.
+    """Read a recipe (YAML) with ``key=value`` overrides, typed and checked. Former names of keys are read with a
+    warning.
 
     Raises ConfigError naming the key for unknown keys, wrong types, missing values and bad combinations."""
-    if not path.is_file():
-        known = ", ".join(sorted(str(recipe) for recipe in path.parent.glob("*.yaml"))) or "none"
-        raise ConfigError(f"there is no recipe {path}; recipes there: {known}")
-    with _naming(str(path)):
-        recipe: Any = OmegaConf.load(path)
-    if not isinstance(recipe, DictConfig):
-        raise ConfigError(f"{path} holds no keys and values, but {type(recipe).__name__}")
-    for override in overrides:
-        if not override.partition("=")[0].strip() or "=" not in override:
-            raise ConfigError(f"{_short(override)!r} is not an override; write key=value, e.g. total_steps=50")
-        with _naming(f"override {_short(override)}"):
-            recipe = OmegaConf.merge(recipe, OmegaConf.from_dotlist([override]))
+    loaded, changes = _read_recipe(path), _read_overrides(overrides)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), recipe))
+        merged = OmegaConf.merge(_schema(), *_shared(_current(loaded), _current(changes)))
+        if wrong := out_of_range(TrainConfig, OmegaConf.to_container(merged, resolve=True)):
+            raise ConfigError("; ".join(wrong))
+        config = OmegaConf.to_object(merged)
+    except ConfigError:
+        raise
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key or error.key), path)) from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} has no value: set it in {path} or give {error.full_key}=...") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_short(error.full_key or path)}: {_line(error)}") from error
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # a package refuses its own values; a value of a wrong kind
+    except (ValueError, TypeError, RecursionError) as error:  # a section refuses its values, a value is of a wrong kind
         raise ConfigError(_line(error)) from error
     assert isinstance(config, TrainConfig)
     check(config)
@@ -174,75 +338,113 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse combinations that cannot work, naming the keys. Nothing is changed on the quiet."""
-    rollout, learner, episode = config.rollout, config.learner, config.episode
-    longest = (
-        episode.coarse_tokens
-        + episode.fine_tokens
-        + rollout.sampling.coarse_max_tokens
-        + rollout.sampling.fine_max_tokens
-    )
-    verifier = config.reward.verifier
-    problems = [
-        (
-            verifier.backend is Backend.ENGINE and not verifier.engine.model,
-            "reward.verifier.engine.model has no value: name a reward model, or set reward.verifier.backend=endpoint",
-        ),
-        (
-            verifier.backend is Backend.ENDPOINT and not (verifier.endpoint.url and verifier.endpoint.model),
-            "reward.verifier.endpoint needs url and model where reward.verifier.backend is endpoint",
-        ),
-        (config.total_steps < 1, "total_steps must be at least 1"),
-        (config.groups_per_step < 1, "groups_per_step must be at least 1"),
-        (rollout.group_size < 2, "rollout.group_size must be at least 2: advantages are relative to the group"),
-        (config.dynamic_sampling_most < 1, "dynamic_sampling_most must be at least 1 (times groups_per_step)"),
-        (config.max_staleness < 0, "max_staleness must be 0 (on-policy) or more"),
-        (
-            rollout.engine.sleep and config.max_staleness > 0,
-            "rollout.engine.sleep needs max_staleness=0: engines that sleep while the learner updates play nothing",
-        ),
-        (
-            verifier.engine.sleep,
-            "reward.verifier.engine.sleep must be false: only rollout engines are woken, by new weights",
-        ),
-        (not 0 <= config.stale_weight <= 1, "stale_weight must be from 0 (drop) to 1 (count in full)"),
-        (rollout.sampling.temperature <= 0, "rollout.sampling.temperature must be above 0 for training"),
-        (
-            learner.temperature != rollout.sampling.temperature,
-            f"learner.temperature ({learner.temperature}) must equal rollout.sampling.temperature "
-            f"({rollout.sampling.temperature}): log-probs would be of another distribution",
-        ),
-        (
-            learner.model != rollout.engine.model,
-            f"learner.model ({learner.model}) and rollout.engine.model ({rollout.engine.model}) must be the same model",
-        ),
-        (
-            learner.family != episode.family,
-            f"learner.family ({learner.family!r}) must equal episode.family ({episode.family!r})",
-        ),
-        (
-            longest >= rollout.engine.max_model_len,
-            f"rollout.engine.max_model_len ({rollout.engine.max_model_len}) must be above {longest}, the sum of both "
-            "visual-token budgets and both reply limits, with room for the prompts' text",
-        ),
-    ]
-    problems += [(True, message) for message in out_of_range(config)]
+    """Refuse values and combinations that cannot work, naming the keys.
+
+    Imports the classes that the configuration names. Raises ConfigError."""
+    from ergo_rl.episodes.families import ModelFamily
+    from ergo_rl.episodes.prompts import around_image
+    from ergo_rl.episodes.types import Question
+    from ergo_rl.rewards.terms import load_terms, term_weights
+
+    problems = [*out_of_range(TrainConfig, config), *config.problems(), *config.reward.verifier.problems()]
     try:
-        config.weights.for_roles(learner.resources, rollout.resources)
+        config.weights.for_roles(config.learner.resources, config.rollout.resources)
         load_terms(config.reward), term_weights(config.reward)
-        for own in filter(None, (episode.family, config.reward.verifier.family)):
+        for own in filter(None, (config.episode.family, config.reward.verifier.family)):
             import_class(own, ModelFamily)
-        if is_import_path(learner.loss.objective):
+        if is_import_path(config.learner.loss.objective):
             from ergo_rl.learners.losses import objective_named  # loads torch
 
-            objective_named(learner.loss.objective)
-        for prompts in (episode.prompts, config.reward.verifier.prompts):
+            objective_named(config.learner.loss.objective)
+        for prompts in (config.episode.prompts, config.reward.verifier.prompts):
             for template in (prompts.coarse, prompts.fine, prompts.verify):
                 around_image(template, Question("", b"", "", ""))
     except ValueError as error:
-        problems.append((True, str(error)))
-    if wrong := [message for is_wrong, message in problems if is_wrong]:
-        raise ConfigError("; ".join(wrong))
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def keys_that_may_change() -> tuple[str, ...]:
+    """Return the keys (with all below them) that may have another value when a run is resumed."""
+    return keys_marked(TrainConfig, MAY_CHANGE)
+
+
+def stored_config(path: Path) -> Any:
+    """Read the config.yaml of a run or checkpoint, by the keys of today, without any check.
+
+    Raises OSError where there is no such file."""
+    return OmegaConf.create(_current(OmegaConf.load(path)))
+
+
+def _read_recipe(path: Path) -> DictConfig:
+    if not path.is_file():
+        known = ", ".join(sorted(str(recipe) for recipe in path.parent.glob("*.yaml"))) or "none"
+        raise ConfigError(f"there is no recipe {path}; recipes there: {known}")
+    with _naming(str(path)):
+        recipe = OmegaConf.load(path)
+    if not isinstance(recipe, DictConfig):
+        raise ConfigError(f"{path} holds no keys and values, but {type(recipe).__name__}")
+    return recipe
+
+
+def _read_overrides(overrides: Sequence[str]) -> Any:
+    """Return ``key=value`` texts as nested keys; of equal keys the last wins."""
+    changes: Any = OmegaConf.create()
+    for override in overrides:
+        if not override.partition("=")[0].strip() or "=" not in override:
+            raise ConfigError(f"{_short(override)!r} is not an override; write key=value, e.g. total_steps=50")
+        with _naming(f"override {_short(override)}"):
+            changes = OmegaConf.merge(changes, OmegaConf.from_dotlist([override]))
+    return changes
+
+
+def _current(layer: Any) -> dict[Any, Any]:
+    """Return what a file or the overrides give, by the keys of today, interpolations unresolved."""
+    return with_current_names(OmegaConf.to_container(layer), TrainConfig)  # type: ignore[arg-type]
+
+
+def _shared(recipe: dict[Any, Any], changes: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Give the keys of ``_SHARED`` the same value, as far as they are not given themselves; overrides win.
+
+    Raises ValueError where a recipe, or the overrides, give two that differ."""
+    for of_run, keys in _SHARED.items():
+        for layer in (recipe, changes):
+            if (value := _read(layer, of_run)) in (None, ""):
+                continue
+            for key in keys:
+                if (own := _read(layer, key)) is None:
+                    _write(layer, key, value)
+                elif own != value and "${" not in f"{own}{value}":
+                    raise ValueError(f"{key} ({_short(own)}) must equal {of_run} ({_short(value)})")
+        if (overridden := next((own for key in keys if (own := _read(changes, key)) is not None), None)) is not None:
+            _write(recipe, of_run, overridden)
+        given = [own for layer in (changes, recipe) for key in keys if (own := _read(layer, key)) not in (None, "")]
+        for key in keys if given else ():
+            if _read(recipe, key) is None and _read(changes, key) is None:
+                _write(recipe, key, given[0])
+    return recipe, changes
+
+
+def _read(values: Any, key: str) -> Any:
+    """Return what is at a dotted key of nested mappings or sections; None where nothing is."""
+    return reduce(
+        lambda below, name: below.get(name) if isinstance(below, Mapping) else getattr(below, name, None),
+        key.split("."),
+        values,
+    )
+
+
+def _write(values: dict[Any, Any], key: str, value: Any) -> None:
+    """Set a dotted key of nested mappings. A value in the place of a section stays: it is refused later, by name."""
+    *sections, leaf = key.split(".")
+    for name in sections:
+        if values.get(name) is None:
+            values[name] = {}
+        if not isinstance(values[name], dict):
+            return
+        values = values[name]
+    values[leaf] = value
 
 
 @cache
@@ -250,9 +452,15 @@ def _schema() -> Any:
     return OmegaConf.structured(TrainConfig)
 
 
+@cache
+def _defaults() -> Any:
+    """Return the sections at their defaults, those of ``_SHARED`` not filled yet."""
+    return OmegaConf.to_container(_schema())
+
+
 @contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """What cannot be read inside the block is refused by this name."""
+    """Name what cannot be read inside the block in the error."""
     try:
         yield
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -261,7 +469,7 @@ def _naming(what: str) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message: what comes after it is OmegaConf's account of its own types."""
+    """Return the first line of a message: what comes after it is OmegaConf's account of its own types."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
 
@@ -273,18 +481,19 @@ def _short(value: object) -> str:
 
 def _unknown_key(key: str, path: Path) -> str:
     key = _short(key)
-    known, leaf = _all_keys(TrainConfig()), key.rpartition(".")[2]
-    same_leaf = [one for one in known if one.rpartition(".")[2] == leaf]  # right name, wrong place
+    known, leaf = all_keys(TrainConfig()), key.rpartition(".")[2]
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]  # right name, wrong section
     near = difflib.get_close_matches(key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown key {key!r} (in {path} or an override){hint}"
 
 
-def _all_keys(config: Any, prefix: str = "") -> list[str]:
+def all_keys(config: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys of a configuration, sections included."""
     keys = []
-    for one in fields(config):
-        keys.append(prefix + one.name)
-        value = getattr(config, one.name)
+    for key in fields(config):
+        keys.append(prefix + key.name)
+        value = getattr(config, key.name)
         if is_dataclass(value):
-            keys += _all_keys(value, f"{prefix}{one.name}.")
+            keys += all_keys(value, f"{prefix}{key.name}.")
     return keys

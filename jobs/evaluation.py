@@ -7,20 +7,22 @@ import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from ergo_rl.actors.config import SamplingConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import SamplingConfig, SkippedQuestion, derive_seed, without_image
+from ergo_rl.actors.rollout_worker import SkippedQuestion, derive_seed, without_image
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.worker_pool import gather_or_cancel
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import family_of
 from ergo_rl.episodes.types import Box, Question, Score
-from ergo_rl.jobs.metrics import Metrics, MetricsConfig, covered_and_paid, reward_metrics, rollout_metrics
+from ergo_rl.jobs.config import EvaluationConfig, MetricsConfig
+from ergo_rl.jobs.metrics import Metrics, covered_and_paid, reward_metrics, rollout_metrics
 from ergo_rl.questions.dataset import DatasetError, QuestionStream
 from ergo_rl.rewards.config import Backend
 from ergo_rl.rewards.pool import RewardPool
@@ -42,26 +44,6 @@ class BoxSource(StrEnum):
     WHOLE = "whole"
     RANDOM = "random"
     ORACLE = "oracle"
-
-
-@dataclass
-class EvaluationConfig:
-    paths: list[str] = field(default_factory=list)
-    """Parquet files of held-out questions; empty: no evaluation during training."""
-    questions: int = 128
-    """How many of them, from the first; 0: all."""
-    every: int = 0
-    """Evaluate before the first step, after every so many steps, and after the last; 0: never."""
-    in_flight: int = 64
-    """Questions played at once."""
-    oracle_margin: float = 1.0
-    """The oracle's box is the target's, grown on each side by this share of its longer side."""
-    random_area: float = 0.1
-    """Area of a random box as a share of the image."""
-
-    def due(self, step: int, total_steps: int) -> bool:
-        """Before step 0, 1, ... and, as step ``total_steps``, after the last one."""
-        return bool(self.paths) and self.every > 0 and (step % self.every == 0 or step == total_steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from itertools import islice
 import numpy as np
 
 from ergo_rl.episodes import images
-from ergo_rl.questions.dataset import DatasetError, QuestionsConfig, QuestionStream
+from ergo_rl.episodes.config import QuestionsConfig
+from ergo_rl.questions.dataset import DatasetError, QuestionStream
 from ergo_rl.rewards.config import RewardConfig
 
 MAX_QUESTIONS = 1000

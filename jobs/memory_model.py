@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ergo_rl.cluster.engine import EngineConfig
-from ergo_rl.episodes.episode import EpisodeConfig
+from ergo_rl.cluster.config import EngineConfig
+from ergo_rl.episodes.config import EpisodeConfig
 from ergo_rl.jobs.config import TrainConfig
 from ergo_rl.jobs.model_shapes import ModelSpec
 from ergo_rl.learners.config import Dtype, LearnerConfig

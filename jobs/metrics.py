@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 from ergo_rl.actors.rollout_worker import TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Score
+from ergo_rl.jobs.config import MetricsConfig
 
 Metrics = dict[str, float]
-
-
-class ExporterName(StrEnum):
-    TENSORBOARD = "tensorboard"
-    WANDB = "wandb"
-    MLFLOW = "mlflow"
-    PROMETHEUS = "prometheus"
-
-
-@dataclass
-class MetricsConfig:
-    exporters: list[ExporterName] = field(default_factory=lambda: [ExporterName.TENSORBOARD])
-    """Where figures go besides metrics.jsonl (docs/metrics.md): any of tensorboard, wandb, mlflow, prometheus."""
-    project: str = "ergo-rl"
-    """Project of W&B, experiment of MLflow."""
-    full_image_ratio: float = 0.9
-    """A crop of at least this share of the image counts as the whole image."""
-    tiny_box_ratio: float = 0.005
-    """A crop of at most this share of the image counts as tiny."""
 
 
 def rollout_metrics(groups: Sequence[Group], config: MetricsConfig) -> Metrics:

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from ergo_rl.actors.trajectory_store import Group
-from ergo_rl.jobs.alerts import Alerts, GuardsConfig
+from ergo_rl.jobs.alerts import Alerts
+from ergo_rl.jobs.config import AlertsConfig, MetricsConfig
 from ergo_rl.jobs.console_display import ConsoleDisplay
 from ergo_rl.jobs.evaluation import Evaluation
-from ergo_rl.jobs.metrics import Metrics, MetricsConfig
+from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.jobs.run_paths import EVALUATIONS, METRICS, QUESTIONS, RECORDS
 from ergo_rl.jobs.trackers import Tracker, open_trackers
 
@@ -49,7 +50,7 @@ class Monitor:
 
     Example::
 
-        with Monitor(folder, config.metrics, config.guards, console) as monitor:
+        with Monitor(folder, config.metrics, config.alerts, console) as monitor:
             monitor.rewind(step=0)
             with monitor.step(0) as report:
                 with report.timed("learn"):
@@ -60,7 +61,7 @@ class Monitor:
         self,
         folder: Path,
         metrics: MetricsConfig,
-        alerts: GuardsConfig,
+        alerts: AlertsConfig,
         console: ConsoleDisplay,
         callbacks: Sequence[Callback] = (),
     ) -> None:

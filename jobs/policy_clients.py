@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from ergo_rl.actors.config import SamplingConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import EvalMode, RolloutWorker, SamplingConfig, SkippedQuestion
+from ergo_rl.actors.rollout_worker import EvalMode, RolloutWorker, SkippedQuestion
 from ergo_rl.cluster.engine import EngineDied
 from ergo_rl.episodes.episode import CoarseToFine
 from ergo_rl.episodes.families import FAMILIES, ModelFamily, family_of

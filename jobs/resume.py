@@ -13,35 +13,16 @@ from omegaconf import OmegaConf
 
 from ergo_rl.jobs.checkpoint_store import (
     MANIFEST,
-    CheckpointConfig,
     CheckpointStore,
     DamagedCheckpoint,
     RemoteStore,
     step_of,
     verify_checkpoint,
 )
-from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.config import CheckpointConfig, ConfigError, TrainConfig, keys_that_may_change, stored_config
 from ergo_rl.jobs.run_paths import CHECKPOINTS, CONFIG, ENDED, POLICY
 
 AUTO, NEVER = "auto", "never"
-_MAY_DIFFER = (
-    "name", "runs_dir", "resume", "checkpoint", "recovery", "total_steps", "start_deadline_s", "samples_every",
-    "embedded", "proof", "evaluation", "metrics", "guards", "cluster", "hardware",
-    *(f"{role}.{key}" for role in ("rollout", "reward", "learner") for key in ("workers", "resources", "restarts")),
-    *(f"{role}.{key}" for role in ("rollout", "reward") for key in ("stall_s", "backoff_s")),
-    *(
-        f"{engine}.{key}"
-        for engine in ("rollout.engine", "reward.verifier.engine")
-        for key in ("threads", "kv_cache_gib", "gpu_memory_utilization", "start_deadline_s", "max_num_seqs",
-                    "tensor_parallel_size", "enforce_eager")
-    ),
-    *(f"reward.verifier.endpoint.{key}" for key in ("url", "api_key_env", "timeout_s", "retries", "backoff_s",
-                                                   "max_backoff_s", "concurrency")),
-    "reward.unscored_tolerance", "reward.outage_deadline_s", "episode.prompts.direct", "reward.verifier.prompts.direct",
-    *(f"learner.{key}" for key in ("ranks", "threads", "zero_stage", "stage3_persistence_threshold", "bucket_bytes",
-                                   "micro_batch_tokens", "gradient_checkpointing", "collective_timeout_s")),
-)  # fmt: skip
-"""Keys, with all below them, that may change on resume: they do not change what the policy learns."""
 
 
 @dataclass(slots=True)
@@ -84,13 +65,13 @@ def remote_store(config: CheckpointConfig, folder: Path) -> RemoteStore | None:
 def differences(before: Any, config: TrainConfig) -> list[str]:
     """Return ``key (old, now new)`` of every value that must not change on resume.
 
-    before: a configuration as OmegaConf loads it."""
+    before: what ``stored_config`` returns."""
     now = _flat(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
-    old = _flat(before)
+    old, may_change = _flat(before), keys_that_may_change()
     return [
         f"{key} ({old[key]!r}, now {now[key]!r})"
         for key in sorted(old.keys() & now.keys())
-        if old[key] != now[key] and not any(key == free or key.startswith(f"{free}.") for free in _MAY_DIFFER)
+        if old[key] != now[key] and not any(key == free or key.startswith(f"{free}.") for free in may_change)
     ]
 
 
@@ -106,7 +87,7 @@ def _unfinished(config: TrainConfig, runs: Path) -> ResumePoint | None:
     checkpoint = CheckpointStore(folder / CHECKPOINTS).newest()
     if checkpoint is None and (remote := remote_store(config.checkpoint, folder)) is not None:
         checkpoint = remote.download(CheckpointStore(folder / CHECKPOINTS))
-    if checkpoint is None and (folder / CONFIG).exists() and differences(OmegaConf.load(folder / CONFIG), config):
+    if checkpoint is None and (folder / CONFIG).exists() and differences(stored_config(folder / CONFIG), config):
         lock.close()
         return None  # it saved nothing and was configured otherwise: leave it as it is
     if checkpoint is not None:
@@ -153,7 +134,7 @@ def _branch(config: TrainConfig, runs: Path) -> ResumePoint:
 
 def _must_fit(config: TrainConfig, checkpoint: Path, run: Path) -> None:
     try:
-        before = OmegaConf.load(checkpoint / CONFIG)
+        before = stored_config(checkpoint / CONFIG)
     except OSError as error:
         raise DamagedCheckpoint(f"{checkpoint}: {CONFIG} cannot be read: {error}") from error
     if wrong := differences(before, config):

@@ -15,11 +15,12 @@ from typing import Self
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import SkippedQuestion, derive_seed, without_image
 from ergo_rl.actors.trajectory_store import Group, TrajectoryStore
+from ergo_rl.episodes.config import OnBadRow
 from ergo_rl.episodes.types import Question, Unscored
 from ergo_rl.errors import ErgoError
 from ergo_rl.jobs.console_display import ConsoleDisplay
 from ergo_rl.jobs.metrics import Metrics
-from ergo_rl.questions.dataset import BadRow, Cursor, OnBadRow, QuestionStream
+from ergo_rl.questions.dataset import BadRow, Cursor, QuestionStream
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.pool import RewardPool
 

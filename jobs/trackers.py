@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from ergo_rl.jobs.config import ConfigError
-from ergo_rl.jobs.metrics import ExporterName, Metrics, MetricsConfig
+from ergo_rl.jobs.config import ConfigError, ExporterName, MetricsConfig
+from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.jobs.run_paths import CONFIG
 
 _PACKAGES = {

@@ -156,7 +156,7 @@ class Trainer:
         with (
             RunFolder.open(config) as folder,
             ConsoleDisplay(config.name, config.total_steps, folder.path, live_display) as console,
-            Monitor(folder.path, config.metrics, config.guards, console, self._callbacks) as monitor,
+            Monitor(folder.path, config.metrics, config.alerts, console, self._callbacks) as monitor,
         ):
             checkpoints = CheckpointManager(folder, monitor, config.checkpoint, self._backend)
             checkpoints.rewind(folder.checkpoint)
@@ -229,7 +229,7 @@ class Trainer:
                 monitor.record_evaluation(step, found)
 
         await weights.publish(version=state.step)
-        weight_check = await self._backend.prepare_weight_check(rollouts, learners, probes, config.proof)
+        weight_check = await self._backend.prepare_weight_check(rollouts, learners, probes, config.weight_check)
         await weight_check.measure(version=state.step)
         async with scheduler, checkpoints.save_on_error(), autoscaling(rollouts, monitor.console) as autoscaler:
             await evaluate_if_due(state.step)
@@ -256,7 +256,7 @@ class Trainer:
                     with report.timed("publish"):
                         last = step + 1 == config.total_steps
                         await weights.publish(version=step + 1, wait=last or config.max_staleness == 0)
-                    if config.proof.due(step + 1, config.total_steps):
+                    if config.weight_check.due(step + 1, config.total_steps):
                         await weights.settled()
                         with report.timed("proof"):
                             report.add(await weight_check.measure(version=step + 1))

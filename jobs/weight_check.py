@@ -17,7 +17,7 @@ from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import SkippedQuestion
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.errors import ErgoError
-from ergo_rl.jobs.config import ProofConfig
+from ergo_rl.jobs.config import WeightCheckConfig
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.learners.learner_group import LearnerGroup
 from ergo_rl.questions.dataset import DatasetError
@@ -34,12 +34,14 @@ class WeightCheck:
 
     Example::
 
-        check = await WeightCheck.prepare(rollouts, learners, questions, config.proof)
+        check = await WeightCheck.prepare(rollouts, learners, questions, config.weight_check)
         await weights.publish(version=1)
         metrics = await check.measure(version=1)  # raises WeightsDiffer
     """
 
-    def __init__(self, rollouts: RolloutPool, learners: LearnerGroup, question: Question, config: ProofConfig) -> None:
+    def __init__(
+        self, rollouts: RolloutPool, learners: LearnerGroup, question: Question, config: WeightCheckConfig
+    ) -> None:
         self._rollouts, self._learners, self._question, self._config = rollouts, learners, question, config
 
     @classmethod
@@ -48,7 +50,7 @@ class WeightCheck:
         rollouts: RolloutPool,
         learners: LearnerGroup,
         questions: Iterable[Question],
-        config: ProofConfig,
+        config: WeightCheckConfig,
     ) -> WeightCheck:
         """Choose the first of ``questions`` that can be played. Raises DatasetError where none of the first 64 can."""
         reason = "there are none"
@@ -77,8 +79,8 @@ class WeightCheck:
         if not mean <= self._config.tolerance:  # NaN must not pass
             raise WeightsDiffer(
                 f"after publishing version {version} the engines' log-probs differ from the learner's by {mean:.2e} "
-                f"nats on average ({largest:.2e} at most), more than proof.tolerance = {self._config.tolerance:.0e}: "
-                "stale weights or caches"
+                f"nats on average ({largest:.2e} at most), more than weight_check.tolerance = "
+                f"{self._config.tolerance:.0e}: stale weights or caches"
             )
         return {"proof/mismatch_mean": mean, "proof/mismatch_max": largest, "proof/tokens": float(all_tokens.size)}
 

@@ -4,56 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 
-
-class Credit(StrEnum):
-    """TRAJECTORY: one advantage for all tokens, from the total reward. TURN: one for each turn, from what that turn
-    earned (region and box terms: turn 1; accuracy: turn 2; format: each its own), relative to the same turn of the
-    group."""
-
-    TRAJECTORY = "trajectory"
-    TURN = "turn"
-
-
-class Normalisation(StrEnum):
-    """STD: divided by the group's standard deviation (GRPO). NONE: reward minus mean (Dr. GRPO, arXiv 2503.20783: the
-    division makes questions that are nearly always or nearly never solved weigh more)."""
-
-    STD = "std"
-    NONE = "none"
-
-
-class Terms(StrEnum):
-    """SUM_THEN_NORMALISE: the weighted reward terms are summed, the sum is normalised (GRPO). NORMALISE_THEN_SUM: each
-    term is normalised within the group, then they are weighted and summed, and the sums divided by their standard
-    deviation over the whole step (GDPO, arXiv 2601.05242), so that unlike terms with equal sums stay apart."""
-
-    SUM_THEN_NORMALISE = "sum_then_normalise"
-    NORMALISE_THEN_SUM = "normalise_then_sum"
-
-
-@dataclass
-class AdvantageConfig:
-    credit: Credit = Credit.TRAJECTORY
-    """trajectory | turn."""
-    normalisation: Normalisation = Normalisation.STD
-    """std | none."""
-    terms: Terms = Terms.SUM_THEN_NORMALISE
-    """sum_then_normalise | normalise_then_sum (with credit trajectory and normalisation std)."""
-    epsilon: float = 1e-4
-    """Added to the standard deviation; reward units (TRL and verl use 1e-4 and 1e-6)."""
-    tolerance: float = 1e-6
-    """Rewards of a group that differ by no more than this are equal: all advantages are exactly 0."""
-
-    def __post_init__(self) -> None:
-        plain = self.credit is Credit.TRAJECTORY and self.normalisation is Normalisation.STD
-        if self.terms is Terms.NORMALISE_THEN_SUM and not plain:
-            raise ValueError("advantages.terms=normalise_then_sum needs credit=trajectory and normalisation=std")
-
+from ergo_rl.learners.config import AdvantageConfig, Normalisation
 
 TurnAdvantages = tuple[float, ...]
 """The advantages of a trajectory: one for each of its turns, or a single one for all of it.

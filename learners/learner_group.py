@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
+from ergo_rl.cluster.config import Transport
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_buckets import Bucket, BucketSpec
-from ergo_rl.cluster.weight_sync import Transport, WeightSyncFailed
+from ergo_rl.cluster.weight_sync import WeightSyncFailed
 from ergo_rl.cluster.worker_pool import on_one_line
 from ergo_rl.episodes.types import FloatArray, Trajectory
 from ergo_rl.errors import ErgoError

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ergo_rl.episodes.images import MAX_PIXELS
+from ergo_rl.episodes.config import OnBadRow, QuestionsConfig
 from ergo_rl.episodes.types import Question
 from ergo_rl.errors import ErgoError
 from ergo_rl.questions.rows import BadCell, Cells, image_cell, read_question, shorten
@@ -42,27 +41,6 @@ SCHEMA = pa.schema(
 _REQUIRED = ("id", "image", "text", "options", "answer")
 _WARNINGS = 10
 """Bad rows that are logged one by one; later ones are only counted."""
-
-
-class OnBadRow(StrEnum):
-    SKIP = "skip"
-    ERROR = "error"
-
-
-@dataclass
-class QuestionsConfig:
-    paths: list[str] = field(default_factory=list)
-    """Parquet files; their rows are one data set."""
-    image_root: str = ""
-    """Folder that image paths are relative to and may not leave; empty: the folder of the Parquet file."""
-    seed: int = 0
-    """Seed of the order."""
-    shuffle: bool = True
-    """Row groups in a new order each epoch, and the rows within each; false: the order of the files."""
-    on_bad_row: OnBadRow = OnBadRow.SKIP
-    """skip: leave the row out, count it and log it; error: stop at the first one."""
-    max_image_pixels: int = MAX_PIXELS
-    """A larger image is a bad row."""
 
 
 class DatasetError(ErgoError, ValueError):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ergo_rl.episodes import images
+from ergo_rl.episodes.config import MAX_PIXELS
 from ergo_rl.episodes.families import FAMILIES
-from ergo_rl.episodes.images import MAX_PIXELS
 from ergo_rl.episodes.types import Box, Question
 from ergo_rl.errors import ErgoError
 

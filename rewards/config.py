@@ -1,42 +1,49 @@
-"""What a user sets about rewards."""
+"""Configuration of rewards and of the verifier."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
 
-from ergo_rl.cluster.engine import EngineConfig
-from ergo_rl.cluster.resources import Resources
-from ergo_rl.episodes.prompts import PromptTemplates
+from annotated_types import Ge, Gt, Le
+
+from ergo_rl.cluster.config import EngineConfig, Resources
+from ergo_rl.config_fields import MAY_CHANGE, ConfigSection, Formerly
+from ergo_rl.episodes.config import PromptTemplates
 
 
 class Backend(StrEnum):
-    """Where the reward model runs: in a vLLM engine of this job, or behind an OpenAI-compatible URL."""
+    """Where the verifier runs: in a vLLM engine of this job, or behind an OpenAI-compatible URL."""
 
     ENGINE = "engine"
     ENDPOINT = "endpoint"
 
 
 @dataclass
-class EndpointConfig:
-    url: str = ""
+class EndpointConfig(ConfigSection):
+    """An OpenAI-compatible endpoint that serves the verifier."""
+
+    url: Annotated[str, MAY_CHANGE] = ""
     """Base URL up to and including the version, such as http://host:8000/v1."""
     model: str = ""
-    """Name under which the endpoint serves the reward model."""
-    api_key_env: str = ""
+    """Name under which the endpoint serves the verifier."""
+    api_key_env: Annotated[str, MAY_CHANGE] = ""
     """Name of the environment variable that holds the API key; empty: no key is sent."""
-    timeout_s: float = 120.0
-    """One attempt, in seconds."""
-    retries: int = 4
+    timeout_s: Annotated[float, Ge(0.001), MAY_CHANGE] = 120.0
+    """Time limit of each attempt, in seconds."""
+    retries: Annotated[int, Ge(0), MAY_CHANGE] = 4
     """Further attempts after a failed one (no connection, timeout, status 408, 409, 425, 429 or 5xx)."""
-    backoff_s: float = 1.0
+    backoff_s: Annotated[float, Ge(0), MAY_CHANGE] = 1.0
     """Wait before the first further attempt, in seconds; doubled each time."""
-    max_backoff_s: float = 30.0
+    max_backoff_s: Annotated[float, Ge(0), MAY_CHANGE] = 30.0
     """Longest wait between two attempts, in seconds."""
-    concurrency: int = 32
+    concurrency: Annotated[int, Ge(1), MAY_CHANGE] = 32
     """Requests in flight per reward worker."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "@" in self.url.split("://")[-1].split("/")[0]:
             raise ValueError(
                 "reward.verifier.endpoint.url holds a user or password: it would be in config.yaml and in the logs; "
@@ -45,69 +52,70 @@ class EndpointConfig:
 
 
 @dataclass
-class VerifierConfig:
-    """The frozen reward model."""
+class VerifierConfig(ConfigSection):
+    """The verifier: a frozen model that reads the crop."""
 
     backend: Backend = Backend.ENGINE
-    """engine | endpoint."""
+    """engine: a vLLM engine of this job; endpoint: an OpenAI-compatible URL."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """For backend engine."""
     family: str = ""
-    """For backend engine: ``package.module:Class`` of the reward model's own family; empty: ours, by its type."""
+    """For backend engine: ``package.module:Class`` of the verifier's own family; empty: one of ours, by its type."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """For backend endpoint."""
     prompts: PromptTemplates = field(default_factory=PromptTemplates)
     """Only ``system`` and ``verify`` are used."""
-    max_tokens: int = 128
-    """Longest reply of the reward model."""
-    max_visual_tokens: int = 16384
+    max_tokens: Annotated[int, Ge(1)] = 128
+    """Longest reply of the verifier, in tokens."""
+    max_visual_tokens: Annotated[int, Ge(1)] = 16384
     """Backend engine: crops of more visual tokens are made smaller (Qwen2.5-VL's processor takes 16384)."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is missing or cannot work in a run."""
+        if self.backend is Backend.ENGINE and not self.engine.model:
+            yield "reward.verifier.engine.model has no value: name a verifier, or set reward.verifier.backend=endpoint"
+        if self.backend is Backend.ENDPOINT and not (self.endpoint.url and self.endpoint.model):
+            yield "reward.verifier.endpoint needs url and model where reward.verifier.backend is endpoint"
+        if self.engine.sleep:
+            yield "reward.verifier.engine.sleep must be false: only rollout engines are woken, by new weights"
 
 
 @dataclass
-class RewardConfig:
+class RewardConfig(ConfigSection):
     """R = alpha * r_region + beta * r_box + the weighted other terms (ERGO, arXiv 2509.21991)."""
 
     alpha: float = 1.0
     """Weight of r_region."""
     beta: float = 0.5
     """Weight of r_box."""
-    gamma: float = 0.6
+    gamma: Annotated[float, Gt(0), Le(1)] = 0.6
     """Largest area(crop) / area(original) that r_box pays for."""
-    gamma_quantile: float | None = None
-    """Take gamma from the data instead: this quantile (0 .. 1) of the areas, as shares of their images, of the target
-    boxes that the training questions know, grown by ``gamma_margin``. null: ``gamma`` as it is (the paper)."""
-    gamma_margin: float = 0.0
-    """With ``gamma_quantile``: grow a known box on each side by this share of its longer side first, because a region
+    gamma_quantile: Annotated[float | None, Ge(0), Le(1)] = None
+    """Take gamma from the data instead: this quantile (0 to 1) of the areas of the target boxes that the training
+    questions have, as shares of their images and grown by ``gamma_margin``. null: use ``gamma`` (as the paper does)."""
+    gamma_margin: Annotated[float, Ge(0)] = 0.0
+    """With ``gamma_quantile``: first grow a target box on each side by this share of its longer side, because a region
     needs some context."""
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
-    """Weights of the other terms, by their names in ``rewards.terms.TERMS`` (among them ``soft_box``, ours); 0 measures
-    a term without paying it."""
+    """Weights of the other terms, by their names in ``rewards.terms.TERMS`` (which has ``soft_box``, too); a term with
+    weight 0 is measured and not paid."""
     terms: dict[str, str] = field(default_factory=dict)
     """Terms of your own (docs/extending.md), ``name: package.module:Class``; each needs its weight."""
-    number_tolerance: float = 0.01
+    number_tolerance: Annotated[float, Ge(0)] = 0.01
     """Relative tolerance for answers that are decimal numbers; whole numbers must be equal."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
-    workers: int = 1
-    """Reward workers; each hosts one reward model (or one client of the endpoint)."""
-    resources: Resources = field(default_factory=Resources)
+    workers: Annotated[int, Ge(1), MAY_CHANGE] = 1
+    """Reward workers; each hosts a verifier (or a client of the endpoint)."""
+    resources: Annotated[Resources, MAY_CHANGE] = field(default_factory=Resources)
     """Per worker."""
-    restarts: int = 3
-    """Dead or hung workers replaced before the run gives up."""
-    stall_s: float = 900.0
-    """A worker that has work and finishes none of it for so long counts as dead, seconds."""
-    backoff_s: float = 2.0
-    """Wait before the second replacement in a row, in seconds; doubled each time, a minute at most."""
-    unscored_tolerance: float = 0.25
-    """Where more than this share of a step's trajectories could not be scored, training waits and has them scored
+    restarts: Annotated[int, Ge(0), MAY_CHANGE] = 3
+    """Dead or hung workers that are replaced before the run gives up."""
+    hang_timeout_s: Annotated[float, Ge(1), Formerly("stall_s"), MAY_CHANGE] = 900.0
+    """A worker that has work and finishes none of it for this many seconds counts as dead."""
+    backoff_s: Annotated[float, Ge(0), MAY_CHANGE] = 2.0
+    """Wait before the second replacement in a row, in seconds; doubled each time, up to a minute."""
+    unscored_tolerance: Annotated[float, Ge(0), Le(1), MAY_CHANGE] = 0.25
+    """If more than this share of a step's trajectories could not be scored, training waits and has them scored
     again."""
-    outage_deadline_s: float = 3600.0
-    """After waiting so long the run is saved and ends, seconds."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.unscored_tolerance <= 1:
-            raise ValueError(f"reward.unscored_tolerance is {self.unscored_tolerance}; it is a share, 0 to 1")
-        if self.gamma_quantile is not None and not 0 <= self.gamma_quantile <= 1:
-            raise ValueError(f"reward.gamma_quantile is {self.gamma_quantile}; a quantile lies between 0 and 1")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"reward.gamma is {self.gamma}; it is a share of the image, above 0 and at most 1")
+    outage_deadline_s: Annotated[float, Ge(0), MAY_CHANGE] = 3600.0
+    """After waiting this many seconds the run is saved and ends."""

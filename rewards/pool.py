@@ -84,7 +84,7 @@ class RewardPool:
         def spawn(index: int) -> Any:
             return actor_class.options(**cluster.actor_options(ROLE)).remote(config, own_terms)
 
-        faults = Faults(config.restarts, config.stall_s, config.backoff_s)
+        faults = Faults(config.restarts, config.hang_timeout_s, config.backoff_s)
         return cls(WorkerPool(spawn, config.workers, faults, "reward workers"), config)
 
     async def ready(self, deadline_s: float) -> None:

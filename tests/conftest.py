@@ -21,7 +21,8 @@ LAYERS = ("unit", "ray", "engines", "processes")
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[object]:
     """A Ray of its own on this machine, shared by every test that needs one."""
-    from ergo_rl.cluster.placement import Cluster, ClusterConfig
+    from ergo_rl.cluster.config import ClusterConfig
+    from ergo_rl.cluster.placement import Cluster
 
     with Cluster.connect(ClusterConfig(object_store_gib=1.0, wait_s=60)) as cluster:
         yield cluster

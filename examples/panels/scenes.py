@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ergo_rl.episodes.prompts import PromptTemplates
+from ergo_rl.episodes.config import PromptTemplates
 from ergo_rl.episodes.types import Box, Pixels, Question
 
 COLOURS: dict[str, tuple[int, int, int]] = {

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.config import EpisodeConfig
+from ergo_rl.episodes.episode import CoarseToFine
 from ergo_rl.episodes.families import ModelFamily, Tokenizer
 from ergo_rl.episodes.prompts import fill, parse_answer
 from ergo_rl.episodes.types import Box, Question, Trajectory, View

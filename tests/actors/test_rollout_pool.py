@@ -12,14 +12,13 @@ import pytest
 import ray
 
 from ergo_rl.actors import rollout_pool
+from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import RolloutConfig
-from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.cluster.config import EngineConfig, Resources, Transport, WeightsConfig
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.resources import Resources
 from ergo_rl.cluster.weight_sender import EngineClient
-from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig, WeightSyncFailed
-from ergo_rl.episodes.episode import EpisodeConfig
+from ergo_rl.cluster.weight_sync import WeightChannel, WeightSyncFailed
+from ergo_rl.episodes.config import EpisodeConfig
 
 
 class Worker:

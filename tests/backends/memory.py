@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import Rollout
-from ergo_rl.actors.rollout_worker import GroupResult, RolloutConfig, SkippedQuestion, summarize
+from ergo_rl.actors.rollout_worker import GroupResult, SkippedQuestion, summarize
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.jobs.checkpoint_store import FileSystem

@@ -1,7 +1,8 @@
 """What a training run looks like from outside, without engines: the processes with their names, records, log and
 checkpoints, and the answers to their deaths. For tests of what watches and hurts a run; it proves nothing about one.
 
-Called as ``ergo-rl train`` is. ``rollout.stall_s`` holds; ``STUB_FORGETS=1`` leaves a question out after a death.
+Called as ``ergo-rl train`` is. ``rollout.hang_timeout_s`` holds; ``STUB_FORGETS=1`` leaves a question out after a
+death.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class Stub:
         self.folder = Path(settings["runs_dir"]) / settings["name"]
         self.checkpoints = self.folder / "checkpoints"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.total, self.stall_s = int(settings["total_steps"]), float(settings.get("rollout.stall_s", 900))
+        self.total, self.hang_timeout_s = (
+            int(settings["total_steps"]),
+            float(settings.get("rollout.hang_timeout_s", 900)),
+        )
         logging.basicConfig(
             filename=self.folder / "run.log", format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
@@ -85,7 +89,7 @@ class Stub:
     def mended(self, role: str) -> bool:
         """Whether something was wrong with it."""
         pids, since = self.roles[role], time.monotonic()
-        while any(state(pid) == "T" for pid in pids) and time.monotonic() - since < self.stall_s:
+        while any(state(pid) == "T" for pid in pids) and time.monotonic() - since < self.hang_timeout_s:
             time.sleep(0.01)
         why = "hung" if any(state(pid) == "T" for pid in pids) else "is gone"
         if why != "hung" and all(state(pid) not in "ZX" for pid in pids):

@@ -24,7 +24,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chaos_hurts_every_kind_and_sees_it_come_back(stub: None, tmp_path: Path) -> None:
     kinds = chaos.plan(1, list(chaos.KINDS), seed=3)
-    trial = chaos.Chaos(tmp_path, kinds, seed=3, stall_s=0.5, patience_s=60)
+    trial = chaos.Chaos(tmp_path, kinds, seed=3, hang_timeout_s=0.5, patience_s=60)
     assert trial.go() == 0 and [kill.kind for kill in trial.killed] == kinds and not trial.orphans
     assert chaos.verdict(chaos.count(tmp_path / "run", trial.steps), 8, 8, [], 0)[0]
     for kill in trial.killed:
@@ -36,7 +36,7 @@ def test_chaos_hurts_every_kind_and_sees_it_come_back(stub: None, tmp_path: Path
 
 def test_chaos_sees_what_is_lost(stub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUB_FORGETS", "1")
-    trial = chaos.Chaos(tmp_path, ["rollout actor"], seed=0, stall_s=5, patience_s=60)
+    trial = chaos.Chaos(tmp_path, ["rollout actor"], seed=0, hang_timeout_s=5, patience_s=60)
     assert trial.go() == 0
     counted = chaos.count(tmp_path / "run", trial.steps)
     assert counted["questions_missing"] == 1 and not chaos.verdict(counted, 1, 1, [], 0)[0]

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 
 from benchmarks.lives import descendants
+from ergo_rl.cluster.config import Resources
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.resources import Resources
 
 LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
 """127.0.0.1, the same as IPv6, ::1; as /proc/net writes them."""

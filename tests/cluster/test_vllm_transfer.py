@@ -23,9 +23,10 @@ from vllm.distributed.weight_transfer import ipc_engine, nccl_common, nccl_engin
 from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
 
 from ergo_rl.cluster import weight_sender
+from ergo_rl.cluster.config import Transport
 from ergo_rl.cluster.vllm_worker import WeightReceiver, limit_time
 from ergo_rl.cluster.weight_sender import EngineClient, TensorSpec, WeightSender
-from ergo_rl.cluster.weight_sync import Transport, WeightSyncFailed
+from ergo_rl.cluster.weight_sync import WeightSyncFailed
 
 CUDA: Any = SimpleNamespace(type="cuda", index=0)
 

@@ -15,10 +15,11 @@ import ray
 import torch
 
 from ergo_rl.cluster import weight_sender
+from ergo_rl.cluster.config import Transport
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_buckets import Bucket, BucketSpec, map_file, pack, unpack
 from ergo_rl.cluster.weight_sender import SendResult, WeightSender
-from ergo_rl.cluster.weight_sync import Transport, WeightSyncFailed
+from ergo_rl.cluster.weight_sync import WeightSyncFailed
 
 PATIENT_S, SHORT_S = 60.0, 5.0
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ergo_rl.cluster.resources import Resources
-from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig
+from ergo_rl.cluster.config import Resources, Transport, WeightsConfig
+from ergo_rl.cluster.weight_sync import WeightChannel
 
 
 class Source:

@@ -71,9 +71,9 @@ class Clerk:
 Story = Callable[[WorkerPool], Coroutine[Any, Any, None]]
 
 
-def run(story: Story, size: int = 2, restarts: int = 3, prepare: Any = None, stall_s: float = 60.0) -> None:
+def run(story: Story, size: int = 2, restarts: int = 3, prepare: Any = None, hang_timeout_s: float = 60.0) -> None:
     async def play() -> None:
-        faults = Faults(restarts, stall_s, backoff_s=0.1)
+        faults = Faults(restarts, hang_timeout_s, backoff_s=0.1)
         pool = WorkerPool(lambda index: Clerk.remote(index), size, faults, "clerks", prepare)
         try:
             await pool.ready(60)
@@ -145,7 +145,7 @@ def test_call_all_without_room_for_a_replacement_uses_the_others(ray_cluster: Cl
         return Clerk.options(num_cpus=0.01 if len(made) < 3 else 5000).remote(index)  # type: ignore[attr-defined]
 
     async def story() -> None:
-        pool = WorkerPool(spawn, 2, Faults(restarts=1, stall_s=60, backoff_s=0.1), "clerks")
+        pool = WorkerPool(spawn, 2, Faults(restarts=1, hang_timeout_s=60, backoff_s=0.1), "clerks")
         try:
             await pool.ready(60)
             pids = {pid: index for index, _, pid in await pool.call_all("who")}
@@ -215,16 +215,14 @@ def test_ready_without_resources_raises_with_numbers(ray_cluster: Cluster) -> No
 
 
 def test_reserve_gang_without_resources_raises_with_numbers(ray_cluster: Cluster) -> None:
-    from ergo_rl.cluster.placement import ClusterConfig
-    from ergo_rl.cluster.resources import Resources
+    from ergo_rl.cluster.config import ClusterConfig, Resources
 
     with pytest.raises(TimeoutError, match=r"did not offer 2 x \{'CPU': 5000.*free now: \{'CPU'"):
         asyncio.run(Cluster(ClusterConfig(wait_s=0.2)).reserve_gang("giants", 2, Resources(cpus=5000)))
 
 
 def test_reserve_gang_does_not_block_the_event_loop(ray_cluster: Cluster) -> None:
-    from ergo_rl.cluster.placement import ClusterConfig
-    from ergo_rl.cluster.resources import Resources
+    from ergo_rl.cluster.config import ClusterConfig, Resources
 
     async def story() -> None:
         waiting = asyncio.create_task(Cluster(ClusterConfig(wait_s=3)).reserve_gang("giants", 1, Resources(cpus=5000)))
@@ -247,7 +245,7 @@ def test_hung_worker_is_replaced(ray_cluster: Cluster, tmp_path: Any) -> None:
         assert first == "done" and len(others) == 3 and pool.restarts == 1
         assert 3 <= time.monotonic() - started < 60
 
-    run(story, size=1, stall_s=3.0)
+    run(story, size=1, hang_timeout_s=3.0)
 
 
 def test_slow_worker_is_not_replaced(ray_cluster: Cluster) -> None:
@@ -259,7 +257,7 @@ def test_slow_worker_is_not_replaced(ray_cluster: Cluster) -> None:
         await pool.call("who")
         assert pool.restarts == 0
 
-    run(story, size=1, stall_s=3.5)
+    run(story, size=1, hang_timeout_s=3.5)
 
 
 def test_replacement_that_fails_to_start_is_retried_with_back_off(ray_cluster: Cluster) -> None:

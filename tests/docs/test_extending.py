@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.config import EpisodeConfig
+from ergo_rl.episodes.episode import CoarseToFine
 from ergo_rl.episodes.families import ModelFamily, Qwen25VL, UnknownFamily, family_of, load_tokenizer
 from ergo_rl.episodes.plugins import import_class
 from ergo_rl.episodes.types import Box, Outcome, Score, View
@@ -186,7 +187,10 @@ def test_what_is_wrong_with_a_class_is_said(folder: Path, path: str, kind: Any, 
         (["reward.terms.box=my_terms:ShortThought"], "reward.terms: box is a term of ours"),
         (["reward.terms.brief=my_terms:Brief", "reward.weights.brief=1"], "my_terms has nothing of that name"),
         (["learner.loss.objective=my_objective:TOP"], "my_objective has nothing of that name"),
-        (["episode.family=my_family:Thousandths"], r"learner.family \(''\) must equal episode.family"),
+        (
+            ["episode.family=my_family:Thousandths", "learner.family=my_family:Other"],
+            r"learner.family \('my_family:Other'\) must equal episode.family",
+        ),
         (
             ["reward.verifier.family=my_terms:ShortThought"],
             "must be a subclass of ergo_rl.episodes.families.ModelFamily",

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig, OnBadBox, read_box
+from ergo_rl.episodes.config import EpisodeConfig, OnBadBox
+from ergo_rl.episodes.episode import CoarseToFine, read_box
 from ergo_rl.episodes.families import Qwen25VL, Tokenizer
 from ergo_rl.episodes.images import UnreadableImage, view
 from ergo_rl.episodes.prompts import ReservedText

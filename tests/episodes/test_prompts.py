@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ergo_rl.episodes.config import PromptTemplates
 from ergo_rl.episodes.families import Qwen25VL
-from ergo_rl.episodes.prompts import PromptTemplates, ReservedText, fill, letter_options, parse_answer, parse_zoom
+from ergo_rl.episodes.prompts import ReservedText, fill, letter_options, parse_answer, parse_zoom
 from ergo_rl.episodes.types import BoxOutcome, Question
 
 FAMILY = Qwen25VL()

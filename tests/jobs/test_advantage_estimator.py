@@ -12,8 +12,7 @@ from ergo_rl.actors.rollout_worker import GroupResult, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Outcome, Question, Score, Unscored, Verdict
 from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
-from ergo_rl.learners.advantages import AdvantageConfig, Credit, Terms
-from ergo_rl.learners.config import LearnerConfig, LossConfig
+from ergo_rl.learners.config import AdvantageConfig, Credit, LearnerConfig, LossConfig, Terms
 
 WEIGHTS = {"region": 1.0, "box": 0.5}
 

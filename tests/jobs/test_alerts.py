@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ergo_rl.jobs.alerts import Alerts, GuardsConfig
+from ergo_rl.jobs.alerts import Alerts
+from ergo_rl.jobs.config import AlertsConfig
 from ergo_rl.jobs.metrics import Metrics
 
 FINE = {
@@ -18,7 +19,7 @@ FINE = {
 
 
 def after(*steps: Metrics, window: int = 2) -> tuple[Metrics, dict[str, str]]:
-    guards = Alerts(GuardsConfig(window=window))
+    guards = Alerts(AlertsConfig(window=window))
     for step in steps:
         found = guards.watch(step)
     return found

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ergo_rl.actors.rollout_worker import RolloutConfig
-from ergo_rl.cluster.resources import Size
+from ergo_rl.actors.config import RolloutConfig
+from ergo_rl.cluster.config import Size
 from ergo_rl.jobs import autoscale
 from ergo_rl.jobs.autoscale import WINDOW, AutoscalePolicy, autoscaling
 

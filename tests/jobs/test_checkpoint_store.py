@@ -13,7 +13,6 @@ import pytest
 from ergo_rl.jobs.checkpoint_store import (
     LATEST,
     MANIFEST,
-    CheckpointConfig,
     CheckpointStore,
     CheckpointWriter,
     DamagedCheckpoint,
@@ -22,6 +21,7 @@ from ergo_rl.jobs.checkpoint_store import (
     step_of,
     verify_checkpoint,
 )
+from ergo_rl.jobs.config import CheckpointConfig
 from ergo_rl.jobs.run_paths import step_folder
 
 
@@ -194,7 +194,7 @@ def test_name_of_a_checkpoint_is_its_step() -> None:
 def test_checkpoint_is_due_every_few_steps_and_at_the_end() -> None:
     assert [step for step in range(8) if CheckpointConfig(every=3).due(step + 1, 8)] == [2, 5, 7]
     assert not CheckpointConfig(every=0).due(8, 8)
-    with pytest.raises(ValueError, match=r"checkpoint\.keep 0"):
+    with pytest.raises(ValueError, match="keep is 0; it must be at least 1"):
         CheckpointConfig(keep=0)
 
 

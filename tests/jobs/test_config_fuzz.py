@@ -1,5 +1,5 @@
 """Five hundred hostile recipes and overrides: each is refused with one line that says why, or is a configuration that
-keeps what ``jobs.limits`` promises. Seeded, so that what is found is found again."""
+keeps the bounds beside its fields. Seeded, so that what is found is found again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from ergo_rl.jobs.config import ConfigError, TrainConfig, _all_keys, load_config
-from ergo_rl.jobs.limits import out_of_range
+from ergo_rl.config_fields import out_of_range
+from ergo_rl.jobs.config import ConfigError, TrainConfig, all_keys, load_config
 from tests.conftest import ROOT
 
 CONFIGS = 500
@@ -27,7 +27,7 @@ VALUES = (
     "DAPO", "linear",
 )  # fmt: skip
 KEYS = (
-    *_all_keys(TrainConfig()), "rollout.workers.min", "rollout.workers.max", "", ".", "..", "a", "learner.", ".learner",
+    *all_keys(TrainConfig()), "rollout.workers.min", "rollout.workers.max", "", ".", "..", "a", "learner.", ".learner",
     "learner..optimizer", "questions.paths[0]", "questions.paths.0", "reward.weights.accuracy", "reward.weights.",
     "rollout.engine.extra.max_num_batched_tokens", "__class__", "name.name", "total_steps.x", "seed[", "a[b]c", "名前",
 )  # fmt: skip
@@ -39,7 +39,7 @@ OWN: Any = OmegaConf.structured(load_config(PANELS))
 def value_for(key: str, rng: random.Random) -> str:
     """Mostly something hostile; one time in four what the recipe itself has there, halved or doubled where it is a
     number."""
-    own = OmegaConf.select(OWN, key) if key in _all_keys(TrainConfig()) and rng.random() < 0.25 else None
+    own = OmegaConf.select(OWN, key) if key in all_keys(TrainConfig()) and rng.random() < 0.25 else None
     if own is None or OmegaConf.is_config(own):
         return rng.choice(VALUES)
     if isinstance(own, int | float) and not isinstance(own, bool):
@@ -81,17 +81,17 @@ def test_five_hundred_configs_are_taken_or_refused_with_a_reason(tmp_path: Path)
             assert len(str(error)) > 10 and len(str(error)) < 2_000, error
             outcomes["refused"] += 1
         else:
-            holds(config, overrides)
+            assert_holds(config, overrides)
             outcomes["taken"] += 1
     assert outcomes.total() == CONFIGS and min(outcomes.values()) > CONFIGS / 10, outcomes
 
 
-def holds(config: TrainConfig, overrides: list[str]) -> None:
+def assert_holds(config: TrainConfig, overrides: list[str]) -> None:
     """What the rest of the program relies on, whatever was asked for."""
-    assert not out_of_range(config)
+    assert not out_of_range(TrainConfig, config)
     assert config.rollout.size.min <= config.rollout.size.max
     for step in range(4):
-        config.evaluation.due(step, config.total_steps), config.proof.due(step, config.total_steps)
+        config.evaluation.due(step, config.total_steps), config.weight_check.due(step, config.total_steps)
         config.checkpoint.due(step, config.total_steps)
         assert 0 <= config.learner.optimizer.learning_rate(step) <= config.learner.optimizer.lr
     if random.Random(str(overrides)).random() < 0.8:  # it takes 50 ms

@@ -11,8 +11,8 @@ from PIL import Image
 from ergo_rl.actors.rollout_worker import GroupResult, SkippedQuestion, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Outcome, Question, Score
-from ergo_rl.jobs.evaluation import BoxSource, Evaluation, EvaluationConfig, choose_box, wilson
-from ergo_rl.jobs.metrics import MetricsConfig
+from ergo_rl.jobs.config import EvaluationConfig, MetricsConfig
+from ergo_rl.jobs.evaluation import BoxSource, Evaluation, choose_box, wilson
 
 TARGET = Box(10, 20, 30, 40)
 

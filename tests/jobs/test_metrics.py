@@ -10,7 +10,8 @@ import ray
 from ergo_rl.actors.rollout_worker import GroupResult, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Outcome, Question, Score, Unscored, Verdict
-from ergo_rl.jobs.metrics import MetricsConfig, reward_metrics, rollout_metrics, staleness_metrics
+from ergo_rl.jobs.config import MetricsConfig
+from ergo_rl.jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
 
 WHOLE, RIGHT, WRONG, TINY = Box(0, 0, 100, 100), Box(10, 10, 60, 60), Box(60, 60, 90, 90), Box(20, 20, 25, 25)
 TARGET = Box(20, 20, 30, 30)

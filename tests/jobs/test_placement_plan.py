@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ergo_rl.cluster.engine import EngineConfig
+from ergo_rl.cluster.config import EngineConfig
 from ergo_rl.jobs.commands.plan import DOES_NOT_FIT, main
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.jobs.memory_model import (
@@ -277,4 +277,4 @@ def test_plan_wrong_recipe_exits_with_status_1(capsys: pytest.CaptureFixture[str
     assert main([str(ROOT / "configs/ergo-7b.yaml"), "learner.model=./gone", "rollout.engine.model=./gone"]) == 1
     assert "the size of ./gone is not known" in capsys.readouterr().err
     assert main([str(ROOT / "configs/ergo-7b.yaml"), "hardware.nodes=0"]) == 1
-    assert "hardware: nodes" in capsys.readouterr().err
+    assert "hardware.nodes is 0; it must be at least 1" in capsys.readouterr().err

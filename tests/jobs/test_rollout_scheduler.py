@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from ergo_rl.actors.rollout_pool import Rollout
 from ergo_rl.actors.rollout_worker import GroupResult, SkippedQuestion, TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.config import OnBadRow
 from ergo_rl.episodes.types import Outcome, Question, Score
 from ergo_rl.jobs.checkpoint_manager import scheduler_from_json, scheduler_to_json
 from ergo_rl.jobs.rollout_scheduler import RolloutScheduler, SchedulerState
-from ergo_rl.questions.dataset import Cursor, OnBadRow
+from ergo_rl.questions.dataset import Cursor
 
 FACTS = TrajectorySummary(Outcome.ANSWERED, "ok", None, 0.1, 100, (5, 5), (0, 0))
 EPOCH = 10

@@ -31,7 +31,7 @@ def open_run(config: TrainConfig, *callbacks: Callback) -> Iterator[tuple[RunFol
     with (
         RunFolder.open(config) as folder,
         ConsoleDisplay(config.name, config.total_steps, folder.path) as console,
-        Monitor(folder.path, config.metrics, config.guards, console, callbacks) as monitor,
+        Monitor(folder.path, config.metrics, config.alerts, console, callbacks) as monitor,
     ):
         monitor.rewind(0 if folder.checkpoint is None else step_of(folder.checkpoint.name))
         yield folder, monitor

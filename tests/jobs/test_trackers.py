@@ -14,8 +14,7 @@ import pytest
 import ray
 
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
-from ergo_rl.jobs.metrics import ExporterName
+from ergo_rl.jobs.config import ConfigError, ExporterName, TrainConfig, load_config
 from ergo_rl.jobs.trackers import MLflow, Prometheus, WeightsAndBiases, gauge_name, open_trackers
 from tests.conftest import ROOT
 from tests.jobs.test_run_folder import open_run

@@ -15,8 +15,8 @@ import pytest
 
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs import rollout_scheduler
-from ergo_rl.jobs.checkpoint_store import CheckpointConfig, FileSystem
-from ergo_rl.jobs.config import ConfigError, RecoveryConfig, TrainConfig, load_config
+from ergo_rl.jobs.checkpoint_store import FileSystem
+from ergo_rl.jobs.config import CheckpointConfig, ConfigError, RecoveryConfig, TrainConfig, load_config
 from ergo_rl.jobs.rollout_scheduler import RewardsUnavailable
 from ergo_rl.jobs.run_folder import RunFolder
 from ergo_rl.jobs.shutdown import Stopped

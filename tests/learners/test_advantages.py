@@ -5,16 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ergo_rl.learners.advantages import (
-    AdvantageConfig,
-    Credit,
-    Normalisation,
-    Terms,
-    group_advantages,
-    normalise_over_step,
-    term_advantages,
-    turn_advantages,
-)
+from ergo_rl.learners.advantages import group_advantages, normalise_over_step, term_advantages, turn_advantages
+from ergo_rl.learners.config import AdvantageConfig, Credit, Normalisation, Terms
 
 EXACT = AdvantageConfig(epsilon=0.0)
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ergo_rl.cluster.config import Resources
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.resources import Resources
 from ergo_rl.cluster.weight_buckets import Bucket, unpack
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.learners.config import LearnerConfig, OptimizerConfig

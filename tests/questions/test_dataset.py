@@ -18,20 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ergo_rl.episodes.config import OnBadRow, QuestionsConfig
 from ergo_rl.episodes.families import UnknownFamily
 from ergo_rl.episodes.images import UnreadableImage
 from ergo_rl.episodes.prompts import ReservedText
 from ergo_rl.episodes.types import Box, Question
 from ergo_rl.errors import ErgoError
-from ergo_rl.questions.dataset import (
-    BadRow,
-    Cursor,
-    DatasetError,
-    OnBadRow,
-    QuestionsConfig,
-    QuestionStream,
-    write_questions,
-)
+from ergo_rl.questions.dataset import BadRow, Cursor, DatasetError, QuestionStream, write_questions
 from ergo_rl.questions.readers import ImageNotFound
 from ergo_rl.questions.rows import BadCell
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ergo_rl.episodes.config import QuestionsConfig
 from ergo_rl.episodes.types import Box, Question
-from ergo_rl.questions.dataset import QuestionsConfig, QuestionStream, write_questions
+from ergo_rl.questions.dataset import QuestionStream, write_questions
 from ergo_rl.questions.formats import FORMATS, BoxCorners, BoxUnit, convert_row, split_options
 from ergo_rl.questions.readers import ImageStore
 from ergo_rl.questions.rows import BadCell

@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ergo_rl.episodes.episode import CoarseToFine, EpisodeConfig
+from ergo_rl.episodes.config import EpisodeConfig, QuestionsConfig
+from ergo_rl.episodes.episode import CoarseToFine
 from ergo_rl.episodes.families import Qwen25VL, Tokenizer
 from ergo_rl.episodes.images import UnreadableImage
 from ergo_rl.episodes.prompts import ReservedText
-from ergo_rl.questions.dataset import DatasetError, QuestionsConfig, QuestionStream
+from ergo_rl.questions.dataset import DatasetError, QuestionStream
 
 ROWS, PER_FILE, DAMAGED_FILES = 5_000, 250, 200
 LIMIT = 100_000

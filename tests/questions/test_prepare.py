@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ergo_rl.episodes.config import OnBadRow, QuestionsConfig
 from ergo_rl.episodes.types import Box, Question
 from ergo_rl.jobs.commands.prepare import main
-from ergo_rl.questions.dataset import OnBadRow, QuestionsConfig, QuestionStream
+from ergo_rl.questions.dataset import QuestionStream
 from tests.conftest import ROOT
 
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import pytest
 import ray
 
+from ergo_rl.cluster.config import Resources
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.resources import Resources
 from ergo_rl.cluster.worker_pool import WorkerPool
 from ergo_rl.episodes.types import Outcome, Question, Score, Trajectory, Unscored, View
 from ergo_rl.rewards.config import RewardConfig

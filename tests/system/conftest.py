@@ -16,10 +16,10 @@ import ray
 import torch
 
 from ergo_rl.actors.rollout_pool import RolloutPool
+from ergo_rl.cluster.config import Resources
 from ergo_rl.cluster.placement import Cluster
-from ergo_rl.cluster.resources import Resources
 from ergo_rl.cluster.weight_sync import WeightChannel
-from ergo_rl.episodes.episode import EpisodeConfig, OnBadBox
+from ergo_rl.episodes.config import EpisodeConfig, OnBadBox
 from ergo_rl.episodes.families import Qwen3VL
 from ergo_rl.episodes.types import Question
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question

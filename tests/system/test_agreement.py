@@ -15,7 +15,7 @@ from PIL import Image
 
 from ergo_rl.actors.rollout_pool import Rollout
 from ergo_rl.episodes import images
-from ergo_rl.episodes.episode import OnBadBox
+from ergo_rl.episodes.config import OnBadBox
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question

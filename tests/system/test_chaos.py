@@ -32,7 +32,7 @@ def test_killed_and_hung_processes_lose_no_question_and_use_none_twice(backgroun
 def story(tmp_path: Path) -> None:
     overrides = small_run(
         tmp_path, STEPS, max_staleness=1, **{
-            "checkpoint.every": 1, "rollout.restarts": 6, "rollout.stall_s": STALL_S, "reward.restarts": 3,
+            "checkpoint.every": 1, "rollout.restarts": 6, "rollout.hang_timeout_s": STALL_S, "reward.restarts": 3,
             "recovery.backoff_s": 0.5, "rollout.backoff_s": 0.5,
         },
     )  # fmt: skip

@@ -50,7 +50,7 @@ def test_train_with_bad_rows_skips_and_counts_them(tmp_path: Path) -> None:
 
     done = ergo_rl_train(
         "name=bad-rows", f"runs_dir={tmp_path}", f"questions.paths=[{tmp_path / 'questions.parquet'}]",
-        "total_steps=3", "groups_per_step=4", "rollout.group_size=3", "samples_every=2", "proof.every=1",
+        "total_steps=3", "groups_per_step=4", "rollout.group_size=3", "samples_every=2", "weight_check.every=1",
         f"evaluation.paths=[{tmp_path / 'questions.parquet'}]", "evaluation.questions=4", "evaluation.every=2",
         "learner.ranks=2", "learner.zero_stage=3", "learner.threads=1",
         "metrics.exporters=[tensorboard,prometheus]",

@@ -11,9 +11,10 @@ import pytest
 import ray
 
 from ergo_rl.actors.rollout_pool import Rollout
-from ergo_rl.cluster.weight_sync import Transport, WeightChannel, WeightsConfig
+from ergo_rl.cluster.config import Transport, WeightsConfig
+from ergo_rl.cluster.weight_sync import WeightChannel
 from ergo_rl.episodes.types import Question, Trajectory
-from ergo_rl.jobs.config import ProofConfig, TrainConfig
+from ergo_rl.jobs.config import TrainConfig, WeightCheckConfig
 from ergo_rl.jobs.weight_check import WeightCheck, WeightsDiffer
 from tests.system.conftest import Everything, Stack, differences
 
@@ -64,7 +65,7 @@ def test_the_proof_notices_a_forgotten_cache(
         delattr(worker._engine._llm, forgotten)
 
     async def story() -> None:
-        proof = WeightCheck(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-3))
+        proof = WeightCheck(untied.rollouts, untied.learners, questions[0], WeightCheckConfig(tolerance=1e-3))
         await untied.publish()
         fresh = await proof.measure(untied.version)
         assert fresh["proof/mismatch_mean"] <= 1e-5
@@ -144,7 +145,7 @@ def test_direct_transfer_reaches_every_engine_and_recovers_after_a_failure(
         learner = untied.learners._actors[0]
         whole = await in_pieces(500_000)
         channel = WeightChannel(untied.learners, untied.rollouts, WeightsConfig(transport, 60.0))
-        proof = WeightCheck(untied.rollouts, untied.learners, questions[0], ProofConfig(tolerance=1e-5))
+        proof = WeightCheck(untied.rollouts, untied.learners, questions[0], WeightCheckConfig(tolerance=1e-5))
 
         async def publish(seed: int) -> Transport:
             await untied.perturb(seed)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from ergo_rl.episodes.config import QuestionsConfig
 from ergo_rl.examples.panels.dataset import prepare_panels
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
-from ergo_rl.questions.dataset import QuestionsConfig, QuestionStream
+from ergo_rl.questions.dataset import QuestionStream
 
 
 def test_prepare_panels_writes_both_splits_in_small_row_groups(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ergo_rl.jobs.commands.config import docs_of, main, reference
-from ergo_rl.jobs.config import TrainConfig, load_config
-from ergo_rl.jobs.config import _all_keys as all_keys
+from ergo_rl.jobs.config import TrainConfig, all_keys, load_config
 from tests.conftest import ROOT
 
 
