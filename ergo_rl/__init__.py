@@ -2,10 +2,9 @@
 
 Example::
 
-    from pathlib import Path
     from ergo_rl import Policy, Trainer, load_config
 
-    folder = Trainer(load_config(Path("configs/panels.yaml"), ["total_steps=3"])).fit()
+    folder = Trainer(load_config("configs/panels.yaml", ["total_steps=3"])).fit()
     with Policy.load(folder) as policy:
         print(policy.answer("street.jpg", "What does the sign say?").answer)
 

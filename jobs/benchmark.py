@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -21,6 +19,7 @@ from ergo_rl.jobs.benchmark_report import Figures, summarise, write_report
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.jobs.evaluation import heldout, occluded
 from ergo_rl.jobs.policy_clients import EndpointClient, PolicyClient, PoolClient, endpoint_at, family_by_name
+from ergo_rl.jobs.shutdown import run_blocking
 from ergo_rl.questions.dataset import DatasetError
 from ergo_rl.questions.prepare import prepare_embedded
 
@@ -65,7 +64,7 @@ def evaluate(
 
     Example::
 
-        result = evaluate(load_config(Path("configs/panels.yaml")), budgets=[16, 36])
+        result = evaluate(load_config("configs/panels.yaml"), budgets=[16, 36])
         print(result.figures[0]["accuracy"])
     """
     if model:
@@ -76,12 +75,14 @@ def evaluate(
     if questions is not None:
         config = replace(config, evaluation=replace(config.evaluation, questions=questions))
     prepare_embedded(config.embedded, console)
-    work = run_benchmark(
-        config, heldout_questions(config, hide_target), [Mode(mode) for mode in modes], budgets,
-        hide_target=hide_target, url=url, served_model=served_model, family=family, out=Path(out),
-        console=console or Console(quiet=True),
+    held_out = heldout_questions(config, hide_target)
+    return run_blocking(
+        lambda: run_benchmark(
+            config, held_out, [Mode(mode) for mode in modes], budgets,
+            hide_target=hide_target, url=url, served_model=served_model, family=family, out=Path(out),
+            console=console or Console(quiet=True),
+        )
     )  # fmt: skip
-    return run_blocking(work)
 
 
 def heldout_questions(config: TrainConfig, hide_target: bool = False) -> list[Question]:
@@ -155,13 +156,3 @@ async def _launch(config: TrainConfig, budgets: Sequence[int], stack: ExitStack,
     with console.status("starting engines (20 to 60 s on a CPU)"):
         await rollouts.ready(config.start_deadline_s)
     return PoolClient(rollouts, family)
-
-
-def run_blocking(work: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run``; in a thread where this one already runs an event loop, as notebooks do."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(max_workers=1) as threads:
-        return threads.submit(asyncio.run, work).result()

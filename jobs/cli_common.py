@@ -53,7 +53,7 @@ def explain(error: BaseException) -> str:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add ``[recipe] [key=value ...]``; read them with ``parse_with_recipe``."""
+    """Add ``[recipe] [key=value ...]``; read them with ``parse_with_overrides``."""
     parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=f"YAML recipe (default: {DEFAULT_RECIPE})")
     add_overrides(parser, "values that override the recipe's")
 

@@ -311,11 +311,12 @@ class TrainConfig(ConfigSection):
             )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a recipe (YAML) with ``key=value`` overrides, typed and checked. Former names of keys are read with a
     warning.
 
     Raises ConfigError naming the key for unknown keys, wrong types, missing values and bad combinations."""
+    path = Path(path)
     loaded, changes = _read_recipe(path), _read_overrides(overrides)
     try:
         merged = OmegaConf.merge(_schema(), *_shared(_current(loaded), _current(changes)))

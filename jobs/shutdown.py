@@ -1,4 +1,5 @@
-"""Graceful shutdown: the first SIGTERM or Ctrl-C ends the run saved, the second ends the process at once."""
+"""Graceful shutdown: the first SIGTERM or Ctrl-C ends the run saved, the second ends the process at once; and asyncio
+from a script or a notebook."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -87,3 +89,28 @@ class GracefulShutdown:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+
+
+def run_blocking(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """``asyncio.run``; in a thread of its own where this thread runs an event loop already, as notebooks do.
+
+    Ctrl-C cancels the work and waits for it to clean up."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
+
+    async def main() -> T:
+        task = asyncio.ensure_future(work())
+        started.set_result((asyncio.get_running_loop(), task))
+        return await task
+
+    with ThreadPoolExecutor(max_workers=1) as threads:
+        result = threads.submit(lambda: asyncio.run(main()))
+        try:
+            return result.result()
+        except KeyboardInterrupt:
+            loop, task = started.result()
+            loop.call_soon_threadsafe(task.cancel)
+            raise

@@ -26,15 +26,13 @@ Backend             starts all that needs machines; tests bring one in memory
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import derive_seed
@@ -58,7 +56,7 @@ from ergo_rl.jobs.rollout_recorder import RolloutRecorder
 from ergo_rl.jobs.rollout_scheduler import RolloutScheduler, retry_unscored, unscored_share
 from ergo_rl.jobs.run_folder import RunFolder
 from ergo_rl.jobs.run_paths import POLICY, SAMPLES
-from ergo_rl.jobs.shutdown import GracefulShutdown
+from ergo_rl.jobs.shutdown import GracefulShutdown, run_blocking
 from ergo_rl.learners.learner_group import LearnerFailed, LearnerGroup
 from ergo_rl.questions.dataset import QuestionStream
 from ergo_rl.questions.prepare import prepare_embedded
@@ -67,8 +65,6 @@ from ergo_rl.rewards.terms import TermSource, load_terms, named_terms, term_weig
 
 if TYPE_CHECKING:
     from ergo_rl.learners.losses import Objective  # imports torch, which the driver does not need
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +96,7 @@ class Trainer:
         def short_thought(question, trajectory, reply):
             return max(0.0, 1 - len(trajectory.turns[0].text.split()) / 40)
 
-        folder = Trainer(load_config(Path("configs/panels.yaml")), reward_terms=[short_thought]).fit()
+        folder = Trainer(load_config("configs/panels.yaml"), reward_terms=[short_thought]).fit()
     """
 
     def __init__(
@@ -119,6 +115,12 @@ class Trainer:
         can import. callbacks: called with (step, metrics) after each step and evaluation. backend: for tests.
 
         Raises ConfigError."""
+        try:
+            self._reward_terms = named_terms(reward_terms)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        # In the run's config.yaml: such a run is not resumed without these terms.
+        config = replace(config, reward=replace(config.reward, handed_over=sorted(self._reward_terms)))
         if objective is not None:
             loss = replace(config.learner.loss, objective=_importable(objective, "objective"))
             config = replace(config, learner=replace(config.learner, loss=loss))
@@ -130,7 +132,6 @@ class Trainer:
         if objective is not None or family is not None:
             check(config)
         try:
-            self._reward_terms = named_terms(reward_terms)
             load_terms(config.reward, self._reward_terms)  # refuses names that are taken
             self._reward_weights = term_weights(config.reward, self._reward_terms)
         except ValueError as error:
@@ -268,31 +269,6 @@ class Trainer:
                 if config.checkpoint.due(step + 1, config.total_steps):
                     await checkpoints.save()
                 shutdown.raise_if_requested()
-
-
-def run_blocking(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """``asyncio.run``; in a thread of its own where this thread runs an event loop already, as notebooks do.
-
-    Ctrl-C cancels the work and waits for it to clean up."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work())
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
-
-    async def main() -> T:
-        task = asyncio.ensure_future(work())
-        started.set_result((asyncio.get_running_loop(), task))
-        return await task
-
-    with ThreadPoolExecutor(max_workers=1) as threads:
-        result = threads.submit(lambda: asyncio.run(main()))
-        try:
-            return result.result()
-        except KeyboardInterrupt:
-            loop, task = started.result()
-            loop.call_soon_threadsafe(task.cancel)
-            raise
 
 
 def _importable(choice: type | str, what: str) -> str:

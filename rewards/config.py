@@ -100,7 +100,11 @@ class RewardConfig(ConfigSection):
     """Weights of the other terms, by their names in ``rewards.terms.TERMS`` (which has ``soft_box``, too); a term with
     weight 0 is measured and not paid."""
     terms: dict[str, str] = field(default_factory=dict)
-    """Terms of your own (docs/extending.md), ``name: package.module:Class``; each needs its weight."""
+    """Terms of your own (docs/extending.md), ``name: package.module:Class`` or ``package.module:function``; each needs
+    its weight."""
+    handed_over: list[str] = field(default_factory=list)
+    """Names of terms that a Python program hands over as objects, ``Trainer(reward_terms=[...])``, which fills this in:
+    a run with such terms resumes with the same ones. Set it yourself to give such a term a weight other than 1."""
     number_tolerance: Annotated[float, Ge(0)] = 0.01
     """Relative tolerance for answers that are decimal numbers; whole numbers must be equal."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)

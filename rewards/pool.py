@@ -15,7 +15,7 @@ from ergo_rl.cluster.worker_pool import Faults, WorkerPool
 from ergo_rl.episodes.types import Box, Question, Trajectory, Unscored, Verdict, View
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.endpoint import VerifierUnavailable
-from ergo_rl.rewards.terms import TermSource, TotalReward, policy_crop, term_weights
+from ergo_rl.rewards.terms import TermSource, TotalReward, policy_crop, require_handed_over, term_weights
 from ergo_rl.rewards.verifier import Verifier, open_verifier, strip_for_verifier
 
 ROLE = "reward"
@@ -77,6 +77,7 @@ class RewardPool:
 
         own_terms: terms handed over as objects, by name; Ray sends them to the workers, functions of a script or
         notebook included. Raises ValueError for a weight without a term."""
+        require_handed_over(config, own_terms)
         term_weights(config, own_terms)
         cluster.declare(ROLE, config.resources)
         actor_class = ray.remote(RewardWorker)

@@ -186,6 +186,7 @@ class TotalReward:
 
     def __init__(self, config: RewardConfig, own: Mapping[str, TermSource] | None = None) -> None:
         """own: terms handed over as objects, by name. Raises ValueError as ``load_terms`` and ``term_weights`` do."""
+        require_handed_over(config, own)
         sources, self.weights = load_terms(config, own), term_weights(config, own)
         self._terms = {name: _build(sources[name], config) for name in self.weights}
 
@@ -221,7 +222,7 @@ def term_weights(config: RewardConfig, own: Iterable[str] | None = None) -> dict
 
     A term that was handed over weighs 1 unless ``reward.weights`` names it. Raises ValueError for a weight without a
     term or of a term that alpha or beta weighs, and for a term of ``reward.terms`` without a weight."""
-    handed_over = list(own or ())
+    handed_over = list(own or config.handed_over)
     others = sorted((TERMS.keys() | config.terms.keys() | set(handed_over)) - {"region", "box"})
     if weightless := sorted(config.terms.keys() - config.weights.keys()):
         raise ValueError(f"reward.weights has none for {', '.join(weightless)} of reward.terms; 0 only measures a term")
@@ -230,6 +231,15 @@ def term_weights(config: RewardConfig, own: Iterable[str] | None = None) -> dict
         raise ValueError(f"reward.weights takes {takes}, not {', '.join(unknown)}")
     defaults = {name: 1.0 for name in handed_over if name not in config.weights}
     return {"region": config.alpha, "box": config.beta, **config.weights, **defaults}
+
+
+def require_handed_over(config: RewardConfig, own: Iterable[str] | None) -> None:
+    """Raise ValueError where the configuration is of a run with terms that only its Python program has."""
+    if missing := sorted(set(config.handed_over) - set(own or ())):
+        raise ValueError(
+            f"reward.handed_over names {', '.join(missing)}, which only the Python program of that run has; call "
+            "Trainer(config, reward_terms=[...]) with it"
+        )
 
 
 def named_terms(terms: Mapping[str, TermSource] | Iterable[TermSource]) -> dict[str, TermSource]:
@@ -268,6 +278,4 @@ def _import_term(path: str) -> TermSource:
         found: TermSource | None = getattr(sys.modules.get(module), name, None)
         if callable(found) and not isinstance(found, type):
             return found
-        if found is None or isinstance(found, type):
-            raise
         raise ValueError(f"{error}, or a function (question, trajectory, reply) -> float") from error

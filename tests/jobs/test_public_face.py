@@ -103,6 +103,23 @@ def test_a_plain_function_and_a_class_are_reward_terms(config: TrainConfig) -> N
     assert step["reward/total"] >= 5.0, "each weighs 1 unless reward.weights says otherwise"
 
 
+def test_run_with_handed_over_terms_resumes_with_the_same_ones_only(config: TrainConfig) -> None:
+    def two(question: Question, trajectory: Trajectory, reply: Any) -> float:
+        return 2.0
+
+    weights = {**config.reward.weights, "two": 0.25}
+    weighted = replace(config, reward=replace(config.reward, handed_over=["two"], weights=weights))
+    fails = replace(weighted, recovery=replace(config.recovery, learner_restarts=0))
+    with pytest.raises(ErgoError):
+        Trainer(fails, reward_terms=[two], backend=MemoryBackend(dies_at={4})).fit()
+    stored = load_config(Path(config.runs_dir) / "story" / "config.yaml")
+    assert stored.reward.handed_over == ["two"] and stored.reward.weights["two"] == 0.25
+    with pytest.raises(ConfigError, match=r"reward\.handed_over \(\['two'\], now \[\]\)"):
+        Trainer(config, backend=MemoryBackend()).fit()
+    folder = Trainer(weighted, reward_terms=[two], backend=MemoryBackend()).fit()
+    assert len(records(folder, "metrics.jsonl")) == config.total_steps
+
+
 def test_what_cannot_be_a_term_or_reach_the_workers_is_refused(config: TrainConfig) -> None:
     def region(question: Question, trajectory: Trajectory, reply: Any) -> float:
         return 0.0

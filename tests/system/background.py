@@ -11,6 +11,7 @@ import importlib
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,5 @@ class Background:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in list(LIVING):
             process.kill()
+        with suppress(OSError):  # not empty: a story failed
+            self._folder.rmdir()
