@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.system.background import Background
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)  # a cluster of the user's is not ours to fill with tests
@@ -77,6 +80,26 @@ class LayerTimes:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         shown = ", ".join(f"{name} {self.tests[name]} in {self.seconds[name]:.0f} s" for name in self.seconds)
         terminalreporter.write_line(f"layers: {shown} ({TIMES.relative_to(ROOT)})")
+
+
+@pytest.fixture(scope="session")
+def background(request: pytest.FixtureRequest) -> Background:
+    """The stories that began with the session."""
+    return request.config.stash[_BACKGROUND]
+
+
+_BACKGROUND = pytest.StashKey[Background]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        folder = Path(tempfile.mkdtemp(prefix="ergo-rl-stories-"))
+        session.config.stash[_BACKGROUND] = Background(folder, session.items)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _BACKGROUND in config.stash:
+        config.stash[_BACKGROUND].close()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,13 +11,18 @@ from nbclient import NotebookClient
 
 from benchmarks.lives import lines_of
 from tests.conftest import ROOT
+from tests.system.background import Background
 
 pytestmark = pytest.mark.system
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 
 
 @pytest.mark.timeout(700)
-def test_quickstart_notebook_trains_plots_and_answers(tmp_path: Path) -> None:
+def test_quickstart_notebook_trains_plots_and_answers(background: Background) -> None:
+    background.result(__name__)
+
+
+def story(tmp_path: Path) -> None:
     for name in ("configs", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.lives import LIVING
 
-STORIES = ("tests.system.test_chaos", "tests.system.test_resume")
+STORIES = ("tests.system.test_chaos", "tests.examples.test_quickstart", "tests.system.test_resume")
 """In this order, one after the other: two runs and the tests do not fit into 24 GB."""
 FEW = 200
 """Fewer quick tests than this end before a story does: then nothing is gained."""

@@ -4,7 +4,6 @@ for a random model with tied embeddings and for one of the second family."""
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.learners.learner_group import LearnerGroup
 from ergo_rl.rewards.pool import RewardPool
 from tests.conftest import ROOT, layer_of
-from tests.system.background import Background
 
 START_S = 300
 LITTLE = Resources(cpus=0.1)
@@ -50,26 +48,6 @@ def _room_for_processes(request: pytest.FixtureRequest) -> None:
     engines their own would not fit into 24 GB, and Ray kills what does not fit."""
     if layer_of(request.node) == "processes":
         end_shared_engines()
-
-
-@pytest.fixture(scope="session")
-def background(request: pytest.FixtureRequest) -> Background:
-    """The stories that began with the session."""
-    return request.config.stash[_BACKGROUND]
-
-
-_BACKGROUND = pytest.StashKey[Background]()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if not session.config.option.collectonly:
-        folder = Path(tempfile.mkdtemp(prefix="ergo-rl-stories-"))
-        session.config.stash[_BACKGROUND] = Background(folder, session.items)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if _BACKGROUND in config.stash:
-        config.stash[_BACKGROUND].close()
 
 
 @dataclass
