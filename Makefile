@@ -4,6 +4,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# Without one, as under `env -i`, a shell still finds Python, but Python does not find itself (sys.executable is empty).
+PATH ?= /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
+
 PYTHON ?= python3
 DEVICE ?= auto
 ARGS ?=
