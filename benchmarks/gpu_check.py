@@ -133,7 +133,8 @@ def lines_of(job: Job, ended: Ended, gpu: bool) -> list[Line]:
 def run(command: Sequence[str], deadline_s: float, notes: Path, log: Path, gpu: bool = False) -> Ended:
     """Run it to its end or its deadline; nothing of its process group is left behind. What it says goes to ``log``,
     what it found is read from ``notes``."""
-    env = dict(os.environ) | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    # Unbuffered: the last line of the log is then the last thing that was said, not what was printed long before.
+    env = dict(os.environ) | {"PYTHONUNBUFFERED": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -229,6 +229,8 @@ def test_a_job_survives_the_loss_of_a_node_and_resumes(cluster: TwoNodes, tmp_pa
         assert "run-1: STOPPED" in stopped.stdout, stopped.stderr + said()
         assert following.wait(30) == 1 and "run-1: STOPPED" in log.read_text()
 
+    # Ray notices a node's death by heartbeats that stay away; until then it would place the next job's actors there.
+    wait_for("the head to know that the node is gone", lambda: cluster.alive() == 1, 120, said)
     made = steps()
     assert (run / "checkpoints" / "LATEST").read_text().strip() == f"step-{made:06d}", "it saved where it stood"
     rest = [one if not one.startswith("total_steps=") else f"total_steps={made + 2}" for one in submit]
