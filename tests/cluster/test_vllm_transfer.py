@@ -18,7 +18,6 @@ import torch
 from ergo_rl.cluster.compat import repair_torchvision
 
 repair_torchvision()
-pytest.importorskip("vllm")
 from vllm.distributed.weight_transfer import ipc_engine, nccl_common, nccl_engine, packed_tensor
 from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
 

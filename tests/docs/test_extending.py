@@ -42,7 +42,7 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^ergo-rl train .+$", PAGE
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with the three files, which nothing but their names leads to."""
+    """A working directory with the page's files, which nothing but their names leads to."""
     for name, text in FILES.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -58,6 +58,15 @@ def configured(word: str) -> TrainConfig:
     """By the page's own command line that has this word."""
     command = next(command for command in COMMANDS if word in str(command))
     return load_config(ROOT / command[2], command[3:])
+
+
+def test_a_function_as_reward_term() -> None:
+    """10 words of 40 in turn 1 of the builders' episode; a quarter of that is paid, credited to turn 1."""
+    assert TotalReward(configured("my_functions").reward)(ASKED, played(look=" ".join(["word"] * 10)), "B") == Score(
+        1 + 0.5 + 1 + 0 + 0.25 * 0.75,
+        {"region": 1, "box": 1, "accuracy": 1, "format": 0, "brief": 0.75},
+        (1 + 0.5 + 0 + 0.25 * 0.75, 1 + 1),
+    )
 
 
 def test_a_reward_term() -> None:
