@@ -12,11 +12,17 @@ PYTHON ?= python3
 DEVICE ?= auto
 ARGS ?=
 
-SETUP = $(PYTHON) scripts/setup_env.py --device $(DEVICE)
-# On PATH for every child process too: DeepSpeed looks for ninja there. Not for SETUP, which runs outside of it.
-IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+# The tests are a CPU's: their recipes give no role a GPU, and vLLM's GPU build cannot do without one. On a machine with
+# a GPU, what runs on its CPU has an environment of its own, beside the one that trains.
+test lint lint-only format setup-dev: DEVICE := cpu
+NVIDIA := $(shell command -v nvidia-smi)
+VENV = $(if $(and $(NVIDIA),$(filter cpu,$(DEVICE))),.venv-cpu,.venv)
 
-.PHONY: help train test gpu-check setup setup-dev lint format check-python
+SETUP = ERGO_RL_VENV=$(VENV) $(PYTHON) scripts/setup_env.py --device $(DEVICE)
+# On PATH for every child process too: DeepSpeed looks for ninja there. Not for SETUP, which runs outside of it.
+IN_VENV = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.PHONY: help train test gpu-check rehearse setup setup-dev lint format check-python
 
 help:  ## This list
 	@echo "usage: make TARGET [ARGS=...] [DEVICE=auto|cpu|gpu] [PYTHON=python3.12]"
@@ -26,13 +32,21 @@ help:  ## This list
 train: setup  ## Set up, then train (ARGS="seed=3" overrides the config)
 	@$(IN_VENV) ergo-rl train $(ARGS)
 
-test: setup-dev  ## Set up, then lint, types, import contracts and all tests (ARGS go to pytest)
+test: setup-dev  ## Set up for the CPU, then lint, types, import contracts and all tests (ARGS go to pytest)
 	@$(MAKE) lint-only
 	@echo; echo "=== tests: pytest ==="
 	@$(IN_VENV) pytest $(ARGS)
 
-gpu-check: setup  ## Set up, then check and measure on one GPU, 8 minutes (DEVICE=cpu: a dry run; docs/gpu.md)
+gpu-check: setup  ## Set up, then check and measure on one GPU, 8 to 20 minutes (DEVICE=cpu: a dry run; docs/gpu.md)
 	@$(IN_VENV) python -m benchmarks.gpu_check --device $(DEVICE) $(ARGS)
+
+# A copy, because the set-up installs into the .venv beside it. Tracked files only.
+rehearse: check-python  ## Install the GPU environment under build/, without a GPU, and run the tests that can run there
+	@mkdir -p build/rehearsal
+	@git ls-files -z | xargs -0 cp -P --parents --target-directory=build/rehearsal
+	@cd build/rehearsal && $(PYTHON) scripts/setup_env.py --device gpu --dev
+	@cd build/rehearsal && ERGO_RL_REHEARSE=1 PATH="$$PWD/.venv/bin:$$PATH" PYTHONPATH= \
+	  pytest $(or $(ARGS),tests/test_constraints.py tests/learners tests/cluster -m "not system")
 
 setup: check-python  ## Make .venv with everything pinned (2 to 5 minutes the first time, then at once)
 	@$(SETUP)

@@ -81,6 +81,11 @@ class EngineConfig(ConfigSection):
         """Worker processes that hold weights."""
         return self.tensor_parallel_size * int(self.extra.get("pipeline_parallel_size", 1))
 
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether they are all where the engine is started, as they are unless vLLM is told otherwise."""
+        return self.extra.get("distributed_executor_backend") != "ray" and int(self.extra.get("nnodes", 1)) == 1
+
 
 class Transport(StrEnum):
     """How weights travel from the learner to the engines."""
@@ -103,7 +108,7 @@ class WeightsConfig(ConfigSection):
     share GPUs, else object_store."""
     timeout_s: Annotated[float, Ge(1)] = 120.0
     """With broadcast or ipc: how long the learner waits for one answer of an engine, seconds; a broadcast is one answer
-    as a whole. vLLM before 0.32 finishes running replies first, which counts."""
+    as a whole."""
 
     def for_roles(self, *roles: Resources) -> WeightsConfig:
         """Decide ``auto`` for actors with these resources. A share of a GPU does not count as a GPU of one's own: NCCL

@@ -1,7 +1,6 @@
 """vLLM's ``AsyncLLM`` behind one method: token ids and images in, sampled ids and their log-probs out.
 
-Rollout workers and reward actors host the same engine; it knows nothing of episodes. Runs on vLLM 0.26 (GPU) and 0.32
-(CPU).
+Rollout workers and reward actors host the same engine; it knows nothing of episodes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,7 +121,10 @@ class Engine:
         """Start vLLM (20 to 40 s on a CPU). Sets environment variables, because vLLM's child processes read them; an
         engine owns its process (a Ray actor), so nothing else is affected."""
         _prepare_environment(config)
-        from ergo_rl.cluster.compat import repair_torchvision
+        from ergo_rl.cluster.compat import bind_collectives_localhost, repair_torchvision
+
+        if config.on_one_machine:
+            bind_collectives_localhost()
 
         repair_torchvision()
         from vllm import AsyncEngineArgs
@@ -155,8 +157,7 @@ class Engine:
             }
         )
         llm = await asyncio.wait_for(asyncio.to_thread(AsyncLLM.from_engine_args, args), config.start_deadline_s)
-        if _stamps_tokens():
-            await llm.update_weight_version("0")  # of the model's folder, until something is published
+        await llm.update_weight_version("0")  # of the model's folder, until something is published
         return cls(llm, config)
 
     async def generate(self, token_ids: Sequence[int], images: Sequence[EngineImage], sampling: Sampling) -> Completion:
@@ -165,6 +166,7 @@ class Engine:
 
         Raises EngineRefused when vLLM rejects the request, EngineDied when the engine is gone."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineGenerateError
 
@@ -187,7 +189,7 @@ class Engine:
         if images:
             prompt["multi_modal_data"] = {"image": [image.image for image in images]}
             prompt["multi_modal_uuids"] = {"image": [image.name for image in images]}
-        version, final = self.weight_version, None
+        final = None
         for left in reversed(range(_ATTEMPTS)):
             try:
                 with _engine_died():
@@ -195,7 +197,7 @@ class Engine:
                         prompt, params, request_id=f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"
                     ):
                         final = output
-            except _refusals() as error:
+            except (ValueError, VLLMClientError) as error:
                 raise EngineRefused(str(error)) from error
             except EngineGenerateError:
                 if not left:
@@ -206,8 +208,9 @@ class Engine:
         if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a request without a reply: {final}")
         reply = final.outputs[0]
-        if spans := getattr(reply, "weight_versions", None):
-            version = int(spans[0].version)
+        spans = reply.weight_versions
+        if not spans:
+            raise RuntimeError("vLLM did not say which weights sampled a reply")
         stopped = reply.finish_reason == "stop"
         return Completion(
             token_ids=tuple(reply.token_ids),
@@ -215,9 +218,9 @@ class Engine:
             text=self._text(reply.token_ids[: -1 if stopped else None]),
             stopped=stopped,
             prompt_length=len(final.prompt_token_ids),
-            weight_version=version,
+            weight_version=int(spans[0].version),
             cached_tokens=final.num_cached_tokens or 0,
-            updates=tuple((span.start, int(span.version)) for span in (spans or ())[1:]),
+            updates=tuple((span.start, int(span.version)) for span in spans[1:]),
         )
 
     def _text(self, token_ids: Sequence[int]) -> str:
@@ -313,15 +316,14 @@ class Engine:
 
     # vLLM's life cycle of a weight update. Running requests are kept: what they have sampled stays, its keys and values
     # are computed anew, and they continue with the new weights; vLLM says from which token on (``Completion.updates``).
-    # A vLLM that cannot say it (0.26) finishes running requests first, so that no reply mixes weights unstamped. After
-    # a failure the engine stays paused until it gets weights again: it holds parts of two versions.
+    # After a failure the engine stays paused until it gets weights again: it holds parts of two versions.
 
     async def _start_update(self) -> None:
         self._transfer = ""
         if self._asleep:  # paused until the KV cache is back, too, which is not in the way while weights load
             await self._llm.wake_up(tags=["weights"])
         else:
-            await self._llm.pause_generation(mode="keep" if _stamps_tokens() else "wait", clear_cache=False)
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
         if self._updating:
             # The last update broke off. vLLM refuses another one until it is finished, unless that failed by itself.
             with suppress(Exception):
@@ -336,8 +338,7 @@ class Engine:
 
     async def _finish_update(self, version: int) -> None:
         self._transfer = ""
-        # vLLM 0.26 takes no version here.
-        await self._llm.finish_weight_update(**({"weight_version": str(version)} if _stamps_tokens() else {}))
+        await self._llm.finish_weight_update(weight_version=str(version))
         await self.clear_caches()
         if self._asleep:
             await self._llm.wake_up(tags=["kv_cache"])
@@ -406,22 +407,6 @@ def _sampled(token_ids: Sequence[int], logprobs: Any) -> tuple[float, ...]:
     if len(logprobs) != len(token_ids) or [logprobs.token_ids[at] for at in logprobs.start_indices] != token_ids:
         raise RuntimeError("vLLM's log-probs are not those of the tokens that it sampled")
     return tuple(logprobs.logprobs[at] for at in logprobs.start_indices)
-
-
-def _stamps_tokens() -> bool:
-    """Tell whether this vLLM says which weights sampled which token (0.32 does, 0.26 does not)."""
-    from vllm.outputs import CompletionOutput
-
-    return "weight_versions" in {field.name for field in fields(CompletionOutput)}
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """Return what vLLM raises for a request it rejects: ValueError (0.26), its own client errors (0.32). A dead engine
-    is neither."""
-    from vllm import exceptions
-
-    client_error = getattr(exceptions, "VLLMClientError", None)
-    return (ValueError, client_error) if client_error else (ValueError,)
 
 
 def _prepare_environment(config: EngineConfig) -> None:

@@ -247,13 +247,10 @@ class WeightSender:
 
 
 def vllm_engine(name: str, client: EngineClient, stream: WeightStream, rank: int, world_size: int) -> TrainerEngine:
-    """Make vLLM's trainer engine for ``nccl`` or ``ipc``. Raises WeightSyncFailed if this vLLM has none."""
-    try:
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-    except ImportError as error:
-        raise WeightSyncFailed(f"vLLM 0.28 or later is needed for it: {error}") from error
+    """Make vLLM's trainer engine for ``nccl`` or ``ipc``."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     # An IPC buffer holds at least the largest tensor, or vLLM refuses it.
     largest = max(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in stream.metadata())
