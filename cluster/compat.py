@@ -63,7 +63,7 @@ def patch_cpu_seeded_sampling() -> None:
 # vLLM 0.32 sends a worker no pixels of an image that the prefix cache covers when its request is first scheduled
 # (``strip_covered_mm_data``). If the request is then preempted, for instance by new weights in mid-reply, and the
 # caches are cleared, the worker has nothing to encode and the core dies ("Expected number of multimodal embeddings to
-# match number of input items: 1, but got len(mm_embeddings)=0"). So pixels are always sent, as in 0.26, which costs
+# match number of input items: 1, but got len(mm_embeddings)=0"). So pixels are always sent, which costs
 # nothing where the worker lives in the core's process. A core with worker processes of its own (tensor parallel) is
 # reached by the plugin's entry point only: install the project there. Remove when vLLM sends the pixels again to a
 # request that is resumed.
@@ -73,8 +73,7 @@ def patch_always_send_images() -> None:
     """In an engine core, send every request to its worker with the pixels of all its images."""
     from vllm.v1.core.sched import output
 
-    if hasattr(output, "strip_covered_mm_data"):
-        output.strip_covered_mm_data = lambda mm_features, *_, **__: mm_features
+    output.strip_covered_mm_data = lambda mm_features, *_, **__: mm_features
 
 
 # --- a Ray that other machines cannot reach --------------------------------------------------------------------------
@@ -90,6 +89,44 @@ def bind_ray_localhost() -> None:
 
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+# --- a Ray that a signal to the group of processes does not reach -----------------------------------------------------
+# The servers that ``ray.init()`` starts stay in the driver's process group, so SIGTERM to the group (a scheduler, a
+# shell that ends its jobs) ends them while the driver saves, which then waits a minute for them and aborts with a C++
+# stack. They still end with the driver (PR_SET_PDEATHSIG). Remove when Ray starts them in a session of their own.
+
+
+def start_ray_in_own_session() -> None:
+    """In this process, start Ray's servers, and so all workers, outside of the driver's process group."""
+    from ray._private import services
+
+    usual = services.ConsolePopen
+    if usual.__module__ == __name__:
+        return
+
+    class SessionPopen(usual):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, start_new_session=True)
+
+    services.ConsolePopen = SessionPopen  # type: ignore[misc]
+
+
+# --- gloo and NCCL that other machines cannot reach -------------------------------------------------------------------
+# gloo listens at the address that the machine's own name resolves to (/etc/hosts), and NCCL's bootstrap on the first
+# interface that is not loopback, even for a group of one process or one that never leaves the machine. Remove when
+# torch binds both to loopback for a store that is a file or on this machine.
+
+
+def bind_collectives_localhost() -> None:
+    """In this process and its children, whose process groups stay on this machine, let gloo listen on loopback (Linux).
+    NCCL, too, if the whole Ray is on this machine: else weights may come from a learner on another one."""
+    if not os.path.exists("/sys/class/net/lo"):
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or ray.util.get_node_ip_address() == "127.0.0.1":
+        os.environ["NCCL_SOCKET_IFNAME"] = "lo"
 
 
 # --- a Ray Serve that other machines cannot reach ---------------------------------------------------------------------

@@ -58,6 +58,9 @@ class _Hung(Exception):
 class _Worker:
     index: int
     actor: ActorHandle
+    started: Awaitable[Any]
+    """The answer of its ``start``, which is called when it is created, not when somebody waits for it: so pools start
+    side by side."""
     load: int = 0
     progress: float = 0.0
     """When it last got its first call or finished one (``time.monotonic``)."""
@@ -93,7 +96,7 @@ class WorkerPool:
         self._start_deadline_s: float | None = None
         self._exhausted = ""
         self.restarts = 0
-        self._workers = [_Worker(index, spawn(index)) for index in range(size)]
+        self._workers = [_Worker(index, *self._launch(index)) for index in range(size)]
         self._next_index = size
         self._changed = asyncio.Condition()
         self._resizing = asyncio.Lock()
@@ -102,8 +105,8 @@ class WorkerPool:
         return len(self._workers)
 
     async def ready(self, deadline_s: float) -> None:
-        """Start every worker and wait; replacements get the same deadline. Raises TimeoutError with what is free in the
-        cluster, PoolExhausted if a worker dies."""
+        """Wait until every worker has started; replacements get the same deadline. Raises TimeoutError with what is
+        free in the cluster, PoolExhausted if a worker dies."""
         self._start_deadline_s = deadline_s
         try:
             await asyncio.wait_for(gather_or_cancel(*(self._start(worker) for worker in self._workers)), deadline_s)
@@ -157,7 +160,7 @@ class WorkerPool:
     async def _resized(self, size: int) -> None:
         removed, self._workers = self._workers[size:], self._workers[:size]
         indices = range(self._next_index, self._next_index + size - len(self._workers))
-        added = [_Worker(index, self._spawn(index)) for index in indices]
+        added = [_Worker(index, *self._launch(index)) for index in indices]
         self._next_index += len(added)
         draining = asyncio.gather(*(self._drain(worker) for worker in removed))
         starts = [asyncio.wait_for(self._join(worker), self._start_deadline_s) for worker in added]
@@ -180,15 +183,19 @@ class WorkerPool:
             ray.kill(worker.actor)
         self._workers = []
 
+    def _launch(self, index: int) -> tuple[ActorHandle, Awaitable[Any]]:
+        actor = self._spawn(index)
+        return actor, actor.start.remote()
+
     async def _join(self, worker: _Worker) -> None:
         """List a new worker only once it has started: so ``call_all`` does not wait for its start, and from then on
         cannot miss it."""
-        await self._begin(worker.actor.start.remote())
+        await self._begin(worker.started)
         self._workers.append(worker)
         await self._admit(worker)
 
     async def _start(self, worker: _Worker) -> None:
-        await self._begin(worker.actor.start.remote())
+        await self._begin(worker.started)
         # From here on ``call_all`` waits for it: what it is being prepared with may be out of date by then.
         worker.starting = False
         await self._admit(worker)
@@ -287,7 +294,7 @@ class WorkerPool:
                     await asyncio.sleep(min(wait_s, LONGEST_BACKOFF_S))
                 worker.in_a_row += 1
                 worker.starting = True
-                worker.actor = self._spawn(worker.index)
+                worker.actor, worker.started = self._launch(worker.index)
                 try:
                     await asyncio.wait_for(self._start(worker), self._start_deadline_s)
                     return
@@ -319,14 +326,15 @@ def on_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-async def gather_or_cancel(*work: Coroutine[Any, Any, Any]) -> None:
-    """Wait for all. The first error cancels the others and is raised as it is."""
+async def gather_or_cancel(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Wait for all and return their results. The first error cancels the others, whose end is waited for, and is raised
+    as it is."""
     try:
         async with asyncio.TaskGroup() as group:
-            for coroutine in work:
-                group.create_task(coroutine)
+            tasks = [group.create_task(coroutine) for coroutine in work]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _original(error: RayTaskError) -> Exception:

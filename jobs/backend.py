@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
@@ -45,7 +46,7 @@ class Backend(Protocol):
         ...
 
     async def start_learners(self, cluster: Cluster, config: LearnerConfig) -> LearnerGroup:
-        """Start the learner's ranks and wait for them. Raises LearnerFailed, TimeoutError."""
+        """Start the learner's ranks and wait for them; cancelled, end them. Raises LearnerFailed, TimeoutError."""
         ...
 
     def release_learners(self, cluster: Cluster) -> None:
@@ -85,7 +86,11 @@ class RayBackend:
         return launch_workers(cluster, config, reward_terms)
 
     async def start_learners(self, cluster: Cluster, config: LearnerConfig) -> LearnerGroup:
-        return await LearnerGroup.launch(cluster, config)
+        try:
+            return await LearnerGroup.launch(cluster, config)
+        except asyncio.CancelledError:  # another role has failed: ranks that load a model would go on to its end
+            self.release_learners(cluster)
+            raise
 
     def release_learners(self, cluster: Cluster) -> None:
         cluster.release(ROLE)

@@ -26,6 +26,7 @@ Backend             starts all that needs machines; tests bring one in memory
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -42,14 +43,13 @@ from ergo_rl.cluster.weight_sync import WeightChannel
 from ergo_rl.cluster.worker_pool import gather_or_cancel
 from ergo_rl.episodes.families import ModelFamily
 from ergo_rl.episodes.types import Question
-from ergo_rl.jobs.advantage_estimator import AdvantageEstimator, shuffle_scores
+from ergo_rl.jobs.advantage_estimator import AdvantageEstimator, resolve_gamma, shuffle_scores
 from ergo_rl.jobs.autoscale import autoscaling
 from ergo_rl.jobs.backend import Backend, RayBackend
 from ergo_rl.jobs.checkpoint_manager import CheckpointManager, LearnerRestarter
 from ergo_rl.jobs.config import ConfigError, TrainConfig, check
 from ergo_rl.jobs.console_display import ConsoleDisplay
-from ergo_rl.jobs.evaluation import evaluate, heldout
-from ergo_rl.jobs.gamma import resolve_gamma
+from ergo_rl.jobs.evaluation import HeldOut, evaluate
 from ergo_rl.jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
 from ergo_rl.jobs.monitor import Callback, Monitor
 from ergo_rl.jobs.rollout_recorder import RolloutRecorder
@@ -85,7 +85,7 @@ class _Session:
     checkpoints: CheckpointManager
     shutdown: GracefulShutdown
     recorder: RolloutRecorder
-    held_out: Sequence[Question]
+    held_out: HeldOut
 
 
 class Trainer:
@@ -152,7 +152,7 @@ class Trainer:
         prepare_embedded(self.config.embedded)
         config = self.config = replace(self.config, reward=resolve_gamma(self.config.reward, self.config.questions))
         questions, probes = QuestionStream(config.questions), QuestionStream(config.questions)
-        held_out = heldout(config)
+        held_out = HeldOut(config)
         first_probe = next(probes)  # errors of the data are raised before anything starts
         with (
             RunFolder.open(config) as folder,
@@ -192,17 +192,28 @@ class Trainer:
                     learners = await shutdown.run_or_stop(restarter.restart(error, start_learners_again))
                     workers = replace(workers, learners=learners)
         await workers.learners.export(session.folder.path / POLICY)
-        session.folder.mark_ended(done=True, why="all steps are done")
+        await shutdown.run_or_stop(session.checkpoints.finish())
         console.say(session.monitor.summary())
 
     async def _start(self, cluster: Cluster, console: ConsoleDisplay) -> Workers:
-        """Start all three roles at once; the slowest decides when training can begin."""
+        """Start all three roles side by side; the slowest decides when training can begin.
+
+        The error of the first one that fails is raised, and the others are ended at once."""
         config = self.config
+        if cluster.shortage:
+            console.say(cluster.shortage)
         message = "starting rollout workers, reward workers and learners (engines take 20 to 60 s on a CPU)"
         with console.waiting(message):
             rollouts, rewards = self._backend.start_workers(cluster, config, self._reward_terms)
-            learners = await self._backend.start_learners(cluster, config.learner)
-            await gather_or_cancel(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
+            try:
+                learners, *_ = await gather_or_cancel(
+                    self._backend.start_learners(cluster, config.learner),
+                    rollouts.ready(config.start_deadline_s),
+                    rewards.ready(config.start_deadline_s),
+                )
+            except BaseException:
+                await asyncio.gather(rollouts.close(), rewards.close())
+                raise
         return Workers(rollouts, rewards, learners)
 
     async def _train_loop(
@@ -226,7 +237,9 @@ class Trainer:
 
         async def evaluate_if_due(step: int) -> None:
             if config.evaluation.due(step, config.total_steps) and not monitor.was_evaluated(step):
-                found = await evaluate(session.held_out, rollouts, rewards, config.evaluation)
+                found = await evaluate(
+                    session.held_out, rollouts, rewards, config.evaluation, config.reward.number_tolerance
+                )
                 monitor.record_evaluation(step, found)
 
         await weights.publish(version=state.step)
@@ -234,7 +247,8 @@ class Trainer:
         await weight_check.measure(version=state.step)
         async with scheduler, checkpoints.save_on_error(), autoscaling(rollouts, monitor.console) as autoscaler:
             await evaluate_if_due(state.step)
-            for step in range(state.step, config.total_steps):
+            step = state.step
+            while step < config.total_steps:
                 with monitor.step(step) as report:
                     oldest = step - config.max_staleness
                     scheduler.keep_ahead(config.groups_per_step * (1 + config.max_staleness))
@@ -253,20 +267,22 @@ class Trainer:
                     with report.timed("learn"):  # from here on a signal waits: a half-learned step cannot be dropped
                         await rollouts.sleep()
                         report.add(await learners.update(batch))
-                    checkpoints.mark_step(step + 1, scheduler, groups)
+                    done = step + (not report.metrics.get("learner/skipped"))  # a skipped update is no step
+                    checkpoints.mark_step(done, scheduler, groups)
                     with report.timed("publish"):
-                        last = step + 1 == config.total_steps
-                        await weights.publish(version=step + 1, wait=last or config.max_staleness == 0)
-                    if config.weight_check.due(step + 1, config.total_steps):
+                        last = done == config.total_steps
+                        await weights.publish(version=done, wait=last or config.max_staleness == 0)
+                    if config.weight_check.due(done, config.total_steps):
                         await weights.settled()
                         with report.timed("proof"):
-                            report.add(await weight_check.measure(version=step + 1))
+                            report.add(await weight_check.measure(version=done))
                 if autoscaler is not None:
                     autoscaler.record_step(report.metrics)
                 if session.recorder.is_due(step):
                     session.recorder.record(step, groups[0], await groups[0].trajectories, batch[0].advantages)
-                await evaluate_if_due(step + 1)
-                if config.checkpoint.due(step + 1, config.total_steps):
+                step = done
+                await evaluate_if_due(step)
+                if config.checkpoint.due(step, config.total_steps):
                     await checkpoints.save()
                 shutdown.raise_if_requested()
 

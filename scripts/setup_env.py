@@ -1,11 +1,13 @@
 """Make `.venv` with everything pinned, for the CPU or the GPU of this machine; a second call does nothing.
 
 Standard library only: it runs before anything is installed. `make setup` calls it, so do `make train` and `make test`.
+$ERGO_RL_VENV: another folder; tests run on the CPU, and leave the environment of a machine's GPU alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -13,9 +15,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import tomllib
 from collections.abc import Sequence
@@ -23,7 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+VENV = ROOT / os.environ.get("ERGO_RL_VENV", ".venv")
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "ergo-rl-setup.json"
 LOG = VENV / "setup.log"
@@ -34,6 +38,11 @@ TORCHVISION_REPAIR = ROOT / "cluster" / "torchvision_repair.py"
 TORCHVISION_HOOK = "import ergo_rl_torchvision; ergo_rl_torchvision.repair_torchvision()\n"
 FREE_GIB = {"cpu": 6, "gpu": 16}
 COST = {"cpu": "2 to 5 minutes and 4 GB of disk", "gpu": "5 to 10 minutes and 12 GB of disk"}
+# The wheels of constraints/gpu.txt are built for this CUDA; table 2 of its release notes has the oldest driver for it
+# (https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/: "CUDA 13.x: >= 580").
+CUDA, OLDEST_DRIVER = 13, 580
+PROBE_S = 30.0  # nvidia-smi wakes every card: up to 20 s on a node of eight; a broken driver lets it hang
+PROBE_BYTES = 1 << 16
 # Optional for vLLM and transformers, which only ask whether they are installed and then fail on a broken one.
 OPTIONAL = ("torchaudio", "torchcodec")
 
@@ -53,7 +62,7 @@ def main() -> int:
 
     check_machine(device)
     began = time.monotonic()
-    print(f"Setting up .venv for {device.upper()} ({why}), Python {platform.python_version()}.")
+    print(f"Setting up {VENV.name} for {device.upper()} ({why}), Python {platform.python_version()}.")
     cost = "under a minute" if stamp.get("requirements") else COST[device]
     print(f"This takes {cost}; the full log is {LOG.relative_to(ROOT)}.", flush=True)
     make_venv(stamp, wanted["base"])
@@ -76,10 +85,57 @@ def choose_device(asked: str) -> tuple[str, str]:
         return asked, "as asked"
     if not shutil.which("nvidia-smi"):
         return "cpu", "no NVIDIA GPU found; DEVICE=gpu overrides"
-    probe = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    if probe.returncode == 0 and "GPU " in probe.stdout:
+    gpus, trouble = list_gpus()
+    if gpus:
         return "gpu", "nvidia-smi lists a GPU; DEVICE=cpu overrides"
-    return "cpu", "nvidia-smi is here but lists no GPU; DEVICE=gpu overrides"
+    return "cpu", f"nvidia-smi is here but {trouble}; DEVICE=gpu overrides"
+
+
+def list_gpus() -> tuple[list[str], str]:
+    """(the GPUs that nvidia-smi lists, why there are none)."""
+    output, trouble = ask_nvidia_smi("-L")
+    return re.findall(r"^GPU \d+: .*", output, re.MULTILINE), trouble or "lists no GPU"
+
+
+def driver_version() -> tuple[str, str]:
+    """(version of the NVIDIA driver, why it is not known)."""
+    output, trouble = ask_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    return driver_in(output), trouble or f"says {first_line(output)!r}"
+
+
+def driver_in(text: str) -> str:
+    """The first line that is a driver's version: 580.65.06."""
+    found = re.search(r"^\s*([0-9]{2,4}(?:\.[0-9]{1,4})+)\s*$", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def ask_nvidia_smi(*words: str) -> tuple[str, str]:
+    """(what it prints, what is wrong with it). Raises nothing; ends after PROBE_S, and reads PROBE_BYTES at most."""
+    try:
+        process = subprocess.Popen(
+            ["nvidia-smi", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:  # not there, not executable, not a program
+        return "", f"cannot be run ({error.strerror or error})"
+    said: list[bytes] = []
+    # In a thread, and not waited for: a process that hangs in the driver cannot even be killed.
+    reader = threading.Thread(target=lambda: said.append(process.stdout.read(PROBE_BYTES)), daemon=True)  # type: ignore[union-attr]
+    reader.start()
+    reader.join(PROBE_S)
+    output = b"".join(said).decode(errors="replace")
+    try:
+        status = process.wait(1.0 if said else 0.0)
+    except subprocess.TimeoutExpired:
+        return "", f"does not end within {PROBE_S:g} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return (output, "") if status == 0 else ("", f"fails with status {status}: {first_line(output)!r}")
+
+
+def first_line(text: str) -> str:
+    return next((line.strip()[:120] for line in text.splitlines() if line.strip()), "")
 
 
 def base_of(device: str) -> str:
@@ -114,6 +170,8 @@ def read_stamp() -> dict[str, object]:
 
 def check_machine(device: str) -> None:
     """Refuse at once what would fail minutes later."""
+    if device == "gpu":
+        check_driver()
     minor = f"{sys.version_info.major}.{sys.version_info.minor}"
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         stop(
@@ -138,6 +196,22 @@ def check_machine(device: str) -> None:
         )
 
 
+def check_driver() -> None:
+    """Refuse a driver that is too old for the wheels: they would install, and then see no GPU."""
+    if not shutil.which("nvidia-smi"):
+        print("  There is no nvidia-smi here: the NVIDIA driver is not checked.")
+        return
+    version, trouble = driver_version()
+    if not version:
+        print(f"  nvidia-smi {trouble}: the NVIDIA driver is not checked. This needs {OLDEST_DRIVER} or newer.")
+    elif int(version.partition(".")[0]) < OLDEST_DRIVER:
+        stop(
+            f"The NVIDIA driver here is {version}; CUDA {CUDA}, for which the GPU packages are built, needs "
+            f"{OLDEST_DRIVER} or newer. Nothing was installed.",
+            "Update the driver, or do without the GPU: the same command with DEVICE=cpu.",
+        )
+
+
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +220,7 @@ def make_venv(stamp: dict[str, object], base: object) -> None:
     if VENV_PYTHON.exists() and stamp.get("base") == base:
         return
     if VENV.exists():
-        print("  .venv was made for another Python, device or folder, or was cut off: making it anew")
+        print(f"  {VENV.name} was made for another Python, device or folder, or was cut off: making it anew")
     run("virtual environment", [BASE_PYTHON, "-m", "venv", "--clear", str(VENV)], log=None)
     STAMP.write_text(json.dumps({"base": base}), encoding="utf-8")
 

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.system.background import Background
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)  # a cluster of the user's is not ours to fill with tests
+# An example may take any time: hypothesis' limit of 200 ms fails on a machine that is busy with something else.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 ROOT = Path(__file__).parent.parent
 TIMES = ROOT / "build" / "test-times.json"
 LAYERS = ("unit", "ray", "engines", "processes")
@@ -27,8 +31,12 @@ def ray_cluster() -> Iterator[object]:
     from ergo_rl.cluster.config import ClusterConfig
     from ergo_rl.cluster.placement import Cluster
 
-    with Cluster.connect(ClusterConfig(object_store_gib=1.0, wait_s=60)) as cluster:
-        yield cluster
+    # Declared, not there: which of them each role of a recipe gets is up to Ray, which need not see them for it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 8}')
+        with Cluster.connect(ClusterConfig(object_store_gib=1.0, wait_s=60)) as cluster:
+            patch.undo()
+            yield cluster
 
 
 # --- order and time of the layers -------------------------------------------------------------------------------------

@@ -50,10 +50,17 @@ class MemoryBackend:
 
     dies_at: set[int] = field(default_factory=set)
     """Numbers of the updates, counted over all learners, in which a rank dies."""
+    skips_at: set[int] = field(default_factory=set)
+    """Numbers of the updates that are skipped, because their gradient is not finite."""
     unplayable: set[str] = field(default_factory=set)
     """Ids of questions that cannot be played."""
     outage: int = 0
     """How many of the next groups the verifier does not answer for."""
+    starts: dict[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
+    """What happens while a role starts; nothing where it is not named."""
+    starting: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    """Roles in the order in which they were started, and ended before training."""
     file_system: FileSystem = field(default_factory=FileSystem)
     updates: int = 0
     learner_starts: int = 0
@@ -70,7 +77,17 @@ class MemoryBackend:
 
     async def start_learners(self, cluster: Any, config: Any) -> Any:
         self.learner_starts += 1
+        try:
+            await self.start("learner")
+        except asyncio.CancelledError:
+            self.closed.append("learner")
+            raise
         return Learners(self)
+
+    async def start(self, role: str) -> None:
+        self.starting.append(role)
+        if role in self.starts:
+            await self.starts[role]()
 
     def release_learners(self, cluster: Any) -> None: ...
 
@@ -114,6 +131,8 @@ class Learners:
         if self.backend.updates in self.backend.dies_at:
             self.dead = True
             raise LearnerFailed("learner rank 0 died in update") from RuntimeError("killed")
+        if self.backend.updates in self.backend.skips_at:
+            return {"learner/skipped": 1.0}
         for group in groups:
             seen = [(member.sample, member.token_ids.tolist()) for member in group.trajectories.value]  # type: ignore[attr-defined]
             self.digest = _digest(self.digest, group.question_id, group.advantages, seen)
@@ -153,7 +172,11 @@ class Rollouts:
     def __len__(self) -> int:
         return 1
 
-    async def ready(self, deadline_s: float) -> None: ...
+    async def ready(self, deadline_s: float) -> None:
+        await self.backend.start("rollout")
+
+    async def close(self) -> None:
+        self.backend.closed.append("rollout")
 
     async def sleep(self) -> None:
         assert not self.asleep
@@ -185,7 +208,11 @@ class Rewards:
     def __len__(self) -> int:
         return 1
 
-    async def ready(self, deadline_s: float) -> None: ...
+    async def ready(self, deadline_s: float) -> None:
+        await self.backend.start("reward")
+
+    async def close(self) -> None:
+        self.backend.closed.append("reward")
 
     async def score(self, question: Question, trajectories: Any) -> tuple[Verdict, ...]:
         if self.backend.outage > 0:

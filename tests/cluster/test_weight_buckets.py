@@ -21,7 +21,7 @@ KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int6
 SHAPES = st.lists(st.tuples(st.sampled_from(KINDS), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes=SHAPES)
 def test_pack_then_unpack_returns_the_same_tensors(shapes: list[tuple[torch.dtype, list[int]]]) -> None:
     """Names, types and shapes, scalars and empty tensors too."""

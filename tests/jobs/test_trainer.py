@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ergo_rl.cluster.placement import Cluster
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs import rollout_scheduler
 from ergo_rl.jobs.checkpoint_store import FileSystem
@@ -110,6 +112,18 @@ def test_run_killed_at_any_operation_of_a_save_resumes_to_the_same_end(
         if not crashed:
             break
     assert at > 40
+
+
+def test_skipped_updates_when_two_come_in_a_row_then_they_are_no_steps_but_an_alarm(
+    config: TrainConfig, backend: MemoryBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.skips_at = {3, 4}
+    folder = fit(config, backend)
+    assert backend.updates == STEPS + 2 and len(losses(folder)) == STEPS, "every step is there once, with an update"
+    assert [line.get("learner/skipped", 0) for line in records(folder, "metrics.jsonl")] == [0, 0, 2, 0, 0, 0, 0]
+    assert [line.get("alarm/skipped_update", 0) for line in records(folder, "metrics.jsonl")] == [0, 0, 1, 0, 0, 0, 0]
+    assert numbers(folder) == list(range(3 * (STEPS + 2))), "the questions of a skipped update are not asked again"
+    assert "step 2: alarm skipped_update" in caplog.text
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
@@ -347,7 +361,7 @@ def test_resume_with_other_questions_is_refused(
     with pytest.raises(LearnerFailed):
         fit(replace(config, recovery=RecoveryConfig(learner_restarts=0)), backend)
     write_questions(mine, (question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(12)))
-    with pytest.raises(ConfigError, match=r"questions\.paths had 10 rows at .*, now 12: other files"):
+    with pytest.raises(ConfigError, match=r"has another questions\.paths\.0 \(other content behind .*mine\.parquet"):
         fit(config, backend)
 
 
@@ -367,3 +381,56 @@ def test_run_locked_by_another_process_is_left_alone(config: TrainConfig, backen
     with RunFolder.open(config) as running:
         assert running.path.name == "story"
         assert fit(config, backend).name == "story-2"
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def test_roles_start_side_by_side(config: TrainConfig, backend: MemoryBackend) -> None:
+    """Each waits until all three have begun."""
+    together = asyncio.Barrier(3)
+
+    async def meet() -> None:
+        await together.wait()
+
+    backend.starts = dict.fromkeys(("rollout", "reward", "learner"), meet)
+    fit(config, backend)
+    assert sorted(backend.starting) == ["learner", "reward", "rollout"] and backend.closed == []
+
+
+@pytest.mark.parametrize("fails", ["rollout", "reward", "learner"])
+def test_role_that_fails_to_start_ends_the_run_with_its_own_error_and_the_others_at_once(
+    fails: str, config: TrainConfig, backend: MemoryBackend
+) -> None:
+    async def fail() -> None:
+        await asyncio.sleep(0.01)
+        raise LearnerFailed(f"the {fails} has no GPU")
+
+    async def load() -> None:
+        await asyncio.sleep(600)
+
+    backend.starts = dict.fromkeys(("rollout", "reward", "learner"), load) | {fails: fail}
+    with pytest.raises(LearnerFailed, match=f"the {fails} has no GPU"):
+        fit(config, backend)
+    ended = {"rollout", "reward"} | ({"learner"} if fails != "learner" else set())
+    assert set(backend.closed) == ended and backend.updates == 0
+
+
+def test_signal_while_roles_start_ends_them(config: TrainConfig, backend: MemoryBackend) -> None:
+    async def load() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(600)
+
+    backend.starts = {"learner": load}
+    with pytest.raises(Stopped):
+        fit(config, backend)
+    assert set(backend.closed) == {"rollout", "reward", "learner"}
+
+
+def test_too_little_shared_memory_is_said_at_the_start(
+    config: TrainConfig, backend: MemoryBackend, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = contextlib.nullcontext(Cluster(config.cluster, shortage="/dev/shm has 0.06 GiB free"))
+    monkeypatch.setattr(MemoryBackend, "connect", lambda *_: short)
+    fit(config, backend)
+    assert "/dev/shm has 0.06 GiB free" in capsys.readouterr().out

@@ -155,7 +155,7 @@ def test_turn_two_reuses_the_prefix_cache_of_turn_one(
     [
         ({"image": b"\xff\xd8\xff not a picture"}, "UnreadableImage: not a readable image"),
         ({"text": "What is <|image_pad|>?"}, r"ReservedText: question .* contains the special token <\|image_pad\|>"),
-        ({"text": "why " * 400}, "EngineRefused: .*512"),
+        ({"text": "why " * 400}, "TurnRefused: .*512"),
     ],
 )
 def test_rollout_unusable_question_says_why(
@@ -190,6 +190,20 @@ def test_a_dead_worker_is_replaced_with_the_current_weights(
         assert found.mean() <= 1e-5, "the replacement holds the learner's weights"
 
     runner.run(story())
+
+
+def test_roles_without_gpus_see_none_of_them(everything: Everything, runner: asyncio.Runner) -> None:
+    """The Ray of the tests believes in eight, and Ray itself hides none from an actor that asks for none."""
+    pools = (everything.untied.rollouts._pool, everything.rewards._pool)
+    actors = [*(pool._workers[0].actor for pool in pools), everything.untied.learners._actors[0]]
+
+    async def seen(actor: Any) -> Any:
+        return await actor.__ray_call__.remote(lambda _: __import__("os").environ.get("CUDA_VISIBLE_DEVICES"))
+
+    async def story() -> list[Any]:
+        return await asyncio.gather(*map(seen, actors))
+
+    assert runner.run(story()) == ["", "", ""]
 
 
 def test_stack_listens_on_loopback_only(everything: Everything) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.lives import descendants
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs.trackers import gauge_name
 from ergo_rl.questions.dataset import write_questions
+from tests.cluster.test_placement import LOOPBACK, listening, sockets_of
 from tests.conftest import ROOT
 from tests.jobs.test_trackers import on_the_dashboard
 
@@ -23,8 +30,50 @@ pytestmark = pytest.mark.system
 TIMEOUT_S = 420
 
 
-def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
+@contextmanager
+def listeners_outside_loopback(root: int) -> Iterator[set[str]]:
+    """Fills, while the block runs, with whatever processes below ``root`` listen on elsewhere (command and address)."""
+    seen, over = set[str](), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.3):
+            owners, ports = sockets_of(descendants(root)), listening(os.getuid())
+            here = {f"{owners[one][:60]} {ports[one]}" for one in owners.keys() & ports.keys()}
+            seen.update(one for one in here if one.split()[-1].split(":")[0] not in LOOPBACK)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def named_elsewhere(folder: Path) -> list[str]:
+    """A command prefix, under which this machine's own name resolves to another of its addresses; empty where no
+    namespaces can be made (some containers)."""
+    hosts = folder / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost\n{other_address()} {socket.gethostname()}\n")
+    inside = f'mount --bind {hosts} /etc/hosts; exec "$@"'
+    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside, "-"]
+    works = subprocess.run([*prefix, "true"], capture_output=True)
+    return prefix if works.returncode == 0 and not works.stderr else []
+
+
+def other_address() -> str:
+    """As other machines reach this one; where none does, one of its own that is not 127.0.0.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.2"
+
+
+def ergo_rl_train(*overrides: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     command = [
+        *prefix,
         sys.executable,
         "-m",
         "ergo_rl.jobs.commands.train",
@@ -39,7 +88,8 @@ def ergo_rl_train(*overrides: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_train_with_bad_rows_skips_and_counts_them(tmp_path: Path) -> None:
     """Three steps of 3 x 4 trajectories from 12 rows, 3 of them bad: one image is no picture, one is cut off behind its
-    header, one text holds a special token. ZeRO-3 on two ranks."""
+    header, one text holds a special token. ZeRO-3 on two ranks. The machine's name resolves to an address that others
+    reach, and yet no process of the run listens there."""
     rows = [question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(12)]
     image = rows[3].image
     assert isinstance(image, bytes)
@@ -48,13 +98,15 @@ def test_train_with_bad_rows_skips_and_counts_them(tmp_path: Path) -> None:
     rows[7] = replace(rows[7], text="What is <|image_pad|>?")
     write_questions(tmp_path / "questions.parquet", iter(rows))
 
-    done = ergo_rl_train(
-        "name=bad-rows", f"runs_dir={tmp_path}", f"questions.paths=[{tmp_path / 'questions.parquet'}]",
-        "total_steps=3", "groups_per_step=4", "rollout.group_size=3", "samples_every=2", "weight_check.every=1",
-        f"evaluation.paths=[{tmp_path / 'questions.parquet'}]", "evaluation.questions=4", "evaluation.every=2",
-        "learner.ranks=2", "learner.zero_stage=3", "learner.threads=1",
-        "metrics.exporters=[tensorboard,prometheus]",
-    )  # fmt: skip
+    with listeners_outside_loopback(os.getpid()) as elsewhere:
+        done = ergo_rl_train(
+            "name=bad-rows", f"runs_dir={tmp_path}", f"questions.paths=[{tmp_path / 'questions.parquet'}]",
+            "total_steps=3", "groups_per_step=4", "rollout.group_size=3", "samples_every=2", "weight_check.every=1",
+            f"evaluation.paths=[{tmp_path / 'questions.parquet'}]", "evaluation.questions=4", "evaluation.every=2",
+            "learner.ranks=2", "learner.zero_stage=3", "learner.threads=1",
+            "metrics.exporters=[tensorboard,prometheus]", prefix=named_elsewhere(tmp_path),
+        )  # fmt: skip
+    assert elsewhere == set()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.rstrip().splitlines()[-1].startswith(f"Done. {tmp_path / 'bad-rows'}/ holds")
 
@@ -72,7 +124,7 @@ def test_train_with_bad_rows_skips_and_counts_them(tmp_path: Path) -> None:
     evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [one["step"] for one in evaluations] == [0, 2, 3]
     # of the first four rows, in the order of the file, the last is the one that is cut off
-    assert all(one["eval/trajectories"] == 3 and one["eval/unplayable"] == 1 for one in evaluations)
+    assert all(one["eval/trajectories"] == 3 and one["eval/failed"] == 1 for one in evaluations)
     assert all(0 <= one["eval/coverage"] <= 1 for one in evaluations)
     assert "Held-out questions, before -> after: target coverage" in done.stdout
 
