@@ -12,6 +12,9 @@ Then whole updates (passes, ZeRO-2 on one rank, AdamW) of our learner against th
 transformers and DeepSpeed alone on the same trajectories: rows in their order, as many in a padded micro-batch as our
 token budget holds of the longest, every image of every row through the tower, logits of every position.
 
+With ``--attention`` instead: the vision tower's attention, trained, at the depth and windows of Qwen2.5-VL-7B (random
+weights, toy width): transformers' own, a call for each window and image, against ours, and the calls of a micro-batch.
+
 Exit status 1 where the token budget leaves 10 % of padding, or the learner has less than 0.95 times the tokens per
 second of the plain loop.
 """
@@ -22,8 +25,10 @@ import argparse
 import socket
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +49,8 @@ WAYS = {
     "packed": (Packing.SEQUENCES, True),
 }
 """Name -> (layout, whether the token budget holds)."""
+TOWERS = {"by_sequence": "sdpa", "by_length": None}
+"""Way of the tower's attention -> transformers' name of it; None: ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,9 @@ def verdict(found: dict[str, Any]) -> tuple[bool, str]:
     return not said, f"{', '.join(said) or 'ok'}; {'; '.join(parts)}"
 
 
-def prepared(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], None]], dict[str, int], int]:
+def prepared(
+    arguments: argparse.Namespace, ways: Mapping[str, tuple[Packing, bool]] = WAYS
+) -> tuple[dict[str, Callable[[], None]], dict[str, int], int]:
     """For each way a function that makes one step's passes; tokens passed by each; real tokens."""
     from transformers import AutoImageProcessor
 
@@ -142,8 +151,10 @@ def prepared(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], None
     played = mixture.trajectories(family, (start, end, pad), arguments.groups, arguments.seed)
     samples = [Sample(one, (1.0,)) for one in played]
     banned, steps, passed, tokens = family.banned_ids(tokenizer), {}, {}, 0
-    for way, (packing, bounded) in WAYS.items():
+    for way, (packing, bounded) in ways.items():
         policy = PolicyModel(LearnerConfig(model=model, packing=packing, freeze_vision=arguments.freeze_vision))
+        if TOWERS.get(way):
+            policy.vlm.model.visual.config._attn_implementation = TOWERS[way]
         budget = round(arguments.budget * arguments.scale) if bounded else sys.maxsize
         batcher = Batcher(family, AutoImageProcessor.from_pretrained(model), pad, end, budget, packing)
         plan = batcher.plan(samples)
@@ -243,6 +254,48 @@ class PlainLoop:
         return (loss * mask).sum() / self._tokens
 
 
+def attention(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second and attention calls of the trained tower by transformers' own way and by ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.model, arguments.freeze_vision = deep_model(arguments.model, folder), False
+        steps, _, tokens = prepared(arguments, dict.fromkeys(TOWERS, (Packing.SEQUENCES, True)))
+        found: dict[str, Any] = {"tokens": tokens}
+        for way, step in steps.items():
+            with counted_attention() as counted:
+                step()
+            found[f"{way}/attention_calls"] = counted[0]
+        medians = {way: statistics.median(seconds) for way, seconds in timed(steps, arguments.repeats).items()}
+    found |= {f"{way}/tokens_per_s": round(tokens / value, 1) for way, value in medians.items()}
+    return found | {"by_length/speedup": round(medians["by_sequence"] / medians["by_length"], 3)}
+
+
+def deep_model(source: str, folder: str) -> str:
+    """Make a model as wide as ``source``, with the 7B's depth of tower and windows, and the same tokenizer."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    config: Any = AutoConfig.from_pretrained(source)
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 32, [7, 15, 23, 31]
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def counted_attention() -> Iterator[list[int]]:
+    """Count the calls of torch's attention inside the block."""
+    real, counted = torch.nn.functional.scaled_dot_product_attention, [0]
+
+    def count(*tensors: Any, **options: Any) -> Any:
+        counted[0] += 1
+        return real(*tensors, **options)
+
+    torch.nn.functional.scaled_dot_product_attention = count
+    try:
+        yield counted
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = real
+
+
 def timed(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
     """CPU seconds of each repetition; the ways take turns."""
     seconds: dict[str, list[float]] = {way: [] for way in steps}
@@ -263,9 +316,14 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="default 3")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     parser.add_argument("--freeze-vision", action="store_true", help="no gradient for the vision tower")
+    parser.add_argument("--attention", action="store_true", help="the vision tower's attention, and nothing else")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.attention:
+        found = attention(arguments)
+        line = "; ".join(f"{name} {value}" for name, value in found.items())
+        return report(arguments, found, found["by_length/speedup"] >= LEAST_SPEED, line)
     steps, passed, tokens = prepared(arguments)
     found = figures(passed, timed(steps, arguments.repeats), tokens)
     whole, tokens = updates(arguments)

@@ -39,6 +39,10 @@ class ModelFamily(ABC):
     max_aspect_ratio: ClassVar[float] = 200.0
     """The family's processors refuse more (``smart_resize`` in transformers)."""
 
+    shares: ClassVar[bool] = False
+    """Whether boxes are written as shares of the image, 0 to 1. Where they are not, four such numbers are refused: as
+    pixels they would be a box of one pixel."""
+
     image_pad: ClassVar[str] = "<|image_pad|>"
     image_placeholder: ClassVar[str] = "<|vision_start|><|image_pad|><|vision_end|>"
     vision_tokens: ClassVar[tuple[str, ...]] = (
@@ -50,6 +54,18 @@ class ModelFamily(ABC):
     )
     control_tokens: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     turn_end: ClassVar[str] = "<|im_end|>"
+    further_tokens: ClassVar[tuple[str, ...]] = (
+        *(f"<|{what}_{end}|>" for what in ("object_ref", "box", "quad") for end in ("start", "end")),
+        *(f"<|{what}|>" for what in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
+    )
+    """What else the released tokenizers make one id of."""
+    tag_tokens: ClassVar[tuple[str, ...]] = tuple(
+        f"<{slash}{what}>" for what in ("tool_call", "tool_response", "think") for slash in ("", "/")
+    )
+    """The same, but in the text of ordinary data, too; some of the released tokenizers have them."""
+
+    _added: tuple[str, ...] = ()
+    """Of the tokenizer, where ``reserve`` was given one."""
 
     @property
     def multiple(self) -> int:
@@ -111,9 +127,17 @@ class ModelFamily(ABC):
         (R1-V #91, verl #3469, TRL #3847)."""
         return tuple(sorted(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens))
 
-    def reserved_text(self, text: str) -> str | None:
-        """Return the first special token that ``text`` spells out, or None. User text must not contain any."""
-        return next((token for token in self.vision_tokens + self.control_tokens if token in text), None)
+    def reserve(self, tokenizer: Any) -> None:
+        """Reserve what this Hugging Face tokenizer makes one id of, instead of what the released ones do."""
+        self._added = tuple(tokenizer.get_added_vocab())
+
+    def reserved_text(self, text: str, *, tags: bool = True) -> str | None:
+        """Return a token that ``text`` spells out, or None. User text must not contain any: the tokenizer would make
+        one id of it, as of the template's own.
+
+        tags: without a tokenizer (``reserve``), also ``tag_tokens``, which are plain text to some models."""
+        known = self.vision_tokens + self.control_tokens + self.further_tokens + (self.tag_tokens if tags else ())
+        return next((token for token in self._added or known if token in text), None)
 
     def first_prompt(self, system: str, user: str) -> str:
         """Return the whole prompt of turn 1, ready for the assistant to continue."""
@@ -198,6 +222,11 @@ def family_of(model: str, own: str = "") -> ModelFamily:
         from transformers import AutoConfig
 
         model_type = AutoConfig.from_pretrained(model).model_type
+    return family_of_type(model, model_type, own)
+
+
+def family_of_type(model: str, model_type: str, own: str = "") -> ModelFamily:
+    """As ``family_of``, where the model's type is known."""
     known = FAMILIES if not own else {(family := import_class(own, ModelFamily)).model_type: family}
     if model_type not in known:
         raise UnknownFamily(

@@ -14,11 +14,15 @@ from ergo_rl.episodes.families import Corners, ModelFamily
 from ergo_rl.episodes.types import BoxOutcome, Question
 from ergo_rl.errors import ErgoError
 
+LONGEST_TEXT = 500_000
+"""Characters of a question with its options: more than any model reads. It is refused before it is tokenized, which
+takes about 1 KB a token."""
 _SLOT = re.compile(r"\{(question|options)\}")
 
 
 class ReservedText(ErgoError, ValueError):
-    """The text of a question spells out a special token of the model family."""
+    """The text of a question cannot be a part of a prompt: it spells out a special token of the model family, or is too
+    long for any."""
 
 
 def letter_options(options: Sequence[str]) -> str:
@@ -43,9 +47,11 @@ def around_image(template: str, question: Question) -> tuple[str, str]:
 def fill(template: str, question: Question, family: ModelFamily) -> str:
     """Return a template with the question's words in it. Its only special tokens are the template's own.
 
-    Raises ReservedText when the question's text or options contain a special token, ValueError as
+    Raises ReservedText when the question's text or options contain a special token or are too long, ValueError as
     ``around_image`` does."""
     words = "\n".join((question.text, *question.options))
+    if len(words) > LONGEST_TEXT:
+        raise ReservedText(f"question {question.id!r} has {len(words)} characters, at most {LONGEST_TEXT}")
     if (token := family.reserved_text(words)) is not None:
         raise ReservedText(f"question {question.id!r} contains the special token {token}")
     before, after = around_image(template, question)
@@ -70,6 +76,28 @@ def parse_zoom(reply: str) -> Corners | BoxOutcome:
     if match is None:
         return BoxOutcome.MALFORMED
     x1, y1, x2, y2 = (float(number) for number in match.groups())
+    return x1, y1, x2, y2
+
+
+_OPEN, _CLOSE = r"[\[(]\s*", r"[\])]\s*"
+_ANY_BOX = re.compile(
+    rf"{_OPEN}{_NUMBER},{_NUMBER}(?:{_CLOSE},?\s*{_OPEN}|,){_NUMBER},{_NUMBER}[\])]", re.IGNORECASE | re.ASCII
+)
+_MAX_REPLY_TEXT = 2000
+
+
+def parse_box(reply: str) -> Corners | BoxOutcome:
+    """As ``parse_zoom``, and also from JSON, nested lists and two points, in the tag or, without one, behind the
+    thought: ``[{"bbox_2d": [1, 2, 3, 4]}]``, ``[[1, 2], [3, 4]]``, ``(1, 2), (3, 4)``."""
+    strict = parse_zoom(reply)
+    if not isinstance(strict, BoxOutcome) or strict is BoxOutcome.SEVERAL:
+        return strict
+    tagged = reply.partition("<zoom>")[2].partition("</zoom>")[0]
+    written = tagged if strict is BoxOutcome.MALFORMED else reply.rpartition("</think>")[2]
+    boxes = {tuple(map(float, match)) for match in _ANY_BOX.findall(written[-_MAX_REPLY_TEXT:])}
+    if len(boxes) != 1:
+        return BoxOutcome.SEVERAL if boxes else strict
+    x1, y1, x2, y2 = boxes.pop()
     return x1, y1, x2, y2
 
 

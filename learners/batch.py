@@ -129,6 +129,8 @@ class MicroBatchPlan:
     """For each micro-batch the indices of its rows."""
     length_mismatches: int
     """Trajectories left out because the engine's prompts had another length."""
+    not_finite: int
+    """Trajectories left out because a log-prob of the engine, or an advantage, is NaN or infinite."""
     packing: Packing
     """How rows go through the model."""
 
@@ -176,23 +178,27 @@ class Batcher:
         """Expand samples, drop those that are not in the loss, and divide the others among micro-batches.
 
         A trajectory whose length differs from the engine's is dropped with a warning: its log-probs would belong to
-        other tokens. Where nothing is left, one row without loss stays, because ranks that share parameters must run
-        the same number of passes."""
+        other tokens. So is one with a log-prob or an advantage that is not finite: it would cost the whole step. Where
+        nothing is left, one row without loss stays, because ranks that share parameters must run the same number of
+        passes."""
         rows = [expand(sample, self.family, self.image_pad) for sample in samples]
         wrong = [length_mismatch(row, sample.trajectory) for row, sample in zip(rows, samples, strict=True)]
-        scored = [row for row, bad in zip(rows, wrong, strict=True) if row.scored and not bad]
-        kept = scored or [rows[0].without_loss()]
-        return self._planned(kept, sum(wrong))
+        scored = [
+            (row, sample) for row, sample, bad in zip(rows, samples, wrong, strict=True) if row.scored and not bad
+        ]
+        finite = [row for row, sample in scored if is_finite(row, sample.trajectory)]
+        kept = finite or [rows[0].without_loss()]
+        return self._planned(kept, sum(wrong), len(scored) - len(finite))
 
     def plan_all(self, trajectories: Sequence[Trajectory]) -> MicroBatchPlan:
         """Plan a forward pass over every trajectory; row i of the plan is trajectory i."""
         samples = [Sample(trajectory, (0.0,)) for trajectory in trajectories]
-        return self._planned([expand(sample, self.family, self.image_pad) for sample in samples], 0)
+        return self._planned([expand(sample, self.family, self.image_pad) for sample in samples], 0, 0)
 
-    def _planned(self, rows: Sequence[ModelInput], length_mismatches: int) -> MicroBatchPlan:
+    def _planned(self, rows: Sequence[ModelInput], length_mismatches: int, not_finite: int) -> MicroBatchPlan:
         make_bins = pack_bins if self.packing is Packing.SEQUENCES else pad_bins
         bins = make_bins([len(row) for row in rows], self.token_budget)
-        return MicroBatchPlan(tuple(rows), bins, length_mismatches, self.packing)
+        return MicroBatchPlan(tuple(rows), bins, length_mismatches, not_finite, self.packing)
 
     def batches(self, plan: MicroBatchPlan, count: int | None = None) -> Iterator[MicroBatch]:
         """Yield the micro-batches of a plan, then repeat the last without loss up to ``count``.
@@ -273,6 +279,17 @@ def length_mismatch(row: ModelInput, trajectory: Trajectory) -> bool:
         trajectory.question_id, trajectory.sample, engine, row.prompt_lengths,
     )  # fmt: skip
     return True
+
+
+def is_finite(row: ModelInput, trajectory: Trajectory) -> bool:
+    """Tell whether all log-probs of the engine and all advantages of a row are finite, and log where they are not."""
+    if np.isfinite(row.rollout_logprobs).all() and np.isfinite(row.advantages).all():
+        return True
+    log.warning(
+        "question %r, sample %d: a log-prob of the engine or an advantage is NaN or infinite; left out of the loss",
+        trajectory.question_id, trajectory.sample,
+    )  # fmt: skip
+    return False
 
 
 def pad_bins(lengths: Sequence[int], token_budget: int) -> tuple[tuple[int, ...], ...]:

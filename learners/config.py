@@ -79,7 +79,8 @@ class LossConfig(ConfigSection):
     dual_clip: Annotated[float | None, Gt(1)] = None
     """Largest ratio that counts where the advantage is negative, above 1 (3 in arXiv 1912.09729); null: no limit."""
     longest_reply: Annotated[int, Ge(1)] = 1024
-    """The constant of dr_grpo, in tokens: the most that a trajectory can sample, both turns together."""
+    """The constant of dr_grpo, in tokens: the most that a trajectory can sample, both turns together. In a recipe
+    that does not give it: the sum of its two reply limits (``rollout.sampling``)."""
     mismatch_low: Annotated[float, Ge(0), Lt(1), _AROUND_ONE] = 0.125
     """A token whose ratio learner / engine is below this leaves the loss; 0 turns the bound off."""
     mismatch_high: Annotated[float, Gt(1), MAY_BE_INFINITE, _AROUND_ONE] = 8.0
@@ -173,21 +174,22 @@ class OptimizerConfig(ConfigSection):
     """After the warm-up the learning rate stays (constant), or falls to 0 at ``total_steps`` (linear, cosine)."""
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Steps over which the learning rate rises linearly to ``lr``."""
-    total_steps: Annotated[int, Ge(1)] = 1000
-    """Steps of the whole run; used by the linear and cosine schedules."""
+    total_steps: Annotated[int | None, Ge(1), MAY_CHANGE] = None
+    """Steps after which the linear and cosine schedules have reached 0; null: those of the run (``total_steps``). Fewer
+    than the run has are refused."""
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of optimiser step 0, 1, 2, ..."""
+        """Return the learning rate of optimiser step 0, 1, 2, ...
+
+        Raises ValueError where the schedule falls and it is not set when."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule is Schedule.CONSTANT:
+            return self.lr
+        if self.total_steps is None:
+            raise ValueError(f"learner.optimizer.schedule={self.schedule} needs learner.optimizer.total_steps")
         left = max(0.0, 1 - (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        match self.schedule:
-            case Schedule.CONSTANT:
-                return self.lr
-            case Schedule.LINEAR:
-                return self.lr * left
-            case Schedule.COSINE:
-                return self.lr * (1 - math.cos(math.pi * left)) / 2
+        return self.lr * (left if self.schedule is Schedule.LINEAR else (1 - math.cos(math.pi * left)) / 2)
 
 
 @dataclass
@@ -255,6 +257,9 @@ class LearnerConfig(ConfigSection):
     """Size of the buckets in which weights are published, bytes."""
     collective_timeout_s: Annotated[int, Ge(1), MAY_CHANGE] = 1800
     """A rank that waits longer than this for another rank fails, seconds."""
+    hang_timeout_s: Annotated[float, Ge(1), MAY_CHANGE] = 120.0
+    """A rank whose process answers nothing for this long in a call counts as dead, seconds: it is stopped, or its
+    machine is gone. Work that takes long is not meant: another thread answers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

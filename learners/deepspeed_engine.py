@@ -6,13 +6,13 @@ import datetime
 import os
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from torch._C._distributed_c10d import TCPStore
 
+from ergo_rl.cluster.compat import bind_collectives_localhost
 from ergo_rl.learners.config import Dtype, LearnerConfig
 
 
@@ -28,9 +28,8 @@ def init_process_group(rank: int, world: int, address: str, port: int, device: t
         "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0",
         "MASTER_ADDR": address, "MASTER_PORT": str(port),
     }  # fmt: skip
-    if address == "127.0.0.1" and Path("/sys/class/net/lo").exists():
-        # All ranks are on this machine: gloo need not listen where other machines reach it.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if address == "127.0.0.1":  # all ranks are on this machine
+        bind_collectives_localhost()
     import deepspeed
 
     # DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start: half a minute, a compiler, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.cluster.devices import require_gpu
 from ergo_rl.cluster.weight_buckets import Bucket, BucketSpec, pack
 from ergo_rl.cluster.weight_sender import TensorSpec
 from ergo_rl.episodes.families import family_of, load_tokenizer
@@ -21,10 +23,14 @@ from ergo_rl.episodes.types import FloatArray, Trajectory
 from ergo_rl.learners import checkpoint, deepspeed_engine
 from ergo_rl.learners.batch import Batcher, MicroBatch, MicroBatchPlan, Sample
 from ergo_rl.learners.config import Dtype, LearnerConfig, LoraConfig
+from ergo_rl.learners.failures import SaveFailed, UpdatesSkipped
 from ergo_rl.learners.lora import Weight, named_weights
 from ergo_rl.learners.losses import TokenBatch, objective_named, policy_loss
 from ergo_rl.learners.metrics import TURNS, TokenSums, UpdateReport
 from ergo_rl.learners.model import PolicyModel
+
+SKIPPED_IN_A_ROW = 3
+"""Updates without a step, one after the other, that are an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,7 @@ class StepSize:
     rows: int
     """Trajectories in the loss."""
     length_mismatches: int
+    not_finite: int
     real_tokens: int
     """Of all rows, without padding."""
     passed_tokens: int
@@ -64,7 +71,9 @@ class Learner:
     def __init__(self, config: LearnerConfig, rank: Rank) -> None:
         self.config, self.rank, self.world = config, rank.rank, rank.world
         self.step = 0
+        self._skipped = 0
         torch.set_num_threads(config.threads)
+        require_gpu(config.resources.gpus, "learner.resources.gpus")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         deepspeed_engine.init_process_group(
             rank.rank, rank.world, rank.address, rank.port, self.device, config.collective_timeout_s
@@ -88,12 +97,20 @@ class Learner:
     def update(self, samples: Sequence[Sample]) -> UpdateReport:
         """Make one optimiser step; ``samples`` are this rank's part of it.
 
-        Raises ValueError when no rank has a token to learn from."""
+        Raises ValueError when no rank has a token to learn from; UpdatesSkipped where this is the last of
+        SKIPPED_IN_A_ROW updates whose gradient was not finite."""
         started = time.perf_counter()
         torch.manual_seed(self.step * self.world + self.rank)  # so that resuming needs no state of random generators
         step, sums = self.accumulate(self.batcher.plan(samples))
         lr = self.config.optimizer.learning_rate(self.step)
+        before = self.step
         grad_norm = self.apply(lr)
+        self._skipped = self._skipped + 1 if self.step == before else 0
+        if self._skipped >= SKIPPED_IN_A_ROW:
+            raise UpdatesSkipped(
+                f"{self._skipped} updates in a row had a gradient that was NaN or infinite, so the weights are those "
+                f"after {self.step} steps; the policy's log-probs overflow: resume with a lower learner.optimizer.lr"
+            )
         means = sums.means(with_kl=self.reference is not None)
         assert means is not None, "accumulate raises where no token was sampled"
         if self.device.type == "cuda" and self.config.resources.gpus < 1:
@@ -104,6 +121,8 @@ class Learner:
             lr=lr,
             trajectories=step.rows,
             length_mismatches=step.length_mismatches,
+            not_finite=step.not_finite,
+            skipped=self._skipped > 0,
             micro_batches=step.passes,
             padding=1 - step.real_tokens / step.passed_tokens,
             seconds=time.perf_counter() - started,
@@ -121,7 +140,7 @@ class Learner:
         if step.tokens == 0:
             raise ValueError(
                 "no token to learn from: nothing is scored, or all of it was truncated and loss.mask_truncated is set "
-                f"({step.length_mismatches} length mismatches)"
+                f"({step.length_mismatches} length mismatches, {step.not_finite} not finite)"
             )
         sums = TokenSums.zero(self.device)
         self.engine.train()
@@ -134,11 +153,13 @@ class Learner:
         return step, self._all_reduce(sums)
 
     def apply(self, lr: float) -> float:
-        """Make the optimiser step; return the gradient's norm before clipping."""
+        """Make the optimiser step; return the gradient's norm before clipping.
+
+        DeepSpeed makes none where the gradient of any rank is NaN or infinite; then ``step`` does not move."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        self.step += 1
+        self.step += self.engine.was_step_applied()
         return float(self.engine.get_global_grad_norm())
 
     @torch.no_grad()
@@ -170,7 +191,10 @@ class Learner:
         """Add up the sizes of all ranks' plans; ranks with fewer micro-batches repeat one without loss."""
         lengths, passes = plan.lengths, torch.tensor(len(plan.bins), device=self.device)
         denominator = objective_named(self.config.loss.objective).denominator(lengths)
-        counts = [sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.real_tokens, plan.passed_tokens]
+        counts = [
+            sum(lengths), sum(map(bool, lengths)), plan.length_mismatches, plan.not_finite, plan.real_tokens,
+            plan.passed_tokens,
+        ]  # fmt: skip
         totals = torch.tensor([denominator, *counts], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
         torch.distributed.all_reduce(totals)
@@ -216,10 +240,20 @@ class Learner:
         return [TensorSpec(*_described(weight)) for members in self._buckets_of_weights() for weight in members]
 
     def export(self, path: Path) -> None:
-        """Write a Hugging Face folder that ``from_pretrained`` and ``vllm serve`` load. Every rank must call it."""
+        """Write a Hugging Face folder that ``from_pretrained`` and ``vllm serve`` load. Every rank must call it.
+
+        It is written aside and moved. Raises SaveFailed, with nothing left behind, where it cannot be written."""
         weights = {name: tensor for bucket in self.buckets() for name, tensor in bucket}
-        if self.rank == 0:
-            checkpoint.export(self.policy.vlm, weights, self.config.model, path)
+        if self.rank:
+            return
+        aside = path.with_name(f".{path.name}.partial")
+        try:
+            checkpoint.export(self.policy.vlm, weights, self.config.model, aside)
+            _move_files(aside, path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SaveFailed(f"{path} could not be written: {error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _gathered_buckets(self) -> Iterator[list[Weight]]:
         """Yield every weight once, in lists of about ``bucket_bytes``, whole until the next list is asked for."""
@@ -271,6 +305,15 @@ class Learner:
         return [Weight(name, parameter) for name, parameter in parameters if parameter.requires_grad]
 
 
+def _move_files(source: Path, target: Path) -> None:
+    """Move the files of a folder to one that may be there and have others."""
+    if not target.exists():
+        source.rename(target)
+        return
+    for file in source.iterdir():
+        file.replace(target / file.name)
+
+
 def _image_processor(model: str) -> Any:
     repair_torchvision()
     from transformers import AutoImageProcessor
@@ -285,8 +328,13 @@ def _reference(config: LearnerConfig, device: torch.device) -> PolicyModel | Non
     needs no collective."""
     if not config.loss.kl:
         return None
-    dtype = torch.bfloat16 if config.dtype is Dtype.BFLOAT16 else torch.float32
-    return PolicyModel(replace(config, lora=LoraConfig())).requires_grad_(False).eval().to(device, dtype)
+    policy = PolicyModel(replace(config, lora=LoraConfig())).requires_grad_(False).eval()
+    if config.dtype is Dtype.BFLOAT16:
+        # Parameters alone, as DeepSpeed does: with rounded rotary frequencies (buffers) it would be another network,
+        # and the divergence not 0 at the start.
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return policy.to(device)
 
 
 def _described(weight: Weight) -> tuple[str, torch.dtype, tuple[int, ...]]:

@@ -6,12 +6,13 @@ import asyncio
 import math
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from ergo_rl.cluster.config import Transport
 from ergo_rl.cluster.placement import Cluster
@@ -22,6 +23,7 @@ from ergo_rl.episodes.types import FloatArray, Trajectory
 from ergo_rl.errors import ErgoError
 from ergo_rl.learners.advantages import TurnAdvantages, is_scored
 from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.learners.failures import SaveFailed, UpdatesSkipped
 
 if TYPE_CHECKING:
     from ergo_rl.cluster.weight_sender import SendResult, WeightSender
@@ -31,12 +33,18 @@ ROLE = "learner"
 GRACE_S = 5.0
 """When a rank fails: how long to wait for the death of another rank, which then is the cause."""
 
+PING_S = 5.0
+"""While a call lasts, ranks are asked this often whether their processes run."""
+
+_LIVENESS = "liveness"
+"""Ray's name for the thread of a rank that answers pings while another computes."""
+
 STATE_FILES_AHEAD = 2
 """Files of a state that are made before the first of them is consumed."""
 
 
 class LearnerFailed(ErgoError, RuntimeError):
-    """A learner rank failed or died; the others were stopped, because they would wait for it forever."""
+    """A learner rank failed, died or was stopped; the others were ended, because they would wait for it forever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +84,10 @@ class LearnerRank:
         self._learner: Learner
         self._sender: WeightSender | None = None
 
+    @ray.method(concurrency_group=_LIVENESS)
+    def ping(self) -> None:
+        """Return at once, whatever else the rank does; a process that is stopped does not."""
+
     def address(self) -> tuple[str, int]:
         """Return where this process can listen as rank 0."""
         address = ray.util.get_node_ip_address()
@@ -88,7 +100,8 @@ class LearnerRank:
 
         self._learner = Learner(self._config, Rank(rank, self._config.ranks, address, port))
 
-    def update(self, batches: Sequence[RankBatch]) -> dict[str, float]:
+    def update(self, batches: Sequence[RankBatch]) -> dict[str, float] | UpdatesSkipped:
+        """Return the metrics, or what ended the learning: an exception would end all ranks, and their state is fine."""
         from ergo_rl.learners.batch import Sample
 
         groups = ray.get([batch.trajectories for batch in batches])
@@ -97,7 +110,10 @@ class LearnerRank:
             for batch, trajectories in zip(batches, groups, strict=True)
             for member, advantages in zip(batch.members, batch.advantages, strict=True)
         ]
-        return self._learner.update(samples).metrics()
+        try:
+            return self._learner.update(samples).metrics()
+        except UpdatesSkipped as error:
+            return error
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         return self._learner.logprobs(trajectories)
@@ -139,8 +155,13 @@ class LearnerRank:
             raise RuntimeError("send_weights without a connection to the engines")
         return self._sender.send(version)
 
-    def export(self, path: Path) -> None:
-        self._learner.export(path)
+    def export(self, path: Path) -> SaveFailed | None:
+        """Return what went wrong, if anything: an exception would end all ranks."""
+        try:
+            self._learner.export(path)
+        except SaveFailed as error:
+            return error
+        return None
 
     def state(self) -> Iterator[bytes]:
         yield from self._learner.state()
@@ -154,8 +175,14 @@ class LearnerRank:
         return self._learner.restore(ray.get(file) for file in files)
 
 
+def rank_actor() -> Any:
+    """Return the actor class of a rank, with a thread of its own for pings."""
+    remote: Any = ray.remote
+    return remote(concurrency_groups={_LIVENESS: 1})(LearnerRank)
+
+
 class LearnerGroup:
-    """All ranks. If one fails in a call, all are stopped and LearnerFailed names it.
+    """All ranks. If one fails in a call, dies in it or is stopped, all are ended and LearnerFailed names it.
 
     Example::
 
@@ -164,8 +191,8 @@ class LearnerGroup:
         await learners.export("runs/mine/policy")
     """
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = list(actors)
+    def __init__(self, actors: Sequence[Any], hang_timeout_s: float) -> None:
+        self._actors, self._hang_timeout_s = list(actors), hang_timeout_s
         self.weights_revision = 0
         """Weight-changing calls issued so far (update, restore). Ranks execute calls in the order of issue."""
         self._buckets = 0
@@ -176,17 +203,22 @@ class LearnerGroup:
 
         Raises TimeoutError when the cluster has no room for them, LearnerFailed when one does not start."""
         places = await cluster.reserve_gang(ROLE, config.ranks, config.resources)
-        group = cls([ray.remote(LearnerRank).options(**place).remote(config) for place in places])
-        (address, port), *_ = await group._all("start", [group._actors[0].address.remote()])
+        group = cls([rank_actor().options(**place).remote(config) for place in places], config.hang_timeout_s)
+        # A process that is not there yet answers no ping, and may take minutes: its node can be starting.
+        (address, port), *_ = await group._all("start", [actor.address.remote() for actor in group._actors], ping=False)
         await group._all("start", [actor.start.remote(rank, address, port) for rank, actor in enumerate(group._actors)])
         return group
 
     async def update(self, groups: Sequence[TrainingGroup]) -> dict[str, float]:
-        """Make one optimiser step; return its metrics (``learners.metrics.UpdateReport``, as ``learner/...``)."""
+        """Make one optimiser step; return its metrics (``learners.metrics.UpdateReport``, as ``learner/...``).
+
+        Raises UpdatesSkipped; the ranks then still have the state after their last step."""
         batches = shard_groups(groups, len(self._actors))
         self.weights_revision += 1
         pairs = zip(self._actors, batches, strict=True)
         reports = await self._all("update", [actor.update.remote(batch) for actor, batch in pairs])
+        if isinstance(reports[0], UpdatesSkipped):
+            raise reports[0]
         return dict(reports[0])
 
     async def logprobs(self, trajectories: ray.ObjectRef) -> list[FloatArray]:
@@ -226,17 +258,25 @@ class LearnerGroup:
         return max(result.seconds for result in results)
 
     async def export(self, path: str | Path) -> None:
-        """Write a Hugging Face folder."""
-        await self._all("export", [actor.export.remote(Path(path)) for actor in self._actors])
+        """Write a Hugging Face folder. Raises SaveFailed, which costs no rank."""
+        answers = await self._all("export", [actor.export.remote(Path(path)) for actor in self._actors])
+        if failure := next(filter(None, answers), None):
+            raise failure
 
     async def state(self, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> None:
         """Hand the optimiser's state (with weights and step) to ``keep``, as references to safetensors files.
 
-        One after the other (``bytes``); ``STATE_FILES_AHEAD`` are made ahead, so that memory holds few at a time."""
+        One after the other (``bytes``); ``STATE_FILES_AHEAD`` are made ahead, so that memory holds few at a time. What
+        ``keep`` raises (a full disk, say) is raised when all ranks are through, and costs none of them. Raises
+        SaveFailed where a file does not arrive."""
         sender, *others = self._actors
         streaming = sender.state.options(num_returns="streaming", _generator_backpressure_num_objects=STATE_FILES_AHEAD)
         sent = _consume(streaming.remote(), keep)
-        await self._all("state", [sent, *(actor.join_state_gather.remote() for actor in others)])
+        failure, *_ = await self._all("state", [sent, *(actor.join_state_gather.remote() for actor in others)])
+        if isinstance(failure, RayError):
+            raise SaveFailed(f"a part of the learner's state did not arrive: {on_one_line(failure)}") from failure
+        if failure is not None:
+            raise failure
 
     async def restore(self, files: Sequence[ray.ObjectRef]) -> int:
         """Load a state, saved by any number of ranks; return the next step."""
@@ -253,12 +293,25 @@ class LearnerGroup:
         for actor in self._actors:
             ray.kill(actor)
 
-    async def _all(self, what: str, answers: Sequence[Awaitable[Any]]) -> list[Any]:
-        """Return the answers of all ranks, or raise LearnerFailed as soon as one fails.
+    async def _all(self, what: str, answers: Sequence[Awaitable[Any]], ping: bool = True) -> list[Any]:
+        """Return the answers of all ranks, or raise LearnerFailed as soon as one fails or does not answer pings.
 
         The others may hang in a collective, waiting for it; so they are killed."""
         tasks = [asyncio.ensure_future(answer) for answer in answers]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        try:
+            silent = await self._wait(tasks, ping)
+        except asyncio.CancelledError:
+            for task in tasks:  # else the errors of ranks that are ended now would be reported as forgotten
+                task.cancel()
+            raise
+        if silent:
+            for task in tasks:
+                task.cancel()
+            self._kill()
+            raise LearnerFailed(
+                f"learner rank {' and '.join(map(str, silent))} was silent for {self._hang_timeout_s:.0f} s "
+                f"(learner.hang_timeout_s) in {what}: its process is stopped, or its machine is gone"
+            )
         if any(task.done() and task.exception() for task in tasks):
             await asyncio.wait(tasks, timeout=GRACE_S)
             raised = {rank: task.exception() for rank, task in enumerate(tasks) if task.done()}
@@ -272,6 +325,30 @@ class LearnerGroup:
             cause = failures[rank]
             raise LearnerFailed(f"learner rank {rank} {verb} in {what}: {on_one_line(cause)}") from cause
         return [task.result() for task in tasks]
+
+    async def _wait(self, tasks: Sequence[asyncio.Future[Any]], ping: bool) -> list[int]:
+        """Wait until all tasks are done or one has failed, or ranks are silent; return these."""
+        ended = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
+        try:
+            silent: list[int] = []
+            while not ended.done() and not silent:
+                await asyncio.wait({ended}, timeout=PING_S if ping else None)
+                silent = [] if ended.done() else await self._silent_ranks(ended)
+            return silent
+        finally:
+            ended.cancel()
+
+    async def _silent_ranks(self, ended: asyncio.Future[Any]) -> list[int]:
+        """Return the ranks that do not answer a ping within ``hang_timeout_s``; none once ``ended`` is done.
+
+        A dead one answers, with its error: it is found by its call."""
+        pings = [asyncio.ensure_future(_answered(actor.ping.remote())) for actor in self._actors]
+        answered = asyncio.ensure_future(asyncio.wait(pings))
+        await asyncio.wait({answered, ended}, timeout=self._hang_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        silent = [rank for rank, ping in enumerate(pings) if not ping.done()]
+        for task in (answered, *pings):
+            task.cancel()
+        return [] if ended.done() else silent
 
 
 def shard_groups(groups: Sequence[TrainingGroup], ranks: int) -> list[list[RankBatch]]:
@@ -312,7 +389,21 @@ def _rank_batches(places: Sequence[tuple[TrainingGroup, int]]) -> list[RankBatch
     ]
 
 
-async def _consume(stream: Any, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> None:
+async def _answered(ping: Awaitable[Any]) -> None:
+    with suppress(RayError):
+        await ping
+
+
+async def _consume(stream: Any, keep: Callable[[ray.ObjectRef], Awaitable[None]]) -> Exception | None:
+    """Hand on what a rank yields; return the first error of ``keep``, after which nothing more is handed on.
+
+    To the end in any case: the rank would wait for room, and the others for the rank."""
+    failure: Exception | None = None
     async for reference in stream:
-        await keep(reference)
+        try:
+            if failure is None:
+                await keep(reference)
+        except Exception as error:
+            failure = error
     await stream.completed()
+    return failure

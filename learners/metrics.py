@@ -124,6 +124,10 @@ class UpdateReport:
     """In the loss."""
     length_mismatches: int
     """Trajectories left out because a prompt had another length in the engine."""
+    not_finite: int
+    """Trajectories left out because a log-prob of the engine, or an advantage, was NaN or infinite."""
+    skipped: bool
+    """The gradient was NaN or infinite: the weights stay as they were, and the update counts as no step."""
     micro_batches: int
     """Of each rank."""
     padding: float
@@ -135,10 +139,15 @@ class UpdateReport:
     """Of turn 1, 2, ...; None where no trajectory reached it."""
 
     def metrics(self) -> dict[str, float]:
-        """Return ``learner/entropy`` and so on over all tokens, ``learner/turn1_entropy`` over those of turn 1."""
-        plain = ("loss", "grad_norm", "lr", "trajectories", "length_mismatches", "micro_batches", "padding", "seconds")
+        """Return ``learner/entropy`` and so on over all tokens, ``learner/turn1_entropy`` over those of turn 1.
+
+        Those of a skipped update that are not finite are left out: ``learner/skipped`` says it, and JSON has no NaN."""
+        plain = (
+            "loss", "grad_norm", "lr", "trajectories", "length_mismatches", "not_finite", "skipped", "micro_batches",
+            "padding", "seconds",
+        )  # fmt: skip
         metrics = {f"learner/{name}": float(getattr(self, name)) for name in plain}
         metrics |= self.means.metrics("learner/")
         for number, turn in enumerate(self.turns, 1):
             metrics |= turn.metrics(f"learner/turn{number}_") if turn else {}
-        return metrics
+        return {name: value for name, value in metrics.items() if math.isfinite(value)} if self.skipped else metrics

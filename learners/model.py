@@ -1,28 +1,41 @@
 """The network being trained, and the log-probs of its tokens: the only place that shifts tokens.
 
 Rows of a micro-batch go through the language model padded, or end to end in one sequence without padding
-(``learner.packing``). End to end, attention must keep rows apart. There are two ways to the same numbers: ``sdpa`` runs
-torch's attention row by row, each with a plain causal mask, as transformers' Qwen-VL towers do for images (no package,
-no mask of tokens x tokens, the quickest on a CPU); ``flash_attention_2`` is one call, told the rows' boundaries."""
+(``learner.packing``), and the vision tower has its images, and windows of them, end to end in any case. Attention must
+keep them apart. There are three ways to the same numbers, none with a mask of tokens x tokens: on a GPU in half
+precision torch's varlen kernel, one call a layer, told the bounds; elsewhere torch's plain attention, one call for all
+sequences of equal length (of a tower's windows there are nine lengths at most); or, with
+``learner.attention=flash_attention_2``, the package flash-attn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.errors import ErgoError
 from ergo_rl.learners.batch import MicroBatch
 from ergo_rl.learners.config import Attention, LearnerConfig, Packing
 from ergo_rl.learners.lora import add_adapters
 
-SDPA_VARLEN = "sdpa_varlen"
-"""The name under which ``sdpa_varlen`` is registered with transformers."""
+SDPA_VARLEN, TOWER_VARLEN = "sdpa_varlen", "varlen_flash"
+"""The names under which ``sdpa_varlen`` is registered with transformers, for the language model and the vision tower.
+With "flash" in the name a tower hands over all its sequences and their bounds; else it makes a call for each."""
 
 CHUNK_LOGITS = 1 << 24
 """Logits held at once: 64 MiB in fp32 (a vocabulary of 150k gives 110 tokens a chunk)."""
+
+ENCODED_IMAGES = "mm_encoder_outputs"
+"""The argument of a model's forward pass that takes the vision tower's output."""
+
+
+class UnsuitableTransformers(ErgoError, ValueError):
+    """The installed transformers cannot do what the learner needs of it."""
 
 
 class PolicyModel(nn.Module):
@@ -36,7 +49,9 @@ class PolicyModel(nn.Module):
         self.vlm: Any = AutoModelForImageTextToText.from_pretrained(
             config.model, dtype=torch.float32, attn_implementation=attn_implementation(config)
         )
-        self.attention, self.packing = config.attention, config.packing
+        require_encoded_images(self.vlm.model.forward)
+        self.packing = config.packing
+        set_tower_attention(self.vlm, config)
         self.vlm.lm_head = LogProbHead.adopt(self.vlm.lm_head)
         if config.freeze_vision:
             self.vlm.model.visual.requires_grad_(False)
@@ -58,7 +73,7 @@ class PolicyModel(nn.Module):
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             mm_token_type_ids=batch.mm_token_type_ids,
-            mm_encoder_outputs={"image": self._encode_images(batch)},
+            **{ENCODED_IMAGES: {"image": self._encode_images(batch)}},
             image_grid_thw=batch.image_grid_thw,
             use_cache=False,
         ).last_hidden_state
@@ -76,9 +91,9 @@ class PolicyModel(nn.Module):
         states = self.vlm.model(
             input_ids=batch.input_ids[real][None],
             position_ids=positions[:, None, real],
-            mm_encoder_outputs={"image": self._encode_images(batch)},
+            **{ENCODED_IMAGES: {"image": self._encode_images(batch)}},
             use_cache=False,
-            **varlen_kwargs(real.sum(1), self.attention),
+            **varlen_kwargs(real.sum(1)),
         ).last_hidden_state
         return states[0, _previous(batch.loss_mask)[real]]
 
@@ -92,6 +107,20 @@ class PolicyModel(nn.Module):
         if "deepstack_features" in output:
             output.deepstack_features = [tuple(layer[view] for view in order) for layer in output.deepstack_features]
         return output
+
+
+def require_encoded_images(forward: Callable[..., Any]) -> None:
+    """Raise UnsuitableTransformers unless ``forward`` names ENCODED_IMAGES: ``**kwargs`` would swallow it, and the
+    policy would be trained blind, with log-probs some nats away from the engines'."""
+    if ENCODED_IMAGES in inspect.signature(forward).parameters:
+        return
+    import transformers
+
+    raise UnsuitableTransformers(
+        f"transformers {transformers.__version__}: {getattr(forward, '__qualname__', forward)} has no argument "
+        f"{ENCODED_IMAGES}, so the learner could not give it images; install transformers 5.19 or newer "
+        "(pip install 'transformers>=5.19')"
+    )
 
 
 def _previous(mask: Tensor) -> Tensor:
@@ -123,10 +152,20 @@ def attn_implementation(config: LearnerConfig) -> dict[str, str]:
     return {"": config.attention.value, "vision_config": config.attention.value, "text_config": language}
 
 
-def varlen_kwargs(lengths: Tensor, attention: Attention) -> dict[str, Any]:
-    """Return the model's keyword arguments that tell attention the lengths of the rows, int64[B]."""
-    if attention is Attention.SDPA:
-        return {"row_lengths": lengths.tolist()}
+def set_tower_attention(vlm: Any, config: LearnerConfig) -> None:
+    """Have the vision tower of a loaded model call ``sdpa_varlen`` once a layer.
+
+    After loading, because by ``attn_implementation`` transformers would look for a package of that name."""
+    tower = vlm.model.visual
+    if config.attention is Attention.SDPA and tower._supports_flash_attn:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(TOWER_VARLEN, sdpa_varlen)
+        tower.config._attn_implementation = TOWER_VARLEN
+
+
+def varlen_kwargs(lengths: Tensor) -> dict[str, Any]:
+    """Return the model's keyword arguments that tell attention the bounds of the rows; lengths: int64[B]."""
     starts = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
@@ -139,26 +178,53 @@ def sdpa_varlen(
     value: Tensor,
     attention_mask: None,
     *,
-    row_lengths: Sequence[int],
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    is_causal: bool = True,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention within each of the rows that follow one another.
+    """Compute attention within each of the sequences that follow one another.
 
-    query: [1, heads, tokens, width]; key and value: [1, key heads, tokens, width]; row_lengths: add up to the tokens.
-    Returns [1, tokens, heads, width], and None for the attention weights. Raises ValueError for a sliding window."""
+    query: [1, heads, tokens, width]; key and value: [1, key heads, tokens, width]; cu_seq_lens_q: int32[sequences + 1],
+    where each begins, and the number of tokens. Returns [1, tokens, heads, width], and None for the attention weights.
+    Raises ValueError for a sliding window."""
     if sliding_window is not None:
         raise ValueError("learner.packing=sequences does not know sliding windows; set learner.packing=none")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    rows = zip(*(tensor.split(list(row_lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [
-        sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, is_causal=True)[0]
-        for q, k, v in rows
-    ]
-    return torch.cat(outputs, dim=1), None
+    if dropout or not has_varlen_kernel(query):
+        call = partial(sdpa_attention_forward, module, scaling=scaling, dropout=dropout, is_causal=is_causal)
+        return _by_length(call, (query, key, value), cu_seq_lens_q.diff().tolist())[None], None
+    from torch.nn.attention.varlen import varlen_attn  # with the first use: it is new in torch 2.10
+
+    tensors = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    window, grouped = (-1, 0 if is_causal else -1), query.shape[1] != key.shape[1]
+    kernel: Callable[..., Any] = varlen_attn
+    return kernel(*tensors, *bounds, scale=scaling, window_size=window, enable_gqa=grouped)[None], None
+
+
+def has_varlen_kernel(query: Tensor) -> bool:
+    """Tell whether torch has a varlen kernel for such a tensor: FlashAttention 2, on Ampere and later."""
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return fits and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _by_length(call: Callable[..., Any], tensors: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """Return [tokens, heads, width] by one call for all sequences of a length.
+
+    On a CPU it is, to the bit, what a call for each sequence gives."""
+    sequences = [tensor[0].split(list(lengths), dim=1) for tensor in tensors]
+    outputs: dict[int, Tensor] = {}
+    for length in set(lengths):
+        members = [member for member, its in enumerate(lengths) if its == length]
+        stacked = (torch.stack([parts[member] for member in members]) for parts in sequences)
+        output, _ = call(*stacked, attention_mask=None)
+        outputs |= zip(members, output.unbind(), strict=True)
+    return torch.cat([outputs[member] for member in range(len(lengths))])
 
 
 # --- head ---------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,18 @@ IDS = {token: WORDS + place for place, token in enumerate(SPECIAL)}
 IMAGE_PAD = IDS[FAMILY.image_pad]
 
 
-def tiny_model(path: Path, *, tied: bool = False, seed: int = 0) -> Path:
+def tiny_model(
+    path: Path,
+    *,
+    tied: bool = False,
+    seed: int = 0,
+    text: Mapping[str, Any] = {},
+    vision: Mapping[str, Any] = {},
+    image_token_id: int = IMAGE_PAD,
+) -> Path:
     """A random Qwen2.5-VL of 0.15 M parameters with tokenizer and processor, as an ordinary Hugging Face folder.
 
+    text, vision: other values of the two parts of its configuration.
     Weights are drawn wide enough that attention and positions matter."""
     repair_torchvision()
     import torch
@@ -49,13 +59,13 @@ def tiny_model(path: Path, *, tied: bool = False, seed: int = 0) -> Path:
             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": None, "eos_token_id": IDS["<|im_end|>"], "initializer_range": 0.1,
-            "tie_word_embeddings": tied,
+            "tie_word_embeddings": tied, **text,
         },
         vision_config={
             "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-            "window_size": 56, "fullatt_block_indexes": [1], "initializer_range": 0.1,
+            "window_size": 56, "fullatt_block_indexes": [1], "initializer_range": 0.1, **vision,
         },
-        image_token_id=IMAGE_PAD, video_token_id=IDS["<|video_pad|>"],
+        image_token_id=image_token_id, video_token_id=IDS["<|video_pad|>"],
         vision_start_token_id=IDS["<|vision_start|>"], vision_end_token_id=IDS["<|vision_end|>"],
         tie_word_embeddings=tied,
     )  # fmt: skip

@@ -71,6 +71,27 @@ def test_plan_drops_unscored_trajectories(batcher: Batcher) -> None:
     assert set(row.advantages[row.loss_mask].tolist()) == {0.5}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_plan_with_a_log_prob_that_is_no_number_when_made_then_that_trajectory_alone_is_left_out(
+    batcher: Batcher, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    episode = trajectory("bad", 3)
+    logprobs = episode.turns[0].logprobs.copy()
+    logprobs[1] = value
+    bad = replace(episode, turns=(replace(episode.turns[0], logprobs=logprobs), *episode.turns[1:]))
+    with caplog.at_level(logging.WARNING):
+        plan = batcher.plan([Sample(bad, (1.0,)), Sample(trajectory(sample=1), (0.5,)), Sample(bad, (math.nan,))])
+    assert (plan.not_finite, plan.length_mismatches, plan.lengths) == (1, 0, [12]), "what is not scored is not counted"
+    assert "'bad', sample 3: a log-prob of the engine or an advantage is NaN" in caplog.text
+    (batch,) = batcher.batches(batcher.plan([Sample(bad, (1.0,))]))
+    assert not batch.loss_mask.any(), "a rank that has nothing else makes its passes without loss"
+
+
+def test_plan_with_an_infinite_advantage_when_made_then_that_trajectory_is_left_out(batcher: Batcher) -> None:
+    plan = batcher.plan([Sample(trajectory(), (1.0, math.inf)), Sample(trajectory(sample=1), (0.5,))])
+    assert plan.not_finite == 1 and len(plan.rows) == 1
+
+
 def test_expand_gives_each_turn_its_own_advantage() -> None:
     episode = trajectory()
     row = expand(Sample(episode, (0.5, -2.0)), FAMILY, IMAGE_PAD)

@@ -16,6 +16,12 @@ def test_warm_up_then_schedule_by_hand() -> None:
     assert rates[Schedule.COSINE] == pytest.approx([0.5, 1, 1, 0.853553, 0.5, 0.146447, 0, 0], abs=1e-6)
 
 
+def test_falling_schedule_without_its_end_when_asked_for_a_rate_then_it_is_refused() -> None:
+    assert OptimizerConfig(lr=1.0).learning_rate(10**6) == 1.0, "a constant one needs none"
+    with pytest.raises(ValueError, match="schedule=cosine needs"):
+        OptimizerConfig(lr=1.0, schedule=Schedule.COSINE).learning_rate(0)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"zero_stage": 4}, {"zero_stage": 0}, {"ranks": 0}, {"temperature": 0.0}, {"attention": Attention.FLASH}]
 )

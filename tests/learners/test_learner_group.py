@@ -1,6 +1,11 @@
 import asyncio
+import errno
 import math
-from collections.abc import Sequence
+import os
+import resource
+import signal
+import time
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +23,14 @@ from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_buckets import Bucket, unpack
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.learners.config import LearnerConfig, OptimizerConfig
+from ergo_rl.learners.failures import SaveFailed
 from ergo_rl.learners.learner_group import (
     LearnerFailed,
     LearnerGroup,
     RankBatch,
     TrainingGroup,
     balanced_split,
+    rank_actor,
     shard_groups,
 )
 from tests.factories import trajectory, view
@@ -113,10 +120,15 @@ def furthest(these: list[np.ndarray], those: list[np.ndarray]) -> float:
 @pytest.mark.system
 @pytest.mark.timeout(600)
 def test_two_zero3_ranks_update_save_restore_and_fail(
-    ray_cluster: Cluster, tiny: Path, tmp_path: Path, played: list[tuple[Trajectory, ...]]
+    ray_cluster: Cluster,
+    tiny: Path,
+    tmp_path: Path,
+    played: list[tuple[Trajectory, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Update, log-probs, weights, export, state and restore, and the death of a rank: one story, because starting two
-    ranks takes most of the time."""
+    """Update, log-probs, weights, export, state and restore, saves that fail, the death of a rank, and one that is
+    stopped: one story, because starting two ranks takes most of the time."""
+    monkeypatch.setattr("ergo_rl.learners.learner_group.PING_S", 0.2)
     config = LearnerConfig(
         model=str(tiny),
         ranks=2,
@@ -158,6 +170,7 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
     assert again["learner/loss"] == at_save["learner/loss"]
     assert bitwise(await all_weights(learners), moved)
 
+    await failing_saves(learners, folder, state)
     ray.kill(learners._actors[1])
     with pytest.raises(LearnerFailed, match="learner rank 1 died in update"):
         await asyncio.wait_for(learners.update(groups), timeout=60)
@@ -170,12 +183,57 @@ async def story(cluster: Cluster, config: LearnerConfig, folder: Path, played: l
         await other.update(groups)
         result = await all_weights(other)
         assert bitwise(result, moved) or (ranks == 1 and close(result, moved))
-        await other.close()
+        await stopped(other, ranks - 1, other.update(groups))
 
     assert len(buckets) > 2  # and they outlive the ranks
     weights = await files_of(buckets)
     assert furthest(logprobs_of(config.model, weights, played[0]), after) < 1e-5
     assert furthest(logprobs_of(folder / "export", None, played[0]), after) < 1e-5
+
+
+async def failing_saves(learners: LearnerGroup, folder: Path, state: list[ray.ObjectRef]) -> None:
+    """A full disk, of the driver and of a rank: an error of its own, nothing left behind, and no rank is lost."""
+    asked = 0
+
+    async def keep(file: ray.ObjectRef) -> None:
+        nonlocal asked
+        asked += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        await learners.state(keep)
+    assert asked == 1, "after the first error nothing more is handed out"
+
+    def limit(rank: Any, size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    await learners._actors[0].__ray_call__.remote(limit, 300_000)  # a file of the export has 0.6 MB
+    with pytest.raises(SaveFailed, match=r"disk could not be written: .*File too large"):
+        await learners.export(folder / "disk")
+    await learners._actors[0].__ray_call__.remote(limit, resource.RLIM_INFINITY)
+    assert [path.name for path in folder.iterdir()] == ["export"]
+    assert len(await state_of(learners)) == len(state)
+    for _ in range(2):  # the second time over the first
+        await learners.export(folder / "disk")
+    assert sorted(path.name for path in folder.iterdir()) == ["disk", "export"]
+
+
+async def stopped(learners: LearnerGroup, rank: int, call: Awaitable[Any]) -> None:
+    """SIGSTOP of one rank, of several or the only one, in the middle of a call: noticed, and its process is ended."""
+    pid: int = await learners._actors[rank].__ray_call__.remote(lambda rank: os.getpid())
+    os.kill(pid, signal.SIGSTOP)
+    learners._hang_timeout_s = 3.0
+    with pytest.raises(
+        LearnerFailed, match=rf"learner rank {rank} was silent for 3 s \(learner.hang_timeout_s\) in upd"
+    ):
+        await asyncio.wait_for(call, timeout=30)
+    await ended(pid)
+
+
+async def ended(pid: int) -> None:
+    async with asyncio.timeout(30):
+        while Path(f"/proc/{pid}").exists():
+            await asyncio.sleep(0.1)
 
 
 async def state_of(learners: LearnerGroup) -> list[ray.ObjectRef]:
@@ -213,6 +271,33 @@ def close(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> boo
     """Sums over ranks are in another order; Adam makes a whole step of a gradient that is nearly 0."""
     off = [float(((these[name] - those[name]).abs() > 1e-5).float().mean()) for name in these]
     return these.keys() == those.keys() and max(off) < 0.05
+
+
+@pytest.mark.system
+def test_several_ranks_when_they_are_stopped_then_all_are_named(
+    ray_cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that have not started: what they compute does not matter here. A long call alone is no reason."""
+    monkeypatch.setattr("ergo_rl.learners.learner_group.PING_S", 0.2)
+
+    async def run() -> None:
+        rank = rank_actor().options(num_cpus=0)
+        group = LearnerGroup([rank.remote(LearnerConfig(model=str(tiny))) for _ in range(3)], hang_timeout_s=2.0)
+
+        def nap(rank: Any, seconds: float) -> int:
+            time.sleep(seconds)
+            return os.getpid()
+
+        await group._all("address", [actor.address.remote() for actor in group._actors], ping=False)
+        pids = await group._all("nap", [actor.__ray_call__.remote(nap, 3.0) for actor in group._actors])
+        for pid in (pids[0], pids[2]):
+            os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(LearnerFailed, match="learner rank 0 and 2 was silent for 2 s"):
+            await group._all("nap", [actor.__ray_call__.remote(nap, 3.0) for actor in group._actors])
+        for pid in pids:
+            await ended(pid)
+
+    asyncio.run(run())
 
 
 @pytest.mark.system

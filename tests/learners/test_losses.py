@@ -283,7 +283,7 @@ NATS = st.floats(-3.0, -0.125, width=32)
 ROWS = st.lists(st.lists(st.tuples(NATS, NATS), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data(), ROWS, st.sampled_from(list(ObjectiveName)))
 def test_packing_changes_no_gradient(data: st.DataObject, rows: list[list[tuple[float, float]]], name: str) -> None:
     """One micro-batch of all rows, or one for each: the same sums, the same gradient, for every objective."""
@@ -296,7 +296,7 @@ def test_packing_changes_no_gradient(data: st.DataObject, rows: list[list[tuple[
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(ROWS)
 def test_on_policy_all_objectives_have_the_direction_of_reinforce(rows: list[list[tuple[float, float]]]) -> None:
     """Where learner and engine agree every ratio is 1: the gradient on a token is -advantage x its weight."""

@@ -1,5 +1,8 @@
 """Sums over tokens: by turn, over micro-batches and ranks, and the percentile with the resolution it promises."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +37,7 @@ def test_means_are_none_for_a_turn_without_tokens() -> None:
     assert sums_of([0.1]).means(2) is None and TokenSums.zero(torch.device("cpu")).means() is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(1e-7, 50.0), min_size=1, max_size=400), st.integers(1, 5))
 def test_percentile_is_at_most_an_eighth_too_high(mismatches: list[float], parts: int) -> None:
     """Whatever micro-batches and ranks the tokens were in."""
@@ -58,8 +61,11 @@ def test_metrics_have_their_names() -> None:
     sums = sums_of([0.1, 0.2], [1, 1])
     every = sums.means(with_kl=True)
     assert every is not None
-    report = UpdateReport(0.5, 1.0, 1e-6, 8, 0, 2, 0.25, 3.0, every, (sums.means(1), sums.means(2)))
+    report = UpdateReport(0.5, 1.0, 1e-6, 8, 0, 1, False, 2, 0.25, 3.0, every, (sums.means(1), sums.means(2)))
     metrics = report.metrics()
+    assert (metrics["learner/not_finite"], metrics["learner/skipped"]) == (1, 0)
+    nan = replace(report, loss=math.nan, grad_norm=math.inf, skipped=True).metrics()
+    assert nan["learner/skipped"] == 1 and metrics.keys() - nan.keys() == {"learner/loss", "learner/grad_norm"}
     assert metrics["learner/loss"] == 0.5 and metrics["learner/tokens"] == metrics["learner/turn1_tokens"] == 2
     assert "learner/kl" in metrics and "learner/turn1_kl" not in metrics, "only where there is a reference"
     assert not any("turn2" in name for name in metrics)

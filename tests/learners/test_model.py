@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from ergo_rl.episodes.types import Trajectory, View
 from ergo_rl.learners import model as module
 from ergo_rl.learners.batch import Batcher, MicroBatchPlan, Sample, expand
 from ergo_rl.learners.config import Attention, Dtype, LearnerConfig, Packing
-from ergo_rl.learners.model import LogProbHead, PolicyModel, varlen_kwargs
+from ergo_rl.learners.model import LogProbHead, PolicyModel, UnsuitableTransformers, varlen_kwargs
 from tests.factories import FAMILY, IDS, IMAGE_PAD, trajectory, view
 
 BANNED = tuple(sorted(IDS[token] for token in FAMILY.vision_tokens))
@@ -202,8 +203,8 @@ def test_packed_row_does_not_depend_on_another(
     )
 
 
-def test_flash_attention_is_told_the_varlen_kwargs() -> None:
-    told = varlen_kwargs(torch.tensor([3, 5, 2]), Attention.FLASH)
+def test_attention_is_told_the_bounds_of_the_rows() -> None:
+    told = varlen_kwargs(torch.tensor([3, 5, 2]))
     assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 8, 10]
     assert told["cu_seq_lens_q"].dtype == torch.int32 and told["max_length_q"] == told["max_length_k"] == 5
 
@@ -270,6 +271,20 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     tied = PolicyModel(LearnerConfig(model=str(tiny_model(tmp_path, tied=True))))
     assert tied.vlm.lm_head.weight is tied.vlm.model.language_model.embed_tokens.weight
     assert "lm_head.weight" not in dict(tied.vlm.named_parameters())
+
+
+def test_forward_without_encoded_images_when_the_model_is_loaded_then_it_is_refused(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.17 has ``**kwargs`` in its place, which would swallow the images."""
+    from transformers import Qwen2_5_VLModel
+
+    def old(self: object, input_ids: object = None, **kwargs: object) -> None: ...
+
+    monkeypatch.setattr(Qwen2_5_VLModel, "forward", old)
+    wanted = rf"transformers {transformers.__version__}: .*old has no argument mm_encoder_outputs.*transformers>=5\.19"
+    with pytest.raises(UnsuitableTransformers, match=wanted):
+        PolicyModel(LearnerConfig(model=str(tiny)))
 
 
 def test_frozen_vision_tower_is_not_trained(tiny: Path) -> None:

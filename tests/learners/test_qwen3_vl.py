@@ -4,40 +4,30 @@ one must hold here too."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from ergo_rl.cluster.compat import repair_torchvision
 from ergo_rl.episodes.families import Qwen3VL, family_of
 from ergo_rl.episodes.types import Trajectory
-from ergo_rl.examples.panels.tiny_model import TinyConfig, make_model, make_processor, save_folder
 from ergo_rl.learners.batch import Batcher, MicroBatch, Sample
 from ergo_rl.learners.config import LearnerConfig, Packing
 from ergo_rl.learners.model import PolicyModel
 from tests.factories import IDS, IMAGE_PAD, trajectory, view
 
 FAMILY = Qwen3VL()
-SMALL = TinyConfig(hidden=64, layers=2, heads=2, intermediate=96, vision_hidden=32, vision_layers=3, vision_heads=2)
+
+
+@pytest.fixture
+def folder(tiny_qwen3: Path) -> Path:
+    return tiny_qwen3
 
 
 @pytest.fixture(scope="module")
-def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repair_torchvision()
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(tiny)
-    path = tmp_path_factory.mktemp("models") / "qwen3"
-    save_folder(make_model(tokenizer, SMALL, 0, FAMILY), make_processor(tokenizer, FAMILY), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def batcher(folder: Path) -> Batcher:
+def batcher(tiny_qwen3: Path) -> Batcher:
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(tiny_qwen3)
     return Batcher(FAMILY, processor, IMAGE_PAD, IDS["<|im_end|>"], 4096, Packing.NONE)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from ergo_rl.episodes.types import Trajectory
 from ergo_rl.learners import deepspeed_engine
-from ergo_rl.learners.batch import MicroBatchPlan, Sample
+from ergo_rl.learners.batch import MicroBatch, MicroBatchPlan, Sample
 from ergo_rl.learners.config import (
     Dtype,
     LearnerConfig,
@@ -28,9 +28,11 @@ from ergo_rl.learners.config import (
     OptimizerConfig,
     Packing,
 )
+from ergo_rl.learners.failures import UpdatesSkipped
 from ergo_rl.learners.learner import Learner, Rank
 from ergo_rl.learners.lora import named_weights
-from ergo_rl.learners.model import attn_implementation
+from ergo_rl.learners.losses import TokenBatch
+from ergo_rl.learners.model import attn_implementation, set_tower_attention
 from tests.factories import trajectory, view
 
 ADVANTAGES = (1.5, -0.5, 0.25, -1.0, 0.0, 2.0, -0.75, math.nan, 0.5, -1.5)
@@ -90,6 +92,7 @@ def config_of(model: str, place: Rank, **changes: Any) -> LearnerConfig:
 def lay(learner: Learner, packing: Packing) -> None:
     """Rows end to end or side by side, from now on."""
     learner.policy.vlm.set_attn_implementation(attn_implementation(replace(learner.config, packing=packing)))
+    set_tower_attention(learner.policy.vlm, learner.config)
     learner.policy.packing, learner.batcher = packing, replace(learner.batcher, packing=packing)
 
 
@@ -123,6 +126,36 @@ def stage(model: str, place: Rank, budget: int, stage: int) -> dict[str, Any]:
     step, sums = learner.accumulate(plan)
     results["other_loss"], results["rows"] = sums.total("loss") / step.denominator, step.rows
     results["other"] = gradients(learner)
+    learner.apply(lr=0.0)
+    return results | {"skipped": skipped(learner, place)}
+
+
+def skipped(learner: Learner, place: Rank) -> dict[str, Any]:
+    """Updates whose gradient is NaN on the last rank alone, and the same gradient before and after one."""
+    plan, forward = learner.batcher.plan(share(place)), learner._forward
+    learner.accumulate(plan)
+    results: dict[str, Any] = {"before": gradients(learner)}
+    learner.apply(lr=0.0)
+    start, kept = learner.step, weights(learner)
+
+    def poisoned(batch: MicroBatch) -> TokenBatch:
+        return replace(found := forward(batch), rollout_logprobs=found.rollout_logprobs * math.nan)
+
+    def update(poison: bool) -> dict[str, float]:
+        learner._forward = poisoned if poison and place.rank == place.world - 1 else forward  # type: ignore[method-assign]
+        return learner.update(share(place)).metrics()
+
+    results["metrics"], results["counted"] = update(poison=True), learner.step - start
+    results["moved"] = max(float((kept[name] - value).abs().max()) for name, value in weights(learner).items())
+    learner._forward = forward  # type: ignore[method-assign]
+    learner.accumulate(plan)
+    results["after"] = gradients(learner)
+    learner.apply(lr=0.0)
+    results["row"] = [update(poison)["learner/skipped"] for poison in (False, True, True, False, True, True)]
+    try:
+        update(poison=True)
+    except UpdatesSkipped as error:
+        results["raised"] = str(error)
     return results
 
 
@@ -141,10 +174,12 @@ def half(model: str, place: Rank, budget: int) -> dict[str, Any]:
     """bfloat16 passes, by ZeRO stage: a step of 1e-6, and the same gradient before and after a step of 0."""
     results: dict[str, Any] = {}
     for stage in (1, 2, 3):
-        config = config_of(model, place, zero_stage=stage, dtype=Dtype.BFLOAT16, micro_batch_tokens=budget)
+        config = config_of(
+            model, place, zero_stage=stage, dtype=Dtype.BFLOAT16, micro_batch_tokens=budget, loss=LossConfig(kl=0.1)
+        )
         learner = Learner(config, place)
         plan = learner.batcher.plan(share(place))
-        learner.accumulate(plan)
+        _, sums = learner.accumulate(plan)
         gradient = gradients(learner)
         learner.apply(lr=0.0)
         learner.accumulate(plan)
@@ -152,9 +187,17 @@ def half(model: str, place: Rank, budget: int) -> dict[str, Any]:
         learner.apply(lr=1e-6)
         results[str(stage)] = {
             "gradient": gradient, "again": again, "masters": (before, masters(learner)),
-            "weights": (seen, weights(learner)),
+            "weights": (seen, weights(learner)), "kl": sums.total("kl"),
         }  # fmt: skip
     return results
+
+
+def checkpointed(model: str, place: Rank, budget: int) -> dict[str, Any]:
+    """Activations recomputed under ZeRO-3: parameters are gathered once more for each layer, on all ranks alike."""
+    config = config_of(model, place, zero_stage=3, gradient_checkpointing=True, micro_batch_tokens=budget)
+    learner = Learner(config, place)
+    step, _ = learner.accumulate(learner.batcher.plan(share(place)))
+    return {"passes": step.passes, "first": gradients(learner), "norm": learner.apply(lr=1e-3)}
 
 
 def adapted(model: str, place: Rank, budget: int, out: Path) -> dict[str, Any]:
@@ -181,6 +224,7 @@ def adapted(model: str, place: Rank, budget: int, out: Path) -> dict[str, Any]:
 
 OTHERS: dict[str, Callable[[str, Rank, int, Path], dict[str, Any]]] = {
     "offloaded": lambda model, place, budget, out: offloaded(model, place, budget),
+    "checkpointed": lambda model, place, budget, out: checkpointed(model, place, budget),
     "bfloat16": lambda model, place, budget, out: half(model, place, budget),
     "adapted": adapted,
 }

@@ -141,7 +141,10 @@ def results(model: Path, out: Path) -> dict[tuple[int, int], dict[int | str, Any
     """(world, rank) -> ZeRO stage or name of a run -> the results of that process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ports = {1: free_port(), 2: free_port()}
-    runs = {1: ["2", "bfloat16"], 2: ["1", "2", "3", "offloaded", *(["adapted"] if find_spec("peft") else [])]}
+    runs = {
+        1: ["2", "bfloat16"],
+        2: ["1", "2", "3", "offloaded", "checkpointed", *(["adapted"] if find_spec("peft") else [])],
+    }
     places = [(2, 0), (2, 1), (1, 0)]
     processes = []
     for world, rank in places:
@@ -235,6 +238,33 @@ def test_offloading_changes_neither_gradient_nor_step(results: Any, rank: int) -
     assert got["norm"] == pytest.approx(wanted["norm"], rel=1e-6)
     for what in ("first", "weights", "second"):
         assert difference(got[what], wanted[what]) <= 1e-5, what
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_recomputing_under_zero3_when_two_ranks_share_parameters_then_the_gradient_is_the_same(
+    results: Any, first: tuple[Gradient, float, int], rank: int
+) -> None:
+    got, wanted = results[2, rank]["checkpointed"], results[2, rank][3]
+    assert got["passes"] == wanted["passes"] > 1 and got["norm"] == pytest.approx(wanted["norm"], rel=1e-5)
+    assert difference(got["first"], first[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(("world", "rank", "stage"), CASES, ids=NAMES)
+def test_update_with_a_nan_gradient_on_one_rank_when_made_then_it_is_no_step_and_leaves_nothing(
+    results: Any, world: int, rank: int, stage: int
+) -> None:
+    """And the third in a row is an error, on every rank."""
+    result = results[world, rank][stage]["skipped"]
+    assert result["metrics"]["learner/skipped"] == 1 and "learner/loss" not in result["metrics"]
+    assert (result["counted"], result["moved"]) == (0, 0.0)
+    assert all(torch.equal(result["after"][name], wanted) for name, wanted in result["before"].items())
+    assert result["row"] == [0, 1, 1, 0, 1, 1]
+    assert "3 updates in a row had a gradient that was NaN or infinite" in result["raised"]
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_divergence_from_the_start_when_nothing_was_learned_then_it_is_exactly_0(results: Any, stage: str) -> None:
+    assert results[1, 0]["bfloat16"][stage]["kl"] == 0.0
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
