@@ -93,6 +93,8 @@ def read_groups(files: Mapping[str, IO[bytes]], put: Callable[[Any], Any] = ray.
     Raises pyarrow.ArrowInvalid or ValueError for other files."""
     readers = [pa.ipc.open_stream(files[name]) for name in SCHEMAS]
     for batches in zip(*readers, strict=True):
+        for batch in batches:
+            batch.validate(full=True)  # else Arrow ends the process on offsets that lead nowhere
         (head,), rows, views = (batch.to_pylist() for batch in batches)
         yield _group(head, rows, [_view(view) for view in views], put)
 
@@ -158,11 +160,17 @@ def _trajectory(question_id: str, row: dict[str, Any], views: list[View]) -> Tra
     return Trajectory(
         question_id=question_id,
         sample=row["sample"],
-        views=tuple(views[place] for place in row["views"]),
+        views=tuple(views[_index(place)] for place in row["views"]),
         turns=tuple(map(_turn, row["turns"])),
         outcome=Outcome(row["outcome"]),
         box_outcome=row["box_outcome"],
     )
+
+
+def _index(place: int) -> int:
+    if place < 0:
+        raise ValueError(f"{place} is no place of a view")
+    return place
 
 
 def _turn(cells: dict[str, Any]) -> Turn:

@@ -1,39 +1,45 @@
-"""Checkpoints on disk and behind a URL: complete or not there at all, verified when read, old ones removed last.
+"""Checkpoints on disk: complete or not there at all, verified when read, old ones removed last.
 
 There is one folder per step. It is written under another name (``.writing-...``), every file is forced to the disk, a
 manifest with sizes and checksums comes last, then the folder is renamed, then ``LATEST`` moves, and only then are old
-checkpoints removed.
+checkpoints removed. Copies behind a URL are in ``jobs.remote_store``.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import reprlib
 import shutil
-import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from ergo_rl.errors import ErgoError
-from ergo_rl.jobs.run_paths import step_folder
+from ergo_rl.jobs.run_paths import replace_file, step_folder, sync_folder
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
-ATTEMPTS, BACKOFF_S = 4, 2.0
-"""To reach a remote store; the wait is doubled each time."""
-T = TypeVar("T")
-_NAME = re.compile(r"step-(\d{6,})")
-_FETCHED, _WRITING = ".fetched-", ".writing-"
+RUN_ID = ".run-id"
+"""Names the run that writes into the folder; every manifest repeats it, so that copies of another run are known."""
+STATE_BYTES = 16 << 20
+"""Largest manifest that is read, in bytes: one of ours has 100 for each file."""
+_NAME = re.compile(r"step-(\d{6,18})", re.ASCII)
+_FILE = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_WRITING, FETCHED = ".writing-", ".fetched-"
 _OLD = ".old-"
 """Prefix of a checkpoint that is being replaced by another one of the same step."""
 _REMOVING = ".gone-"
@@ -41,6 +47,10 @@ _REMOVING = ".gone-"
 
 class DamagedCheckpoint(ErgoError, ValueError):
     """A checkpoint is not what its manifest says; the message names the folder, the file and the difference."""
+
+
+class NewerCheckpoint(DamagedCheckpoint):
+    """A checkpoint of a format that this version does not know. It is neither loaded nor removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,8 @@ class Manifest:
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Size in bytes and blake2b digest (hex), by name."""
     format: int = FORMAT
+    run: str = ""
+    """Id of the run that wrote it; empty for a version that noted none."""
 
 
 class FileSystem:
@@ -70,11 +82,18 @@ class FileSystem:
     def rename(self, path: Path, target: Path) -> None:
         """Rename atomically; the new name is on the disk when this returns."""
         path.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
+
+    def link(self, path: Path, source: Path) -> None:
+        """Give a file that does not change a second name; where the disk has no such thing, copy it."""
+        try:
+            os.link(source, path)
+        except OSError:
+            shutil.copyfile(source, path)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a folder and all that is in it, if it exists."""
-        if path.is_dir():
+        """Remove a file or a link, or a folder and all that is in it, if it exists."""
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -99,9 +118,14 @@ class CheckpointWriter:
         with self.create(name) as file:
             file.write(content)
 
+    def share(self, name: str, earlier: Path, entry: tuple[int, str]) -> None:
+        """Take a file over from an ``earlier`` checkpoint, whose manifest has this ``entry`` for it."""
+        self._files.link(self.folder / name, earlier / name)
+        self.files[name] = entry
+
 
 class CheckpointStore:
-    """The checkpoints of one run in a local folder.
+    """The checkpoints of a run, in a folder of their own.
 
     Example::
 
@@ -114,59 +138,106 @@ class CheckpointStore:
     def __init__(self, folder: Path, files: FileSystem | None = None) -> None:
         self.folder, self._files = folder, files or FileSystem()
 
+    @property
+    def run_id(self) -> str:
+        """Id of the run that writes here; made when it is asked for the first time. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            if re.fullmatch(r"[0-9a-f]{32}", found := _text(self.folder / RUN_ID)):
+                return found
+            logger.warning("%s holds no id of a run and is written anew", self.folder / RUN_ID)
+        return self.adopt(uuid.uuid4().hex)
+
+    def adopt(self, run_id: str) -> str:
+        """Go on as the run of this id, on a machine that did not begin it. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / RUN_ID, run_id.encode() + b"\n")
+        return run_id
+
     @contextmanager
     def write(self, step: int, score: float | None = None) -> Iterator[CheckpointWriter]:
         """Write a checkpoint within the block; it exists, and is ``LATEST``, once the block was left without an error.
 
-        Another checkpoint of the same step is replaced.
+        Another checkpoint of the same step is replaced. After an error all that was written is removed.
 
         Raises OSError."""
-        name = step_folder(step)
-        temporary, old, final = self.folder / (_WRITING + name), self.folder / (_OLD + name), self.folder / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._files.remove(temporary)
-        self._files.make(temporary)
-        writer = CheckpointWriter(temporary, self._files)
-        yield writer
-        manifest = Manifest(step, score, writer.files)
+        temporary = self.folder / (_WRITING + step_folder(step))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._files.remove(temporary)
+            self._files.make(temporary)
+            writer = CheckpointWriter(temporary, self._files)
+            yield writer
+            self.publish(temporary, Manifest(step, score, writer.files, run=self.run_id))
+        except (Exception, asyncio.CancelledError):
+            with contextlib.suppress(OSError):  # else the remains of a save would keep a full disk full
+                self._files.remove(temporary)
+            raise
+
+    def publish(self, temporary: Path, manifest: Manifest) -> Path:
+        """Turn a folder that holds the files of ``manifest`` into a checkpoint, and return its path. Raises OSError."""
+        name = step_folder(manifest.step)
+        old, final = self.folder / (_OLD + name), self.folder / name
         with self._files.create(temporary / MANIFEST) as file:
             file.write(as_json(manifest))
-        _sync_folder(temporary)
-        if final.exists():
+        sync_folder(temporary)
+        self._step_aside(final)
+        if os.path.lexists(final):
             self._files.remove(old)
             self._files.rename(final, old)
         self._files.rename(temporary, final)
-        self._set_latest(name)
-        self._files.remove(old)
+        try:
+            self._set_latest(name)
+        except OSError:
+            self._files.rename(final, temporary)
+            if os.path.lexists(old):
+                self._files.rename(old, final)
+            raise
+        return final
+
+    def _step_aside(self, folder: Path) -> None:
+        """Rename a checkpoint of a newer version that has the name of one that is about to be written."""
+        try:
+            read_manifest(folder)
+        except NewerCheckpoint as error:
+            aside = folder.with_name(f"{folder.name}.newer-{uuid.uuid4().hex[:8]}")
+            logger.warning("%s; it is kept as %s", error, aside.name)
+            self._files.rename(folder, aside)
+        except DamagedCheckpoint:
+            return
 
     def _set_latest(self, name: str) -> None:
         temporary = self.folder / (_WRITING + LATEST)
         self._files.remove(temporary)
-        with self._files.create(temporary) as file:
-            file.write(name.encode() + b"\n")
-        self._files.rename(temporary, self.folder / LATEST)
+        try:
+            with self._files.create(temporary) as file:
+                file.write(name.encode() + b"\n")
+            self._files.rename(temporary, self.folder / LATEST)
+        except OSError:
+            self._files.remove(temporary)
+            raise
 
     def names(self) -> list[str]:
         """Return the names in the order in which to try them: ``LATEST``, then from the newest step to the oldest.
 
         They are not verified."""
-        found = [path.name for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
-        found.sort(key=step_of, reverse=True)
-        latest = self.latest
-        return sorted(found, key=lambda name: name != latest)
+        return in_order((path.name for path in _below(self.folder, "step-")), self.latest)
 
     @property
     def latest(self) -> str:
         """The name in ``LATEST``; empty where there is none."""
-        pointer = self.folder / LATEST
-        return pointer.read_text().strip() if pointer.is_file() else ""
+        try:
+            return _text(self.folder / LATEST)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                logger.warning("%s cannot be read (%s); the newest step counts", self.folder / LATEST, error)
+            return ""
 
     def newest(self) -> Path | None:
         """Return the first of ``names`` that is intact; None where there are no checkpoints. Damaged ones are logged.
 
         Raises DamagedCheckpoint where there are checkpoints and none is intact."""
         problems = []
-        for old in self.folder.glob(_OLD + "step-*"):
+        for old in _below(self.folder, _OLD + "step-"):
             if not (final := self.folder / old.name.removeprefix(_OLD)).exists():
                 self._files.rename(old, final)  # stopped before the new checkpoint was renamed
         for name in self.names():
@@ -181,23 +252,32 @@ class CheckpointStore:
             raise DamagedCheckpoint("no checkpoint is intact: " + "; ".join(problems))
         return None
 
-    def prune(self, keep: int) -> list[str]:
-        """Remove all but the ``keep`` newest steps, the one with the best score and ``LATEST``; and what was left half
-        written. Returns the names that stay."""
-        for prefix in (_WRITING, _OLD, _REMOVING, _FETCHED):
-            for leftover in self.folder.glob(prefix + "*"):
-                self._files.remove(leftover)
+    def tidy(self) -> None:
+        """Remove what was left half written."""
+        for prefix in (_WRITING, _REMOVING, FETCHED, _OLD):
+            for leftover in _below(self.folder, prefix):
+                if prefix != _OLD or (self.folder / leftover.name.removeprefix(_OLD)).exists():
+                    self._files.remove(leftover)
+
+    def prune(self, keep: int, busy: Collection[str] = ()) -> list[str]:
+        """Remove all but the ``keep`` newest steps, the one with the best score, ``LATEST`` and those that are
+        ``busy``; and what was left half written. Returns the names that stay.
+
+        Checkpoints of another run or of a newer version, and what cannot be read for the moment, are left alone."""
+        self.tidy()
         intact, damaged = {}, []
         for name in self.names():
             try:
                 intact[name] = read_manifest(self.folder / name)
             except DamagedCheckpoint as error:
-                logger.warning("removing a damaged checkpoint: %s", error)
-                damaged.append(name)
-        newest = sorted(intact, key=step_of, reverse=True)
-        scores = {name: manifest.score for name, manifest in intact.items() if manifest.score is not None}
+                if _is_rubbish(error):
+                    logger.warning("removing a damaged checkpoint: %s", error)
+                    damaged.append(name)
+        mine = {name: manifest for name, manifest in intact.items() if manifest.run in ("", self.run_id)}
+        newest = sorted(mine, key=step_of, reverse=True)
+        scores = {name: manifest.score for name, manifest in mine.items() if manifest.score is not None}
         best = max(scores, key=lambda name: (scores[name], step_of(name)), default=None)
-        stay = [name for name in newest if name in newest[:keep] or name in (best, self.latest)]
+        stay = [name for name in newest if name in (*newest[:keep], best, self.latest, *busy)]
         for name in [*damaged, *(name for name in newest if name not in stay)]:
             # Renamed first, so that no half-removed folder has the name of a checkpoint.
             self._files.rename(self.folder / name, self.folder / (_REMOVING + name))
@@ -212,146 +292,88 @@ def step_of(name: str) -> int:
     return int(match[1])
 
 
+def in_order(found: Iterator[str], latest: str) -> list[str]:
+    """Return those that are names of checkpoints, in the order in which to try them; other names are foreign."""
+    names = sorted(filter(_NAME.fullmatch, found), key=step_of, reverse=True)
+    return sorted(names, key=lambda name: name != latest)
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Raises DamagedCheckpoint where it is missing, not JSON, of another format, or names a file outside."""
+    """Raises DamagedCheckpoint where it is missing or no manifest, or names a file outside; NewerCheckpoint."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise DamagedCheckpoint(f"{folder} is no folder")
     try:
-        content: Any = json.loads((folder / MANIFEST).read_bytes())
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in content["files"].items()}
-        manifest = Manifest(int(content["step"]), content["score"], files, int(content["format"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with (folder / MANIFEST).open("rb") as file:
+            content = file.read(STATE_BYTES + 1)
+    except OSError as error:
         raise DamagedCheckpoint(f"{folder}: {MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
-    if manifest.format != FORMAT:
-        raise DamagedCheckpoint(f"{folder}: format {manifest.format}, this version reads {FORMAT}")
-    if outside := [name for name in files if Path(name).name != name or name in ("", ".", "..")]:
-        raise DamagedCheckpoint(f"{folder}: {MANIFEST} names {outside}, which are no files of its own")
+    return parse_manifest(content, str(folder))
+
+
+def parse_manifest(content: bytes, place: str) -> Manifest:
+    """Return the manifest of the checkpoint at ``place``. Raises as ``read_manifest``."""
+    try:
+        if len(content) > STATE_BYTES:
+            raise ValueError(f"it has more than {STATE_BYTES} bytes")
+        cells = json.loads(content)
+        version = _whole("format", cells["format"])
+        if version > FORMAT:  # all else may be different in it
+            raise NewerCheckpoint(f"{place}: format {version}, this version reads {FORMAT}; it is left alone")
+        files = {name: (_whole("size", size), digest) for name, (size, digest) in cells["files"].items()}
+        manifest = Manifest(_whole("step", cells["step"]), _score(cells["score"]), files, version, cells.get("run", ""))
+        if not files or not isinstance(manifest.run, str):
+            raise ValueError("it names no files" if not files else "its run is no text")
+        if outside := [name for name in files if not _FILE.fullmatch(name) or name == MANIFEST]:
+            raise DamagedCheckpoint(
+                f"{place}: {MANIFEST} names {reprlib.repr(outside)}, which are no files of its own"
+            ) from ValueError("names")
+        if wrong := next((repr(digest) for _, digest in files.values() if not _is_digest(digest)), ""):
+            raise ValueError(f"{wrong[:80]} is no checksum")
+    except DamagedCheckpoint:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise DamagedCheckpoint(f"{place}: {MANIFEST} cannot be read ({reason})") from error
     return manifest
 
 
 def verify_checkpoint(folder: Path) -> Manifest:
-    """Read every file and compare it with the manifest. Raises DamagedCheckpoint naming the first that differs."""
+    """Read every file and compare it with the manifest. Raises DamagedCheckpoint naming the first that differs.
+
+    Records that differ are logged: checkpoints share them (``jobs.record_parts``), and the run needs none of them."""
     manifest = read_manifest(folder)
     if step_folder(manifest.step) != folder.name:
         raise DamagedCheckpoint(f"{folder}: {MANIFEST} is of step {manifest.step}")
     for name, (size, digest) in manifest.files.items():
-        path = folder / name
-        if not path.is_file() or path.is_symlink():
-            raise DamagedCheckpoint(f"{folder}: {name} is missing")
-        if path.stat().st_size != size:
-            raise DamagedCheckpoint(f"{folder}: {name} has {path.stat().st_size} bytes, not {size}")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, _digest).hexdigest() != digest:
-                raise DamagedCheckpoint(f"{folder}: the checksum of {name} differs")
+        if not (problem := _difference(folder / name, size, digest)):
+            continue
+        if not name.endswith(".jsonl"):
+            raise DamagedCheckpoint(f"{folder}: {problem}")
+        logger.warning("%s: %s; all but this record is whole", folder, problem)
     return manifest
+
+
+def _difference(path: Path, size: int, digest: str) -> str:
+    """Say how a file differs from its entry in the manifest; empty where it does not."""
+    if not path.is_file() or path.is_symlink():
+        return f"{path.name} is missing"
+    try:
+        with path.open("rb") as file:
+            if (there := os.fstat(file.fileno()).st_size) != size:
+                return f"{path.name} has {there} bytes, not {size}"
+            if hashlib.file_digest(file, new_digest).hexdigest() != digest:
+                return f"the checksum of {path.name} differs"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
+    return ""
 
 
 def as_json(manifest: Manifest) -> bytes:
     return (json.dumps(asdict(manifest), indent=1) + "\n").encode()
 
 
-class RemoteStore:
-    """RemoteStore of a run's checkpoints under an fsspec URL, for machines that come and go.
-
-    Object stores cannot rename, so a checkpoint exists when its manifest does: of all files it is uploaded last and
-    removed first."""
-
-    def __init__(self, url: str) -> None:
-        """Raises ValueError or ImportError for a protocol that fsspec does not know or has no package for."""
-        import fsspec
-
-        self.url = url.rstrip("/")
-        found: tuple[Any, str] = fsspec.core.url_to_fs(self.url)
-        self._remote, self._root = found
-
-    def probe(self) -> None:
-        """Raises OSError, naming the URL, where nothing can be written there."""
-        try:
-            self._remote.makedirs(self._root, exist_ok=True)
-            self._remote.pipe_file(f"{self._root}/.probe", b"ergo-rl\n")
-            self._remote.rm_file(f"{self._root}/.probe")
-        except Exception as error:  # storage libraries raise errors of their own
-            raise OSError(f"checkpoint.url: cannot write to {self.url}: {type(error).__name__}: {error}") from error
-
-    def upload(self, folder: Path) -> None:
-        """Copy one checkpoint, then move ``LATEST``. Raises OSError after a few attempts."""
-        target = f"{self._root}/{folder.name}"
-        names = [*read_manifest(folder).files, MANIFEST]
-
-        def copy() -> None:
-            self._remote.makedirs(target, exist_ok=True)
-            if self._remote.exists(f"{target}/{MANIFEST}"):  # uploaded before the run was resumed
-                self._remote.rm_file(f"{target}/{MANIFEST}")
-            for name in names:
-                self._remote.put_file(str(folder / name), f"{target}/{name}")
-            self._remote.pipe_file(f"{self._root}/{LATEST}", folder.name.encode() + b"\n")
-
-        self._retry(copy, f"copy {folder} to {self.url}")
-
-    def names(self) -> list[str]:
-        """Return the checkpoints that have a manifest, in the order in which to try them."""
-        if not self._remote.exists(self._root):
-            return []
-        found = [Path(path).parent.name for path in self._remote.glob(f"{self._root}/step-*/{MANIFEST}")]
-        pointer = f"{self._root}/{LATEST}"
-        latest = self._remote.cat_file(pointer).decode().strip() if self._remote.exists(pointer) else ""
-        return sorted(sorted(found, key=step_of, reverse=True), key=lambda name: name != latest)
-
-    def download(self, store: CheckpointStore) -> Path | None:
-        """Copy the first intact checkpoint to ``store`` and return its folder; None where there are none.
-
-        Raises DamagedCheckpoint where there are checkpoints and none is intact, OSError."""
-        problems = []
-        for name in self._retry(self.names, f"list {self.url}"):
-            try:
-                return self._retry(partial(self._download, name, store), f"fetch {self.url}/{name}")
-            except DamagedCheckpoint as error:
-                logger.warning("checkpoint refused: %s", error)
-                problems.append(str(error))
-        if problems:
-            raise DamagedCheckpoint("no checkpoint is intact: " + "; ".join(problems))
-        return None
-
-    def prune(self, stay: list[str]) -> None:
-        """Remove all but ``stay``. Raises OSError after a few attempts."""
-
-        def remove() -> None:
-            for name in self.names():
-                if name not in stay:
-                    self._remote.rm_file(f"{self._root}/{name}/{MANIFEST}")
-                    self._remote.rm(f"{self._root}/{name}", recursive=True)
-
-        self._retry(remove, f"remove old checkpoints from {self.url}")
-
-    def _download(self, name: str, store: CheckpointStore) -> Path:
-        source = f"{self._root}/{name}"
-        temporary = store.folder / (_FETCHED + name) / name
-        temporary.mkdir(parents=True, exist_ok=True)
-        self._remote.get_file(f"{source}/{MANIFEST}", str(temporary / MANIFEST))
-        for file in read_manifest(temporary).files:
-            self._remote.get_file(f"{source}/{file}", str(temporary / file))
-        manifest = verify_checkpoint(temporary)
-        with store.write(manifest.step, manifest.score) as writer:
-            for file in manifest.files:
-                with writer.create(file) as target, (temporary / file).open("rb") as source_file:
-                    while piece := source_file.read(1 << 24):
-                        target.write(piece)
-        for leftover in [*temporary.iterdir(), temporary, temporary.parent]:
-            leftover.rmdir() if leftover.is_dir() else leftover.unlink()
-        return store.folder / step_folder(manifest.step)
-
-    @staticmethod
-    def _retry(work: Callable[[], T], what: str) -> T:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return work()
-            except DamagedCheckpoint:
-                raise
-            except Exception as error:  # storage libraries raise errors of their own
-                message = f"could not {what}: {type(error).__name__}: {error}"
-                if attempt == ATTEMPTS:
-                    raise OSError(f"{message} ({ATTEMPTS} attempts)") from error
-                logger.warning("%s; trying again", message)
-                time.sleep(BACKOFF_S * 2 ** (attempt - 1))
-        raise AssertionError("unreachable")
+def new_digest() -> Any:
+    return hashlib.blake2b(digest_size=32)
 
 
 class _HashedFile:
@@ -360,7 +382,7 @@ class _HashedFile:
     closed = False
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.size, self.digest = file, 0, _digest()
+        self._file, self.size, self.digest = file, 0, new_digest()
 
     def write(self, content: bytes) -> int:
         self.digest.update(content)
@@ -371,14 +393,35 @@ class _HashedFile:
         self._file.flush()
 
 
-def _digest() -> Any:
-    return hashlib.blake2b(digest_size=32)
+def _whole(what: str, value: object) -> int:
+    if type(value) is not int or not 0 <= value < 10**18:
+        raise ValueError(f"{what} is {reprlib.repr(value)}, not a whole number")
+    return value
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force the names in ``folder`` to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _score(value: object) -> float | None:
+    """A figure that is no number is no score: older versions wrote NaN."""
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise ValueError(f"score is {reprlib.repr(value)}, not a number")
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _is_rubbish(error: DamagedCheckpoint) -> bool:
+    """Whether what was refused may be removed: not what is newer, a link or a file, or on a disk that fails."""
+    cause = error.__cause__
+    return cause is not None and (isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError))
+
+
+def _below(folder: Path, prefix: str) -> list[Path]:
+    """What is in ``folder`` under names that begin with ``prefix``; nothing where there is no folder."""
+    return [path for path in folder.iterdir() if path.name.startswith(prefix)] if folder.is_dir() else []
+
+
+def _text(path: Path) -> str:
+    """The first line of a small file, whatever is in it. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(300).decode(errors="replace").strip()
