@@ -116,7 +116,7 @@ def living(overrides: list[str], log: Path) -> Iterator[Life]:
     places = dict(one.partition("=")[::2] for one in overrides)
     command = [*TRAIN, *overrides]
     with log.open("ab") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     life = Life(process, log, Path(places["runs_dir"]) / places["name"])
     LIVING.append(process)
     try:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ergo_rl.console import Part, PlainConsole, panel, plain, progress_bar, table, text_column
 from ergo_rl.jobs.metrics import Metrics
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -48,14 +47,16 @@ class ConsoleDisplay:
     """A line per step; or, with ``live`` on a terminal, one panel that renews itself."""
 
     def __init__(self, name: str, total_steps: int, folder: Path, live: bool = False) -> None:
-        self.console = Console()
+        self.console = PlainConsole()
+        self.on_closed: Callable[[], object] = lambda: None
+        """Called once where nobody can read the output any more."""
         self._is_live = live and self.console.is_terminal
         self._name, self._folder = name, folder
         self._history: dict[str, list[float]] = {}
         self._latest: Metrics = {}
         self._warnings: Mapping[str, str] = {}
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+        self._progress = progress_bar(
+            text_column("{task.description}", style="bold"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -80,22 +81,26 @@ class ConsoleDisplay:
         if self._is_live:
             self._live.stop()
 
-    def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, soft_wrap=True)
+    def say(self, *parts: Part) -> None:
+        """Show one message. What it is made of is text, never markup."""
+        was_closed = self.console.closed
+        self.console.say(*parts)
+        if self.console.closed and not was_closed:
+            self.on_closed()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Say what the block waits for, and how long it took."""
-        self.say(f"[cyan]…[/cyan] {what}")
+        self.say(("…", "cyan"), f" {what}")
         started = self._progress.get_time()
         yield
-        self.say(f"[green]✓[/green] {what} [dim]({self._progress.get_time() - started:.1f} s)[/dim]")
+        self.say(("✓", "green"), f" {what} ", (f"({self._progress.get_time() - started:.1f} s)", "dim"))
 
     def warn(self, sentences: Mapping[str, str]) -> None:
         """Show what is wrong now, a sentence by name; empty where nothing is."""
         if not self._is_live:
             for name in sentences.keys() - self._warnings.keys():
-                self.say(f"[bold red]alarm:[/bold red] {sentences[name]}")
+                self.say(("alarm:", "bold red"), f" {sentences[name]}")
         self._warnings = sentences
 
     def rewind(self, step: int, metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> None:
@@ -125,11 +130,11 @@ class ConsoleDisplay:
                     self.say(f"after {step} steps: {label} {metrics[name]:.1%}")
 
     def _render(self) -> Group:
-        table = Table(box=None, padding=(0, 2), show_header=False)
+        curves = table(box=None, padding=(0, 2), show_header=False)
         for label, name in _SHOWN:
             if name in self._history:
                 values = self._history[name]
-                table.add_row(label, f"{values[-1]:.4g}", Text(sparkline(values), style="green"))
+                curves.add_row(label, f"{values[-1]:.4g}", Text(sparkline(values), style="green"))
         times = "  ".join(
             f"{name.removeprefix('time/').removesuffix('_s')} {value:.2f} s"
             for name, value in self._latest.items()
@@ -138,6 +143,6 @@ class ConsoleDisplay:
         replaced = sum(self._latest.get(f"count/{role}_restarts", 0.0) for role in ("rollout", "reward"))
         if replaced:
             times += f"  workers replaced: {replaced:.0f}"
-        warnings = [Text(f"! {sentence}", style="bold red") for sentence in self._warnings.values()]
-        body = Group(table, Text(times, style="dim"), *warnings) if self._history else Text("starting", style="dim")
-        return Group(Panel(body, title=f"ERGO · {self._name}", subtitle=str(self._folder)), self._progress)
+        warnings = [plain((f"! {sentence}", "bold red")) for sentence in self._warnings.values()]
+        body = Group(curves, Text(times, style="dim"), *warnings) if self._history else Text("starting", style="dim")
+        return Group(panel(body, f"ERGO · {self._name}", str(self._folder)), self._progress)

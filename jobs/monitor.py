@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from ergo_rl.actors.trajectory_store import Group
-from ergo_rl.jobs.alerts import Alerts
 from ergo_rl.jobs.config import AlertsConfig, MetricsConfig
 from ergo_rl.jobs.console_display import ConsoleDisplay
 from ergo_rl.jobs.evaluation import Evaluation
-from ergo_rl.jobs.metrics import Metrics
+from ergo_rl.jobs.metrics import Alerts, Metrics
 from ergo_rl.jobs.run_paths import EVALUATIONS, METRICS, QUESTIONS, RECORDS
 from ergo_rl.jobs.trackers import Tracker, open_trackers
 
@@ -67,8 +66,9 @@ class Monitor:
     ) -> None:
         self.console = console
         self._folder, self._metrics_config, self._alerts_config, self._callbacks = folder, metrics, alerts, callbacks
-        self._records: dict[str, IO[str]] = {}
+        self._records: dict[str, _RecordFile] = {}
         self._trackers: list[Tracker] = []
+        self._skipped = 0.0
         self.evaluations: list[Metrics] = []
         """Every evaluation so far, with its ``step``."""
 
@@ -83,7 +83,7 @@ class Monitor:
     def rewind(self, step: int) -> None:
         """Start, or start again, from the records in the folder, which end before ``step``."""
         self.close()
-        self._records = {name: (self._folder / name).open("a", encoding="utf-8", buffering=1) for name in RECORDS}
+        self._records = {name: _RecordFile(self._folder / name) for name in RECORDS}
         self._trackers = open_trackers(self._metrics_config, self._folder, step)
         self._alerts, self._active_alerts = Alerts(self._alerts_config), set[str]()
         metrics, self.evaluations = self._read(METRICS), self._read(EVALUATIONS)
@@ -95,15 +95,26 @@ class Monitor:
         for file in self._records.values():
             file.close()
         for tracker in self._trackers:
-            tracker.close(failed)
+            try:
+                tracker.close(failed)
+            except OSError as error:
+                logger.warning("%s lost its last values: %s", type(tracker).__name__, error)
         self._trackers = []
 
     @contextmanager
     def step(self, step: int) -> Iterator[StepReport]:
-        """Collect the metrics of one optimiser update; they are recorded if the block is left without an error."""
+        """Collect the metrics of one optimiser update; they are recorded if the block is left without an error.
+
+        A skipped update is no step: it raises its alarm at once, and is counted in the record of the step after it."""
         report = StepReport(step)
         with report.timed("step"):
             yield report
+        if skipped := report.metrics.get("learner/skipped"):
+            self._skipped += skipped
+            return self._check_alerts(report)
+        if self._skipped:
+            report.add({"learner/skipped": self._skipped})
+            self._skipped = 0.0
         self._check_alerts(report)
         self._record(METRICS, {"step": step, "time": time.time(), **report.metrics})
         self._publish(step, report.metrics)
@@ -112,8 +123,8 @@ class Monitor:
     def record_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record an evaluation of the policy after ``step`` updates."""
         metrics = evaluation.metrics(self._metrics_config)
-        for skipped in evaluation.unplayable:
-            logger.warning("held-out question %r cannot be played: %s", skipped.question_id, skipped.reason)
+        for failed in evaluation.failed:
+            logger.warning("held-out question %r failed: %s", failed.question_id, failed.reason)
         self._record(EVALUATIONS, {"step": step, **metrics})
         self._publish(step, metrics)
         self.console.show_evaluation(step, metrics)
@@ -155,13 +166,36 @@ class Monitor:
         self.console.warn(sentences)
 
     def _publish(self, step: int, metrics: Metrics) -> None:
-        for tracker in self._trackers:
-            tracker.log(step, metrics)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(step, metrics)
+            except OSError as error:  # a full disk ends its file, not the run
+                logger.warning("%s gets nothing more: %s", type(tracker).__name__, error)
+                self._trackers.remove(tracker)
         for callback in self._callbacks:
             callback(step, dict(metrics))
 
     def _record(self, name: str, line: dict[str, Any]) -> None:
-        self._records[name].write(json.dumps(line) + "\n")
+        self._records[name].append(json.dumps(line) + "\n")
 
     def _read(self, name: str) -> list[Metrics]:
         return [json.loads(line) for line in (self._folder / name).read_text().splitlines()]
+
+
+class _RecordFile:
+    """A file that lines are added to. What a full disk does not take is kept and written with the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file, self._pending = path, path.open("ab", buffering=0), b""
+
+    def append(self, line: str) -> None:
+        self._pending += line.encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            logger.warning("%s: %s; %d bytes wait to be written", self._path, error, len(self._pending))
+
+    def close(self) -> None:
+        self.append("")
+        self._file.close()

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.jobs.cli_common import explain
+from ergo_rl.errors import ErgoError, explain, first_line
 from ergo_rl.jobs.config import ConfigError
 from ergo_rl.jobs.console_display import ConsoleDisplay
 from ergo_rl.rewards.pool import RewardPool
@@ -32,7 +33,13 @@ logger = logging.getLogger(__name__)
 
 ADDRESS = "cluster.json"
 """In the run's folder: where its Ray is, for a run that started one of its own."""
+PROBE_S = 5.0
+"""Within this time a Ray takes a connection."""
 _PREFIX = "ergo-rl run "
+
+
+class NotRunning(ErgoError):
+    """The run that is asked is not going on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,43 @@ async def resize_pools(sizes: WorkerCounts, rollouts: RolloutPool, rewards: Rewa
     return "; ".join(said)
 
 
+def where_it_runs(folder: Path) -> dict[str, Any]:
+    """Read where the Ray of a run is. Raises NotRunning where the run is not going on."""
+    try:
+        known = json.loads((folder / ADDRESS).read_text(encoding="utf-8"))
+        if isinstance(known["address"], str) and isinstance(known["namespace"], str):
+            return dict(known)
+    except FileNotFoundError:
+        raise NotRunning(
+            f"{folder} has no {ADDRESS}: this run is not going on here. --address names a cluster where it does"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise NotRunning(f"{folder / ADDRESS} cannot be read; --address HOST:PORT names the cluster of the run")
+
+
+def find_cluster(address: str) -> str:
+    """Return the address of a Ray that answers; ``auto``: of this machine's. Joining a dead one takes a minute.
+
+    Raises NotRunning."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    if address == "auto":
+        try:
+            address = canonicalize_bootstrap_address_or_die("auto")
+        except (ConnectionError, ValueError) as error:
+            raise NotRunning("no Ray is running on this machine; --address HOST:PORT names one") from error
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise NotRunning(
+            f"no Ray answers at {address} ({first_line(error)}): the run is not going on, or --address HOST:PORT is "
+            "not that of its cluster"
+        ) from error
+    return address
+
+
 async def ask(run: str, sizes: WorkerCounts) -> str:
     """Raises ConfigError where no run of this name is running in this cluster."""
     found = [name for name in ray.util.list_named_actors() if name.startswith(_PREFIX)]
@@ -121,5 +165,8 @@ async def ask(run: str, sizes: WorkerCounts) -> str:
         there = ", ".join(name.removeprefix(_PREFIX) for name in mine or found) or "none"
         which = "more than one run" if mine else "no run"
         raise ConfigError(f"there is {which} {run!r} running in this cluster; give one of: {there}")
-    answer: str = await ray.get_actor(mine[0]).ask.remote(sizes)
+    try:
+        answer: str = await ray.get_actor(mine[0]).ask.remote(sizes)
+    except (RayActorError, ValueError) as error:
+        raise NotRunning(f"{run}: the run has ended before it answered") from error
     return answer

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -24,17 +25,29 @@ from typing import Any
 
 import jinja2
 
-from ergo_rl.errors import ErgoError
+from ergo_rl.errors import ErgoError, first_line
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.rewards.config import Backend
 
+logger = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout that this program runs from; inside site-packages where it was installed from a wheel."""
+WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "onnx", "distcp", "npz")
+"""Endings of files that travel only where the recipe names their folder."""
 EXCLUDES = [
-    "/.git", "/.venv", "/.gpu", "/runs", "/data", "/build", "/dist", "/docs", "/tests", "/benchmarks", "/models/.*",
-    "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "*.parquet", ".env", ".env.*",
+    ".git", "/.gpu", "/runs", "/data", "/build", "/dist", "/docs", "/tests", "/benchmarks", "/models/.*", "exported",
+    "wandb", "mlruns", "checkpoints", ".venv*", "venv", "node_modules", "__pycache__", ".*_cache", ".hypothesis",
+    "*.egg-info", "*.parquet", ".env", ".env.*", "*.env", ".envrc", ".netrc", ".npmrc", ".pypirc", ".git-credentials",
+    ".ssh", ".aws", ".azure", ".kube", ".config", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "id_rsa*", "id_dsa*",
+    "id_ecdsa*", "id_ed25519*", "credentials", "credentials.*", "secrets", "secrets.*", "secret.*", "token",
+    "*[_-]token", "token.txt", "*[_-]token.txt", ".ray-token*", "*api[_-]key", "*api[_-]key.txt", "kubeconfig*",
+    "service[_-]account*.json",
 ]  # fmt: skip
-"""What of the working directory is not sent (Ray leaves out what .gitignore names, too)."""
+"""What of the working directory is not sent, whatever the recipe says (Ray leaves out what .gitignore and .rayignore
+name, too)."""
+MAX_MIB = 100
+"""Ray's job server takes no larger package."""
 HEAD = {"node:__internal_head__": 0.001}
 """Ray's resource for the head node: the driver runs there and needs no GPU and hardly any CPU."""
 RUN = "ergo_rl_run"
@@ -49,6 +62,12 @@ SECRET = "ergo-rl"
 DRIVER_GIB = 8
 """Main memory of the head, which runs the driver and no worker."""
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"://[^/\s:@]*:[^/\s@]+@|\b(?:sk|hf|gh[pousr]|xox[abp]|glpat)[-_][\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN "
+)
+"""A password in a URL, or what the keys of known services look like."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TIME_LIMIT = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", re.ASCII)
 
 
 class SubmitError(ErgoError, RuntimeError):
@@ -76,9 +95,54 @@ class Job:
     def entrypoint(self) -> str:
         return shlex.join(["python", "-m", "ergo_rl.jobs", "train", self.recipe.as_posix(), *self.overrides])
 
+    @property
+    def excludes(self) -> list[str]:
+        """Patterns as in .gitignore, of which the last that fits decides: weights stay here unless the recipe names
+        their folder, and secrets stay even then."""
+        weights = [f"*.{ending}" for ending in WEIGHTS]
+        used = [f"!/{_literal(folder)}/*.{ending}" for folder in self._used_folders() for ending in WEIGHTS]
+        runs = Path(self.config.runs_dir)
+        return [*weights, *used, *EXCLUDES, *([] if runs.is_absolute() else [f"/{_literal(runs)}"])]
+
+    def _used_folders(self) -> list[Path]:
+        """Folders below the working directory that a value of the recipe names."""
+        home, found = self.working_dir, dict[Path, None]()
+        for value in _texts(asdict(self.config)):
+            if value and len(value) < 4096 and "\0" not in value and value.strip("./"):
+                folder = (home / value).resolve()
+                if folder.is_relative_to(home) and folder != home and folder.is_dir():
+                    found[folder.relative_to(home)] = None
+        return list(found)
+
+    def files(self) -> dict[str, int]:
+        """What travels: bytes by path, the largest first. Follows what Ray's own packaging does."""
+        from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+        sizes = dict[str, int]()
+
+        def see(path: Path) -> None:
+            if path.is_file():
+                sizes[path.relative_to(self.working_dir).as_posix()] = path.stat().st_size
+
+        leave_out = [_get_excludes(self.working_dir, self.excludes)]
+        _dir_travel(self.working_dir, leave_out, see, include_gitignore=True, logger=logger)
+        return dict(sorted(sizes.items(), key=lambda entry: -entry[1]))
+
+    def check_size(self) -> str:
+        """Say how much travels. Raises SubmitError where it is more than Ray takes."""
+        files = self.files()
+        total = sum(files.values()) / 2**20
+        if total > MAX_MIB:
+            largest = ", ".join(f"{path} ({size / 2**20:.0f} MiB)" for path, size in list(files.items())[:3])
+            raise SubmitError(
+                f"{self.working_dir} is {total:.0f} MiB without what is left out, and Ray takes {MAX_MIB}; largest: "
+                f"{largest}. Name what is not needed in .rayignore, or put it on a disk that the nodes see"
+            )
+        return f"Sends {len(files)} files of {self.working_dir}, {total:.1f} MiB."
+
     def runtime_env(self) -> dict[str, Any]:
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(SAVE_S), "PYTHONUNBUFFERED": "1", **dict(self.environment)}
-        env: dict[str, Any] = {"working_dir": str(self.working_dir), "excludes": EXCLUDES, "env_vars": variables}
+        env: dict[str, Any] = {"working_dir": str(self.working_dir), "excludes": self.excludes, "env_vars": variables}
         if self.requirements is not None:
             env["pip"] = {"packages": _packages(self.requirements), "pip_check": False}
         return env
@@ -109,19 +173,51 @@ def make_job(
             f"{home} is no checkout of ergo-rl: --working-dir names one; or give --installed, if the nodes of the "
             "cluster have ergo-rl installed"
         )
+    for override in overrides:
+        if _SECRET_VALUE.search(override):
+            key = override.partition("=")[0]
+            raise ConfigError(f"{key} holds what looks like a key or password, {_SHOWN_TO_ALL}")
     pairs = [pair.partition("=") for pair in environment]
-    for name, equals, _ in pairs:
-        if not equals or not name:
+    for name, equals, value in pairs:
+        if not equals:
             raise ConfigError(f"--env {name}: write NAME=VALUE")
+        check_variable(name, "--env")
+        if _SECRET_VALUE.search(value):
+            raise ConfigError(f"--env {name} holds what looks like a key or password, {_SHOWN_TO_ALL}")
         if _SECRET_NAME.search(name):
-            raise ConfigError(
-                f"--env {name} looks like a secret. Ray shows a job's environment to whoever reaches the cluster; "
-                "set it where the nodes are started instead (docs/cluster.md)"
-            )
+            raise ConfigError(f"--env {name} looks like a secret, {_SHOWN_TO_ALL}")
     check_paths(config)
+    needed_secrets(config)
     relative = recipe.resolve().relative_to(home)
     settings = tuple((name, value) for name, _, value in pairs)
     return Job(config, relative, tuple(overrides), home, requirements, settings, installed=not checkout)
+
+
+_SHOWN_TO_ALL = (
+    "and Ray shows a job's environment and command to whoever reaches the cluster; set it where the nodes are started "
+    "instead (docs/cluster.md)"
+)
+
+
+def check_variable(name: str, where: str) -> None:
+    """Refuse what is no name of an environment variable, before it becomes a part of a script. Raises ConfigError."""
+    if not _VARIABLE.fullmatch(name):
+        raise ConfigError(f"{where}: {name!r} is no name of a variable (letters, digits, _)")
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _literal(path: Path) -> str:
+    return re.sub(r"([\\*?\[\]!# ])", r"\\\1", path.as_posix())
 
 
 def is_checkout(folder: Path) -> bool:
@@ -157,10 +253,13 @@ def check_paths(config: TrainConfig) -> None:
 
 
 def needed_secrets(config: TrainConfig) -> list[str]:
-    """Variables that the run reads keys from."""
+    """Variables that the run reads keys from. Raises ConfigError where one has no name of a variable."""
     verifier = config.reward.verifier
     name = verifier.endpoint.api_key_env if verifier.backend is Backend.ENDPOINT else ""
-    return [name] if name else []
+    if not name:
+        return []
+    check_variable(name, "reward.verifier.endpoint.api_key_env")
+    return [name]
 
 
 # --- KubeRay and Slurm -----------------------------------------------------------------------------------------------
@@ -185,9 +284,21 @@ class ManifestOptions:
     installed: bool = False
     """As in ``Job``."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what would be more than one word of a script."""
+        for name in self.secrets:
+            check_variable(name, "--secret")
+        for name, _ in self.environment:
+            check_variable(name, "--env")
+        if not _TIME_LIMIT.fullmatch(self.time):
+            raise ConfigError(f"--time {self.time!r}: write minutes, [HOURS:]MINUTES:SECONDS or DAYS-HOURS")
+
 
 def kuberay(config: TrainConfig, entrypoint: str, options: ManifestOptions) -> str:
     """A ``RayJob`` with its own cluster: a head without workers, and ``hardware.nodes`` nodes with them.
+
+    KubeRay puts the entrypoint unquoted into a shell line behind ``ray job submit --``: it must be one simple command,
+    because what follows ``&&`` or ``;`` would run in the submitter's pod. Ray starts it in the pods' ``workingDir``.
 
     Raises ConfigError where nothing of the run would outlive its pods."""
     if not options.claim and not config.checkpoint.url:
@@ -234,16 +345,27 @@ class JobServer:
 
         try:
             self._client: Any = JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray and requests have no common base
             raise SubmitError(
-                f"no job server answers at {address}: {str(error).splitlines()[0]}. It is the dashboard's address, "
+                f"no job server answers at {address}: {first_line(error)}. It is the dashboard's address, "
                 "http://HEAD:8265; a cluster with a token needs RAY_AUTH_MODE=token and the token in this environment"
             ) from error
         self.address = address
 
+    def _ask(self, what: str, *arguments: Any, **more: Any) -> Any:
+        """Call the job server. Raises SubmitError with what it says."""
+        try:
+            return getattr(self._client, what)(*arguments, **more)
+        except Exception as error:  # a bare RuntimeError with the page that the server sent
+            said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")[:300]
+            raise SubmitError(
+                f"the job server at {self.address} refused or did not answer ({what.replace('_', ' ')}): "
+                f"{type(error).__name__}: {said}"
+            ) from error
+
     def submissions(self, name: str) -> list[Any]:
         """The jobs of a run, in the order in which they started."""
-        jobs = [job for job in self._client.list_jobs() if (job.metadata or {}).get(RUN) == name]
+        jobs = [job for job in self._ask("list_jobs") if (job.metadata or {}).get(RUN) == name]
         return sorted(jobs, key=lambda job: job.start_time or 0)
 
     def last(self, name: str) -> Any:
@@ -260,9 +382,10 @@ class JobServer:
         if earlier and not (last := earlier[-1]).status.is_terminal():
             how = "--logs follows it, --stop ends it; or give another name"
             raise SubmitError(f"{last.submission_id} is {last.status.value.lower()}: {how}")
-        taken = {known.submission_id for known in self._client.list_jobs()}
+        taken = {known.submission_id for known in self._ask("list_jobs")}
         free = (f"{job.config.name}-{number}" for number in itertools.count(len(earlier) + 1))
-        submission: str = self._client.submit_job(
+        submission: str = self._ask(
+            "submit_job",
             entrypoint=job.entrypoint,
             submission_id=next(name for name in free if name not in taken),
             runtime_env=job.runtime_env(),
@@ -283,20 +406,20 @@ class JobServer:
                     if seen > printed:
                         print(text[-(seen - printed) :], end="", flush=True)
                         printed = seen
-            except RuntimeError as error:
-                print(f"ergo-rl submit: {error}; reconnecting", file=sys.stderr)
-            if self._client.get_job_status(submission).is_terminal():
+            except Exception as error:  # Ray's and aiohttp's; whether the server is still there is asked next
+                print(f"ergo-rl submit: {first_line(error)}; reconnecting", file=sys.stderr)
+            if self._ask("get_job_status", submission).is_terminal():
                 return
             await asyncio.sleep(1)
 
     def status(self, submission: str) -> Any:
-        return self._client.get_job_info(submission)
+        return self._ask("get_job_info", submission)
 
     def stop(self, submission: str) -> None:
         """Stop the job and wait until it has saved and ended. Raises SubmitError where it does not end."""
-        self._client.stop_job(submission)
+        self._ask("stop_job", submission)
         deadline = time.monotonic() + SAVE_S + 30
-        while not self._client.get_job_status(submission).is_terminal():
+        while not self._ask("get_job_status", submission).is_terminal():
             if time.monotonic() > deadline:
                 raise SubmitError(f"{submission} has not ended within {SAVE_S + 30} s")
             time.sleep(0.5)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ergo_rl.jobs.cli_common import STOPPED_BY_HAND, add_recipe, command, parse_with_overrides, recipe_of
+from ergo_rl.jobs.cli import STOPPED_BY_HAND, add_recipe, command, parse_with_overrides, recipe_of
 from ergo_rl.jobs.submission import HEAD, Job, JobServer, ManifestOptions, kuberay, make_job, needed_secrets, slurm
 
 
@@ -18,14 +19,26 @@ def _report(info: Any) -> int:
     return 0 if info.status.value == "SUCCEEDED" else 1
 
 
-def _submit(job: Job, address: str, driver_on: Sequence[str], driver_cpus: float, detach: bool) -> int:
+def _resource(text: str) -> tuple[str, float]:
+    """Read RESOURCE=AMOUNT."""
+    name, _, amount = text.partition("=")
+    return name, _amount(amount)
+
+
+def _amount(text: str) -> float:
+    amount = float(text)
+    if not 0 <= amount < math.inf:
+        raise ValueError
+    return amount
+
+
+def _submit(job: Job, address: str, resources: Mapping[str, float], driver_cpus: float, detach: bool) -> int:
     server = JobServer(address)
     for name in needed_secrets(job.config):
         print(f"The run reads a key from {name}: the nodes of the cluster must have it in their environment.")
     if job.installed and job.requirements is None:
         print("No checkout travels with this job: the nodes of the cluster must have ergo-rl installed.")
-    pairs = (resource.partition("=") for resource in driver_on)
-    resources = {name: float(amount) for name, _, amount in pairs} or HEAD
+    print(job.check_size(), flush=True)
     submission = server.submit(job, resources, driver_cpus)
     where = f"--address {address}"
     print(f"Submitted {submission}. ergo-rl submit {where} --logs|--status|--stop {job.config.name}", flush=True)
@@ -66,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requirements", type=Path, help="packages to install first (constraints/gpu.txt)")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a setting; never a secret")
     parser.add_argument(
-        "--driver-on", action="append", default=[], metavar="RESOURCE=AMOUNT",
+        "--driver-on", action="append", type=_resource, default=[], metavar="RESOURCE=AMOUNT",
         help="custom resource of the node that the driver should run on (default: the head)",
     )  # fmt: skip
     parser.add_argument(
-        "--driver-cpus", type=float, default=0, help="CPUs reserved for the driver (default: %(default)s)"
+        "--driver-cpus", type=_amount, default=0, help="CPUs reserved for the driver (default: %(default)s)"
     )
     parser.add_argument("--image", default="ergo-rl:latest", help="kuberay: image with this repository at /ergo-rl")
     parser.add_argument("--claim", default="", metavar="PVC", help="kuberay: volume claim that is mounted at runs_dir")
@@ -97,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe, overrides = recipe_of(options)
     job = make_job(recipe, overrides, options.working_dir, options.requirements, options.env, options.installed)
     if options.dry_run is None:
-        return _submit(job, options.address, options.driver_on, options.driver_cpus, options.detach)
+        return _submit(job, options.address, dict(options.driver_on) or HEAD, options.driver_cpus, options.detach)
     secrets = tuple(dict.fromkeys([*needed_secrets(job.config), *options.secret]))
     manifest = ManifestOptions(
         options.image, options.claim, secrets, options.time, str(job.working_dir), job.environment, job.installed

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,35 @@ def test_scale_command_works_from_another_process(ray_cluster: Cluster, tmp_path
             assert process.stdout.strip() == "2 rollout workers" and rollouts.size == 2
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (None, "has no cluster.json: this run is not going on here"),
+        ('{"address": "127.0.0.1:9", "namespace": "x", "token": false}', "no Ray answers at 127.0.0.1:9 (Connection"),
+        ('{"address": "[/INST]", "namespace": "x"}', "no Ray answers at [/INST]"),
+        ("", "cluster.json cannot be read"),
+        ('{"address": 5}', "cluster.json cannot be read"),
+        ("[[[", "cluster.json cannot be read"),
+    ],
+)
+def test_scale_of_a_run_that_is_not_going_on_says_so_at_once(
+    written: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if written is not None:
+        (tmp_path / ADDRESS).write_text(written)
+    started = time.monotonic()
+    assert main([str(tmp_path), "--rollout-workers", "2"]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("ergo-rl scale: ") and said.count("\n") == 1
+    assert time.monotonic() - started < 10
+
+
+def test_scale_to_an_address_where_nothing_listens_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for address in ("127.0.0.1:9", "nowhere", "127.0.0.1:many", "127.0.0.1:99999"):
+        assert main(["panels", "--rollout-workers", "2", "--address", address]) == 1
+        assert f"no Ray answers at {address} " in capsys.readouterr().err
 
 
 def test_scale_command_without_numbers_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,10 +38,32 @@ def test_run_or_stop_cancels_waiting_work_on_a_signal_and_returns_finished_work(
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(Stopped, match="stopped by SIGTERM") as caught:
                 await shutdown.run_or_stop(work(100))
-            assert caught.value.number == signal.SIGTERM and cancelled == [100]
+            assert caught.value.exit_status == 128 + signal.SIGTERM and cancelled == [100]
             with pytest.raises(Stopped):
                 shutdown.raise_if_requested()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    asyncio.run(story())
+
+
+def test_signal_that_is_passed_on_is_one_request_and_nohup_is_obeyed() -> None:
+    """Slurm tells every process, and its script tells the driver once more: the second must not drop what is saved."""
+
+    async def story() -> None:
+        with GracefulShutdown.on_signals(CONSOLE) as shutdown:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+                await asyncio.sleep(0.05)
+            with pytest.raises(Stopped, match="stopped by SIGTERM"):
+                shutdown.raise_if_requested()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with GracefulShutdown.on_signals(CONSOLE) as shutdown:
+                os.kill(os.getpid(), signal.SIGHUP)
+                await asyncio.sleep(0.05)
+                shutdown.raise_if_requested()
+        finally:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     asyncio.run(story())
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from ergo_rl.jobs import submission
@@ -18,6 +23,7 @@ from ergo_rl.jobs.commands.submit import main
 from ergo_rl.jobs.config import ConfigError, load_config
 from ergo_rl.jobs.submission import (
     EXCLUDES,
+    MAX_MIB,
     ROOT,
     JobServer,
     ManifestOptions,
@@ -44,7 +50,7 @@ def test_job_holds_checkout_and_recipe_but_no_secret(tmp_path: Path, monkeypatch
     job = make_job(PAPER, overrides, ROOT, requirements, ["NCCL_DEBUG=INFO"])
     assert shlex.split(job.entrypoint) == ["python", "-m", "ergo_rl.jobs", "train", "configs/ergo-7b.yaml", *overrides]
     environment = job.runtime_env()
-    assert environment["working_dir"] == str(ROOT) and environment["excludes"] == EXCLUDES
+    assert environment["working_dir"] == str(ROOT) and set(EXCLUDES) <= set(environment["excludes"])
     variables = environment["env_vars"]
     assert variables["NCCL_DEBUG"] == "INFO" and variables["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
     assert environment["pip"]["packages"] == ["vllm==0.26.0", "ray[default]==2.60.0"]
@@ -66,6 +72,10 @@ def test_job_of_the_panels_may_use_relative_data_paths() -> None:
         (PAPER, ELSEWHERE, ["OPENAI_API_KEY=sk-1"], "--env OPENAI_API_KEY looks like a secret"),
         (PAPER, ELSEWHERE, ["HF_TOKEN=x"], "--env HF_TOKEN looks like a secret"),
         (PAPER, ELSEWHERE, ["DEBUG"], "--env DEBUG: write NAME=VALUE"),
+        (PAPER, ELSEWHERE, ["A;reboot=1"], "--env: 'A;reboot' is no name of a variable"),
+        (PAPER, ELSEWHERE, ["STORE=s3://me:hunter2@host/b"], "--env STORE holds what looks like a key or password"),
+        (PAPER, [*ELSEWHERE, "name=sk-abcdefghijklmnopqrst"], [], "name holds what looks like a key or password"),
+        (PAPER, [*ELSEWHERE, "reward.verifier.endpoint.api_key_env='K; reboot'"], [], "'K; reboot' is no name of a"),
         (PAPER, [*ELSEWHERE, "total_step=3"], [], "did you mean 'total_steps'"),
     ],
 )
@@ -74,6 +84,96 @@ def test_make_job_refuses_what_could_not_work(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_job(recipe, overrides, ROOT, None, environment)
+
+
+def test_package_leaves_out_weights_runs_and_keys_that_the_recipe_does_not_use(tmp_path: Path) -> None:
+    """By Ray's own packaging. Of two folders with weights the recipe names one; keys stay even inside of it."""
+    from ray._private.runtime_env.packaging import create_package
+
+    sent = ["recipes/mine.yaml", "models/policy [a]/config.json", "models/policy [a]/model.safetensors", "terms.py"]
+    kept_here = [
+        "models/Qwen2.5-VL-7B/model-00001-of-00005.safetensors", "exported/model.gguf", "wandb/run-1/files.txt",
+        "my runs/a/run.log", "runs/b/run.log", ".env", ".env.local", "prod.env", "recipes/id_rsa", "hf_token",
+        "models/policy [a]/server.pem", "credentials.json", ".aws/credentials", ".venv-gpu/lib/x.py", ".git/config",
+    ]  # fmt: skip
+    for name in (*sent, *kept_here):
+        (tmp_path / "home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "home" / name).write_text("x")
+    recipe = tmp_path / "home" / "recipes" / "mine.yaml"
+    recipe.write_text(PAPER.read_text())
+    model = "models/policy [a]"
+    overrides = [*ELSEWHERE[1:], "runs_dir=my runs", "checkpoint.url=s3://b/c", f"learner.model='{model}'"]
+    job = make_job(recipe, [*overrides, f"rollout.engine.model='{model}'"], tmp_path / "home", installed=True)
+    create_package(str(tmp_path / "home"), tmp_path / "x.zip", include_gitignore=True, excludes=job.excludes)
+    names = {name for name in zipfile.ZipFile(tmp_path / "x.zip").namelist() if not name.endswith("/")}
+    assert names == set(sent) == set(job.files())
+
+
+def test_job_larger_than_ray_takes_is_refused_before_it_is_sent(mine: Path) -> None:
+    (mine.parent / "pictures.dat").touch()
+    os.truncate(mine.parent / "pictures.dat", (MAX_MIB + 5) * 2**20)
+    job = make_job(mine, ELSEWHERE, mine.parent, installed=True)
+    with pytest.raises(SubmitError, match=r"is 105 MiB .*Ray takes 100; largest: pictures\.dat \(105 MiB\)"):
+        job.check_size()
+    (mine.parent / ".rayignore").write_text("*.dat\n")
+    assert job.check_size().startswith("Sends 2 files of ")
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A job server that is up and takes no package."""
+
+    protocol_version = "HTTP/1.1"
+
+    def _reply(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        known = {"version": "4", "ray_version": ray.__version__, "ray_commit": "x", "session_name": "s"}
+        is_version = "version" in self.path
+        self._reply(404 if "packages" in self.path else 200, json.dumps(known).encode() if is_version else b"[]")
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self._reply(500, b"Traceback\naiohttp.web_exceptions.HTTPRequestEntityTooLarge: Request Entity Too Large")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_submit_refused_by_the_job_server_ends_with_a_sentence(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        arguments = ["--address", address, "--working-dir", str(mine.parent), "--installed", "--detach"]
+        assert main([str(mine), *ELSEWHERE, *arguments]) == 1
+        server.shutdown()
+    said = capsys.readouterr()
+    assert "Sends 1 files of " in said.out
+    assert re.fullmatch(r"ergo-rl submit: the job server at \S+ refused .*Request Entity Too Large\.?\S*\n", said.err)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--driver-on", "gpu=many"], ["--driver-on", "gpu"], ["--driver-cpus", "nan"], ["--driver-cpus", "-1"]]
+)
+def test_submit_refuses_amounts_that_are_none(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(PAPER), *ELSEWHERE, *wrong])
+    assert f"argument {wrong[0]}: invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"secrets": ("K; reboot",)}, "--secret: 'K; reboot' is no name"),
+        ({"environment": (("A\nB", "c"),)}, "is no name of a variable"),
+        ({"time": "1:00:00\n#SBATCH --uid=0"}, "--time .*write minutes"),
+    ],
+)
+def test_manifest_options_refuse_what_would_be_more_than_one_word(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ManifestOptions(**more)
 
 
 @pytest.fixture
@@ -138,13 +238,15 @@ def test_package_of_the_checkout_is_small_and_holds_the_code(tmp_path: Path) -> 
     from ray._private.runtime_env.packaging import create_package
 
     package = tmp_path / "package.zip"
-    create_package(str(ROOT), package, include_gitignore=True, excludes=EXCLUDES)
+    job = make_job(PANELS, ["runs_dir=/shared/runs"], ROOT)
+    create_package(str(ROOT), package, include_gitignore=True, excludes=job.excludes)
     names = zipfile.ZipFile(package).namelist()
+    assert {name for name in names if not name.endswith("/")} == set(job.files()), "the size that is said is its size"
     wanted = {
         "jobs/commands/train.py",
         "configs/ergo-7b.yaml",
         "jobs/templates/report.js",
-        "models/panels-policy/config.json",
+        "models/panels-policy/model.safetensors",
     }
     assert wanted <= set(names)
     unwanted = ("tests/", "docs/", "runs/", "data/", ".git/", ".venv/")
@@ -170,7 +272,7 @@ def test_kuberay_manifest_asks_for_the_hardware_of_the_recipe() -> None:
     found = manifest("hardware.nodes=2")
     assert (found["apiVersion"], found["kind"], found["metadata"]["name"]) == ("ray.io/v1", "RayJob", "ergo-7b")
     spec = found["spec"]
-    assert spec["entrypoint"] == "cd /ergo-rl && python -m ergo_rl.jobs train configs/ergo-7b.yaml"
+    assert spec["entrypoint"] == "python -m ergo_rl.jobs train configs/ergo-7b.yaml"
     assert spec["shutdownAfterJobFinishes"] is True
     variables = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
     assert variables == {"PYTHONPATH": "/ergo-rl", "RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "b c"}
@@ -214,7 +316,7 @@ def test_manifests_quote_hostile_values() -> None:
     config = load_config(PAPER, ELSEWHERE)
     config.runs_dir = f"/shared/{HOSTILE}"
     job = yaml.safe_load(kuberay(config, f"echo '{HOSTILE}'", options))["spec"]
-    assert job["entrypoint"] == f"cd /ergo-rl && echo '{HOSTILE}'"
+    assert job["entrypoint"] == f"echo '{HOSTILE}'"
     assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["A"] == HOSTILE
     pod = job["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
     assert pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == HOSTILE
@@ -249,7 +351,7 @@ def test_slurm_script_asks_for_the_hardware_and_holds_no_secret(
     options = dict(line.partition("=")[::2] for line in lines)
     sizes = [options[name] for name in ("nodes", "gpus-per-node", "cpus-per-task", "mem")]
     assert sizes == ["2", "4", "32", "400G"]
-    assert options["signal"] == "B:TERM@600" and options["export"] == "PATH,HOME,USER,REWARD_KEY,HF_TOKEN"
+    assert options["signal"] == "B:USR1@600" and options["export"] == "PATH,HOME,USER,REWARD_KEY,HF_TOKEN"
     assert "sk-very-secret" not in text
     script = tmp_path / "job.sh"
     script.write_text(text)
@@ -264,7 +366,9 @@ def test_slurm_script_starts_nodes_and_driver_in_order(tmp_path: Path) -> None:
     checkout.mkdir()
     stand_ins = {
         "scontrol": "printf 'node1\\nnode2\\n'",
-        "srun": 'case "$*" in *hostname*) echo 10.0.0.1 10.0.0.2;; *) echo "srun $*" >> "$CALLS";; esac',
+        "srun": 'case "$*" in *hostname*) echo 10.0.0.1 10.0.0.2;; *) echo "srun $*" >> "$CALLS"; command -p sleep 1;; '
+        "esac",
+        "ray": '[ -e "$CALLS.asked" ] || { touch "$CALLS.asked"; exit 1; }',
         "sleep": ":",
         "driver": 'until [ "$(wc -l < "$CALLS")" = 2 ]; do command -p sleep 0.05; done; file=$RAY_AUTH_TOKEN_PATH\n'
         'echo "driver $RAY_ADDRESS $PLAIN $(stat -c %a "$file") $(wc -c < "$file")" >> "$CALLS"; exit 7',
@@ -283,12 +387,14 @@ def test_slurm_script_starts_nodes_and_driver_in_order(tmp_path: Path) -> None:
     assert without.returncode != 0 and "REWARD_KEY: is not set in the shell that called sbatch" in without.stderr
     ended = subprocess.run(run, env={**environment, "REWARD_KEY": "sk"}, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 7, ended.stderr
-    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    calls = (tmp_path / "calls").read_text().splitlines()
+    calls = sorted(re.sub(r"python -c import .* keep ray", "KEEP ray", call) for call in calls)
     assert calls[0] == "driver 10.0.0.1:6379 b c 600 64"
     common = "--num-cpus=32 --num-gpus=4 --disable-usage-stats --block"
     assert calls[1:] == [
-        f"srun --nodes=1 --ntasks=1 --exclude=node1 ray start --address=10.0.0.1:6379 {common}",
-        f"srun --nodes=1 --ntasks=1 --nodelist=node1 ray start --head --node-ip-address=10.0.0.1 --port=6379 {common}",
+        f"srun --nodes=1 --ntasks=1 --exclude=node1 KEEP ray start --address=10.0.0.1:6379 {common}",
+        "srun --nodes=1 --ntasks=1 --nodelist=node1 KEEP ray start --head --node-ip-address=10.0.0.1 "
+        f"--port=6379 {common}",
     ]
     assert not list((checkout / "runs").iterdir()), "the token is gone"
 

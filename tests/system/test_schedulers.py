@@ -1,0 +1,217 @@
+"""What ``ergo-rl submit --dry-run`` prints, on the real ones: a job script under a real Slurm, with a light driver that
+obeys signals as a run does; and KubeRay's line of shell with the real ``ray`` command and a real head."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.lives import descendants, send
+from ergo_rl.jobs.config import load_config
+from ergo_rl.jobs.submission import ManifestOptions, kuberay
+from ergo_rl.jobs.submission import slurm as slurm_script
+from tests.conftest import ROOT
+from tests.system.slurm import NoSlurm, free_port, slurm
+
+pytestmark = pytest.mark.system
+PANELS = ROOT / "configs" / "panels.yaml"
+ENVIRONMENT = ("RAY_AUTH_MODE", "PLAIN", "KEY")
+RAY = f"""#!{sys.executable}
+# In the place of Ray: says what environment its step has, and lives until it is killed; TERM ends it.
+import os, sys, time
+from pathlib import Path
+if sys.argv[1] == "start":
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
+    Path("step").write_text(" ".join([*(os.environ.get(name, "UNSET") for name in {ENVIRONMENT}), str(len(token))]))
+    while True:
+        Path("beat").write_text("")
+        time.sleep(0.2)
+sys.exit(not Path("step").exists())
+"""
+DRIVER = """
+import asyncio, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from ergo_rl.jobs.console_display import ConsoleDisplay
+from ergo_rl.jobs.shutdown import GracefulShutdown, Stopped
+async def main():
+    with ConsoleDisplay("x", 1, Path()) as console, GracefulShutdown.on_signals(console) as shutdown:
+        Path("up").write_text("")
+        try:
+            await shutdown.run_or_stop(asyncio.sleep(float(sys.argv[1])))
+        except Stopped as stopped:
+            await asyncio.sleep(2.5)
+            beat = time.time() - Path("beat").stat().st_mtime
+            Path("saved").write_text("with Ray" if beat < 1 else f"Ray is gone for {beat} s")
+            sys.exit(stopped.exit_status)
+asyncio.run(main())
+"""
+
+
+@dataclass
+class Jobs:
+    """Job scripts in a Slurm."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def call(self, *command: str) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=30
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def submit(self, name: str, seconds: float, limit: str) -> tuple[str, Path]:
+        """Returns the job's number and its folder."""
+        home = self.folder / name
+        home.mkdir()
+        (home / "driver.py").write_text(DRIVER)
+        options = ManifestOptions(secrets=("KEY",), time=limit, checkout=str(home), environment=(("PLAIN", "b"),))
+        config = load_config(PANELS, [f"name={name}", f"runs_dir={home}"])
+        hardware = config.hardware
+        hardware.nodes, hardware.gpus_per_node, hardware.cpus_per_node, hardware.memory_gib_per_node = 1, 0, 2, 1
+        (home / "job.sh").write_text(slurm_script(config, f"python driver.py {seconds} {ROOT}", options))
+        number = self.call("sbatch", "--parsable", f"--output={home}/out", str(home / "job.sh")).strip()
+        return number, home
+
+    def state(self, number: str) -> dict[str, str]:
+        words = self.call("scontrol", "--oneliner", "show", "job", number).split()
+        return dict(word.partition("=")[::2] for word in words)
+
+    def wait(self, number: str, home: Path, happened: Callable[[dict[str, str]], bool], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not happened(state := self.state(number)):
+            if time.monotonic() > deadline:
+                pytest.fail(f"{state}\n{(home / 'out').read_text() if (home / 'out').exists() else 'no output'}")
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[Jobs]:
+    folder = Path(tempfile.mkdtemp(prefix="ergo-slurm-"))
+    (folder / "tools").mkdir()
+    (folder / "tools" / "ray").write_text(RAY)
+    (folder / "tools" / "ray").chmod(0o755)
+    try:
+        with slurm(folder / "slurm") as environment:
+            path = f"{folder / 'tools'}:{Path(sys.executable).parent}:{environment['PATH']}"
+            yield Jobs(folder, {**environment, "PATH": path, "KEY": "sk-secret", "PYTHONPATH": str(ROOT)})
+    except NoSlurm as reason:
+        pytest.skip(f"no Slurm: {reason}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_slurm_job_ends_completed_and_ray_has_token_and_settings(jobs: Jobs) -> None:
+    number, home = jobs.submit("whole", 1, "1:00:00")
+    jobs.wait(number, home, lambda job: job["JobState"] == "COMPLETED", 30)
+    assert (home / "step").read_text() == "token b sk-secret 64", "they reach srun's step, in spite of --export"
+    assert not list((home / "runs").iterdir()), "the token is gone"
+
+
+def test_slurm_scancel_saves_with_ray_alive_and_the_job_is_gone(jobs: Jobs) -> None:
+    number, home = jobs.submit("cancelled", 600, "1:00:00")
+    jobs.wait(number, home, lambda _: (home / "up").exists(), 30)
+    jobs.call("scancel", number)
+    jobs.wait(number, home, lambda job: job["JobState"] == "CANCELLED" and (home / "saved").exists(), 20)
+    assert (home / "saved").read_text() == "with Ray"
+    deadline = time.monotonic() + 10
+    while jobs.call("squeue", "--noheader", f"--jobs={number}").strip() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert jobs.state(number)["Restarts"] == "0" and not jobs.call("squeue", "--noheader").strip()
+
+
+def test_slurm_limit_saves_and_the_job_is_queued_again(jobs: Jobs) -> None:
+    """Once it is up its limit is made ten minutes: the time before the limit at which Slurm warns."""
+    number, home = jobs.submit("limited", 600, "1:00:00")
+    jobs.wait(number, home, lambda _: (home / "up").exists(), 30)
+    jobs.call("scontrol", "update", f"jobid={number}", "timelimit=10:00")
+    jobs.wait(number, home, lambda job: (job["Restarts"], job["JobState"]) == ("1", "PENDING"), 60)
+    assert (home / "saved").read_text() == "with Ray"
+    jobs.call("scancel", number)
+
+
+# --- KubeRay ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[str]:
+    """The address of a job server whose Ray runs in ``tmp_path / 'home'``, as in the pods' ``workingDir``."""
+    (home := tmp_path / "home").mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="ergo-ray-", dir="/tmp"))
+    port = free_port()
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0",
+        f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
+        "--disable-usage-stats", f"--port={free_port()}",
+        f"--temp-dir={temporary}", f"--object-store-memory={100 * 2**20}", f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}",
+    ]  # fmt: skip
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with (tmp_path / "head.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not answers(f"http://127.0.0.1:{port}/api/version"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail((tmp_path / "head.log").read_text()[-3000:])
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        for pid in (process.pid, *(pid for pid, _ in descendants(process.pid))):
+            send(pid, 9)
+        process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_kuberay_submits_the_whole_command_and_it_runs_in_the_pods_folder(head: str, tmp_path: Path) -> None:
+    """KubeRay joins these words with blanks and gives them to a shell in the submitter's pod (``job.go``,
+    ``GetK8sJobCommand``), where nothing of the project need be: here its folder is another one."""
+    (home := tmp_path / "home" / "printed.py").write_text(
+        "import json, os, sys; print(json.dumps([os.getcwd(), *sys.argv[1:]]))"
+    )
+    words = ["name=two  words", "it's", '"$HOME" && `id`; #', "[/INST]", "a\\b", ""]
+    entrypoint = shlex.join(["python", "printed.py", *words])
+    config = load_config(PANELS, ["runs_dir=/runs"])
+    entry = yaml.safe_load(kuberay(config, entrypoint, ManifestOptions("image", "claim")))["spec"]["entrypoint"]
+    at = ["--address", head]
+    status, submit = (
+        ["ray", "job", "status", *at, "j"],
+        ["ray", "job", "submit", *at, "--no-wait", "--submission-id", "j"],
+    )
+    line = ["if", "!", *status, ">/dev/null", "2>&1", ";", "then", *submit, "--", entry, ";", "fi", ";"]
+    line += ["ray", "job", "logs", *at, "--follow", "j"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": path}
+    (elsewhere := tmp_path / "submitter").mkdir()
+    done = subprocess.run(
+        ["/bin/bash", "-ce", "--", " ".join(line)], cwd=elsewhere, env=environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    with urllib.request.urlopen(f"{head}/api/jobs/j", timeout=10) as answer:
+        job = json.load(answer)
+    assert shlex.split(job["entrypoint"]) == ["python", "printed.py", *words], done.stdout + done.stderr
+    assert job["status"] == "SUCCEEDED", done.stdout + done.stderr
+    assert json.dumps([str(home.parent), *words]) in done.stdout
