@@ -52,6 +52,14 @@ class OnBadBox(StrEnum):
     WHOLE_IMAGE = "whole_image"
 
 
+class BoxNotation(StrEnum):
+    """How turn 1 may write its box. ZOOM: one ``<zoom>[x1, y1, x2, y2]</zoom>``. ANY: there or behind the thought, also
+    as JSON (``"bbox_2d": [...]``), nested lists or two points, ``(x1, y1), (x2, y2)``."""
+
+    ZOOM = "zoom"
+    ANY = "any"
+
+
 @dataclass
 class EpisodeConfig(ConfigSection):
     """The two turns of an episode."""
@@ -65,6 +73,9 @@ class EpisodeConfig(ConfigSection):
     on_bad_box: OnBadBox = OnBadBox.STOP
     """What a reply of turn 1 without a usable box leads to. stop: the episode ends; whole_image: the crop is the whole
     image."""
+    box_notation: BoxNotation = BoxNotation.ZOOM
+    """How turn 1 may write its box. zoom: one ``<zoom>[x1, y1, x2, y2]</zoom>``; any: also JSON with bbox_2d, nested
+    lists and (x1, y1), (x2, y2), with or without the tag (r_format still asks for it)."""
     max_image_pixels: Annotated[int, Ge(1)] = MAX_PIXELS
     """Larger images are refused before they are decoded."""
     prompts: PromptTemplates = field(default_factory=PromptTemplates)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ergo_rl.episodes import images
-from ergo_rl.episodes.config import EpisodeConfig, OnBadBox
+from ergo_rl.episodes.config import BoxNotation, EpisodeConfig, OnBadBox
 from ergo_rl.episodes.families import ModelFamily, Tokenizer
-from ergo_rl.episodes.prompts import fill, parse_zoom
+from ergo_rl.episodes.prompts import fill, parse_box, parse_zoom
 from ergo_rl.episodes.types import (
     Box,
     BoxOutcome,
@@ -25,9 +25,15 @@ from ergo_rl.episodes.types import (
     Turn,
     View,
 )
+from ergo_rl.errors import ErgoError
 
 Generate = Callable[[Sequence[int], Sequence[View], int], Awaitable[Completion]]
-"""Called with (token ids of the whole conversation so far, one placeholder per image; its views; turn 0 or 1)."""
+"""Called with (token ids of the whole conversation so far, one placeholder per image; its views; turn 0 or 1). Raises
+TurnRefused."""
+
+
+class TurnRefused(ErgoError, ValueError):
+    """``generate`` cannot reply to this prompt, most often because it is longer than the model's context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,10 @@ class CoarseToFine:
         """Run one episode: turn 1 sees the coarse view and names a box, turn 2 sees that crop and answers.
 
         ``box`` replaces the policy's box (baselines of an evaluation). The first turn of such a trajectory was not
-        sampled: its log-probs are NaN, so that no loss can be computed from it."""
+        sampled: its log-probs are NaN, so that no loss can be computed from it.
+
+        A turn 2 that is refused ends the episode as truncated: what turn 1 wrote left no room for it. Raises
+        TurnRefused where turn 1 is, and UnreadableImage for a ``box`` that no crop can show."""
         coarse, question_id = prepared.coarse, prepared.question.id
         reply: Completion = await generate(prepared.coarse_prompt, [coarse], 0)
         if box is not None:
@@ -85,17 +94,23 @@ class CoarseToFine:
         if not reply.stopped:
             return Trajectory(question_id, sample, (coarse,), (first,), Outcome.TRUNCATED, BoxOutcome.NO_TAG)
 
-        named, box_outcome = read_box(reply.text, coarse, self.family)
+        named, box_outcome = read_box(reply.text, coarse, self.family, self.config.box_notation)
         box = box or named
         if box is None and self.config.on_bad_box is OnBadBox.WHOLE_IMAGE:
             box = coarse.box
         if box is None:
             return Trajectory(question_id, sample, (coarse,), (first,), Outcome.BAD_BOX, box_outcome)
 
-        crop = await asyncio.to_thread(images.view, prepared.pixels, box, self.family, self.config.fine_tokens)
+        try:
+            crop = await asyncio.to_thread(images.view, prepared.pixels, box, self.family, self.config.fine_tokens)
+        except ValueError as error:  # a baseline's box: the policy's own was checked when it was read
+            raise images.UnreadableImage(f"the box {box} cannot be shown: {error}") from error
         # The sampled ids, not the text encoded again: the engine's prefix cache and the learner see the same tokens.
         conversation = (*prepared.coarse_prompt, *reply.token_ids, *prepared.fine_prompt)
-        reply = await generate(conversation, [coarse, crop], 1)
+        try:
+            reply = await generate(conversation, [coarse, crop], 1)
+        except TurnRefused:  # costs this sample alone, not its group
+            return Trajectory(question_id, sample, (coarse,), (first,), Outcome.TRUNCATED, box_outcome)
         second = _turn(prepared.fine_prompt, reply)
         outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
         return Trajectory(question_id, sample, (coarse, crop), (first, second), outcome, box_outcome)
@@ -123,11 +138,13 @@ class CoarseToFine:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-def read_box(reply: str, coarse: View, family: ModelFamily) -> tuple[Box | None, BoxOutcome]:
+def read_box(
+    reply: str, coarse: View, family: ModelFamily, notation: BoxNotation = BoxNotation.ZOOM
+) -> tuple[Box | None, BoxOutcome]:
     """Read a reply's box, in original pixels: the only path from text to a box.
 
     Never raises; the box is None exactly where the outcome is a refusal."""
-    corners = parse_zoom(reply)
+    corners = parse_zoom(reply) if notation is BoxNotation.ZOOM else parse_box(reply)
     if isinstance(corners, BoxOutcome):
         return None, corners
     return images.locate(corners, coarse, family)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ergo_rl.episodes.config import MAX_PIXELS
 from ergo_rl.episodes.families import Corners, ModelFamily
 from ergo_rl.episodes.types import Box, BoxOutcome, Pixels, View
-from ergo_rl.errors import ErgoError
+from ergo_rl.errors import ErgoError, first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
 """What is decoded. Pillow knows more than thirty, among them PostScript, for which it would start an interpreter."""
 _EXIF_ORIENTATION = 274
+_BITS_PER_SAMPLE = 258
 
 
 class UnreadableImage(ErgoError, ValueError):
@@ -25,42 +27,139 @@ class UnreadableImage(ErgoError, ValueError):
 
 
 def decode(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Decode to uint8[height, width, 3] RGB, upright (EXIF orientation applied), transparency on white.
+    """Decode to uint8[height, width, 3] RGB, upright (orientation of EXIF, XMP or TIFF applied), transparency on white,
+    grey values of 16 or 32 bits and floats scaled to 8 bits.
 
-    Raises UnreadableImage for a missing, damaged, unknown or oversized image; the size is checked before
-    any pixel is decoded."""
+    Raises UnreadableImage for a missing, damaged, unknown or oversized image, for grey values of no known depth, and
+    where the pixels are not of the size that ``size`` says; the size is checked before any pixel is decoded."""
     try:
         with _open(image, max_pixels) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise UnreadableImage(f"{width} x {height} is more than the limit of {max_pixels} pixels")
+            shown = _shown_size(opened, max_pixels)
             opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16"):
-                upright = upright.point(lambda value: value / 256).convert("L")
-            if upright.has_transparency_data:
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-            return np.asarray(upright.convert("RGB"))
+            pixels = _upright(_rgb(opened), _orientation(opened))
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow lets out whatever a decoder meets in damaged bytes: struct.error, KeyError, ...
         raise UnreadableImage(f"not a readable image: {_why(error)}") from error
+    if pixels.shape[1::-1] != shown:
+        found = f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise UnreadableImage(f"not a readable image: its header says {shown[0]} x {shown[1]}, its pixels are {found}")
+    return pixels
 
 
 def size(image: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return (width, height) as shown, from the header alone.
+    """Return (width, height) as shown: what ``decode`` gives. From the header alone, but for a PNG that has more to say
+    behind its pixels.
 
     Raises UnreadableImage for a missing, unknown or oversized image."""
     try:
         with _open(image, max_pixels) as opened:
-            width, height = opened.size
-            # Asked only where the header has it: for a PNG without it Pillow would decode the whole image.
-            turned = "exif" in opened.info and opened.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return _shown_size(opened, max_pixels)
+    except UnreadableImage:
+        raise
     except Exception as error:  # as in ``decode``
         raise UnreadableImage(f"does not decode: {_why(error)}") from error
+
+
+def _shown_size(opened: Image.Image, max_pixels: int) -> tuple[int, int]:
+    width, height = opened.size
     if width * height > max_pixels:
-        raise UnreadableImage(f"{width} x {height} is more than the limit of {max_pixels} pixels")
-    return (height, width) if turned else (width, height)
+        raise UnreadableImage(f"is too large: {width} x {height} is more than the limit of {max_pixels} pixels")
+    if opened.format == "PNG" and _says_more_behind_its_pixels(opened):
+        opened.load()
+    return (height, width) if _orientation(opened) in (5, 6, 7, 8) else (width, height)
+
+
+def _orientation(opened: Image.Image) -> int:
+    if opened.format == "TIFF":
+        return 1  # Pillow itself turns it
+    # Not the method of PNG, which decodes the whole image to look for EXIF; ``_says_more_behind_its_pixels`` knows.
+    return int(Image.Image.getexif(opened).get(_EXIF_ORIENTATION, 1))
+
+
+def _says_more_behind_its_pixels(opened: Image.Image) -> bool:
+    """Whether a PNG has EXIF, or text that could be XMP, behind its pixels. Only the heads of its chunks are read."""
+    file = getattr(opened, "fp", None)
+    if file is None:  # it is decoded already
+        return False
+    at, pixels_came = file.tell(), False
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        if pixels_came and head[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            break
+        pixels_came |= head[4:] == b"IDAT"
+        file.seek(int.from_bytes(head[:4]) + 4, io.SEEK_CUR)
+    file.seek(at)
+    return len(head) == 8 and head[4:] != b"IEND"
+
+
+_STRIP_PIXELS = 1 << 20
+"""So many pixels are converted at once: beside the decoded image only the result is held whole."""
+
+
+def _rgb(opened: Image.Image) -> Pixels:
+    """Return the pixels of a decoded image as RGB, transparency on white."""
+    width, height = opened.size
+    rows, white = max(1, _STRIP_PIXELS // max(1, width)), _white(opened)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = opened.crop((0, top, width, bottom))
+        pixels[top:bottom] = _rgb_strip(strip) if white is None else _grey_strip(strip, white)[..., None]
+    return pixels
+
+
+def _rgb_strip(strip: Image.Image) -> Pixels:
+    if strip.has_transparency_data:
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip.convert("RGBA"))
+    return np.asarray(strip.convert("RGB"))
+
+
+def _grey_strip(strip: Image.Image, white: int) -> Pixels:
+    values = np.asarray(strip).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise UnreadableImage("has grey values that are no numbers")
+    scaled: Pixels = (np.rint(values * 255) if white == 1 else np.floor(values * 256 / (white + 1))).astype(np.uint8)
+    return scaled
+
+
+def _white(opened: Image.Image) -> int | None:
+    """Return the value of white in an image of deep grey; None for any other image.
+
+    Sixteen bits have theirs by definition. Integers of 32 bits and floats have none: their values must lie in one of
+    the ranges that are in use, or else the image is refused: clipped, it would be white or black."""
+    if opened.mode.startswith("I;16"):
+        twelve = opened.format == "TIFF" and getattr(opened, "tag_v2", {}).get(_BITS_PER_SAMPLE) == (12,)
+        return 4095 if twelve else 65535
+    if opened.mode not in ("I", "F"):
+        return None
+    if opened.mode == "I" and opened.format == "PPM":
+        return 65535  # Pillow scales them to that
+    extrema: Any = opened.getextrema()  # of one band
+    lowest, highest = extrema
+    for white in (255, 65535) if opened.mode == "I" else (1, 255):
+        if 0 <= lowest <= highest <= white:
+            return white
+    wanted = "0 to 255 or to 65535" if opened.mode == "I" else "0 to 1 or to 255"
+    raise UnreadableImage(
+        f"has grey values from {lowest} to {highest}, which is neither {wanted}: save it with 8 or 16 bits"
+    )
+
+
+_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
+"""EXIF orientation -> what makes the image upright."""
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation in _TURNS else pixels
 
 
 def _open(image: bytes | Path, max_pixels: int) -> Image.Image:
@@ -75,7 +174,7 @@ def _open(image: bytes | Path, max_pixels: int) -> Image.Image:
 
 def _why(error: Exception) -> str:
     plain = isinstance(error, OSError | ValueError | SyntaxError) and str(error)
-    return str(error) if plain else f"{type(error).__name__} {error}".strip()
+    return str(error) if plain else first_line(error)
 
 
 def full_box(pixels: Pixels) -> Box:
@@ -128,6 +227,8 @@ def locate(corners: Corners, coarse: View, family: ModelFamily) -> tuple[Box | N
     x1, x2, y1, y2 = min(xa, xb), max(xa, xb), min(ya, yb), max(ya, yb)
     if x1 == x2 or y1 == y2:
         return None, BoxOutcome.EMPTY
+    if not family.shares and all(0 <= value <= 1 for value in corners):
+        return None, BoxOutcome.SHARES
     if x2 <= 0 or y2 <= 0 or x1 >= coarse.width or y1 >= coarse.height:
         return None, BoxOutcome.OUTSIDE
     clamped = x1 < 0 or y1 < 0 or x2 > coarse.width or y2 > coarse.height

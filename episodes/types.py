@@ -168,7 +168,7 @@ class Outcome(StrEnum):
     BAD_BOX = "bad_box"
     """Turn 1 named no usable box."""
     TRUNCATED = "truncated"
-    """A turn reached the limit on its length."""
+    """A turn reached the limit on its length, or left no room for the next."""
 
 
 class BoxOutcome(StrEnum):
@@ -184,6 +184,7 @@ class BoxOutcome(StrEnum):
     EMPTY = "empty"
     OUTSIDE = "outside"
     SLIVER = "sliver"
+    SHARES = "shares"
 
     @property
     def usable(self) -> bool:
@@ -266,6 +267,14 @@ class Unscored:
     """The trajectory could not be scored, and why. It leaves both the loss and its group's baseline."""
 
     reason: str
+    kind: str = "unavailable"
+    """unavailable: the verifier could not be asked, which may pass. Otherwise it was asked, and asking again would not
+    help: cut, empty, thoughts (a reply without an answer), filtered, refused."""
+
+    @property
+    def may_pass(self) -> bool:
+        """Scoring again later may succeed: an outage."""
+        return self.kind == "unavailable"
 
 
 Verdict = Score | Unscored

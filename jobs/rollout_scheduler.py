@@ -253,14 +253,15 @@ class RewardsUnavailable(ErgoError, RuntimeError):
 
 
 def unscored_share(groups: Sequence[Group]) -> float:
-    """Return the share of trajectories without a score."""
+    """Return the share of trajectories without a score that may get one later."""
     scores = [score for group in groups for score in group.scores]
-    return sum(isinstance(score, Unscored) for score in scores) / max(1, len(scores))
+    return sum(isinstance(score, Unscored) and score.may_pass for score in scores) / max(1, len(scores))
 
 
 def why_unscored(groups: Sequence[Group]) -> str:
     """Return the most frequent reason; of an endpoint its address and error."""
-    reasons = Counter(score.reason for group in groups for score in group.scores if isinstance(score, Unscored))
+    unscored = [score for group in groups for score in group.scores if isinstance(score, Unscored)]
+    reasons = Counter(score.reason for score in unscored if score.may_pass)
     return reasons.most_common(1)[0][0]
 
 
@@ -295,6 +296,6 @@ async def retry_unscored(
 
 
 async def _score_again(group: Group, rewards: RewardPool) -> Group:
-    if not any(isinstance(score, Unscored) for score in group.scores):
+    if not any(isinstance(score, Unscored) and score.may_pass for score in group.scores):
         return group
     return replace(group, scores=await rewards.score(group.question, group.trajectories))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
@@ -21,6 +21,13 @@ class Backend(StrEnum):
     ENDPOINT = "endpoint"
 
 
+class LimitName(StrEnum):
+    """What an endpoint calls the limit on a reply's tokens."""
+
+    MAX_TOKENS = "max_tokens"
+    MAX_COMPLETION_TOKENS = "max_completion_tokens"
+
+
 @dataclass
 class EndpointConfig(ConfigSection):
     """An OpenAI-compatible endpoint that serves the verifier."""
@@ -32,7 +39,7 @@ class EndpointConfig(ConfigSection):
     api_key_env: Annotated[str, MAY_CHANGE] = ""
     """Name of the environment variable that holds the API key; empty: no key is sent."""
     timeout_s: Annotated[float, Ge(0.001), MAY_CHANGE] = 120.0
-    """Time limit of each attempt, in seconds."""
+    """Time limit of each attempt, from the request to the last byte of the reply, in seconds."""
     retries: Annotated[int, Ge(0), MAY_CHANGE] = 4
     """Further attempts after a failed one (no connection, timeout, status 408, 409, 425, 429 or 5xx)."""
     backoff_s: Annotated[float, Ge(0), MAY_CHANGE] = 1.0
@@ -41,6 +48,11 @@ class EndpointConfig(ConfigSection):
     """Longest wait between two attempts, in seconds."""
     concurrency: Annotated[int, Ge(1), MAY_CHANGE] = 32
     """Requests in flight per reward worker."""
+    limit_name: LimitName = LimitName.MAX_TOKENS
+    """Parameter that limits a reply: max_tokens, or max_completion_tokens for endpoints that refuse it."""
+    extra_body: dict[str, Any] = field(default_factory=lambda: {"repetition_penalty": 1.0})
+    """Further fields of every request. The default undoes a penalty that vLLM takes from a model's
+    ``generation_config.json``; ``repetition_penalty: null`` for endpoints that refuse the field."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,13 +72,17 @@ class VerifierConfig(ConfigSection):
     engine: EngineConfig = field(default_factory=EngineConfig)
     """For backend engine."""
     family: str = ""
-    """For backend engine: ``package.module:Class`` of the verifier's own family; empty: one of ours, by its type."""
+    """``package.module:Class`` of the verifier's own family; empty: one of ours, by its type (backend endpoint:
+    Qwen2.5-VL's sizes)."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """For backend endpoint."""
     prompts: PromptTemplates = field(default_factory=PromptTemplates)
     """Only ``system`` and ``verify`` are used."""
     max_tokens: Annotated[int, Ge(1)] = 128
     """Longest reply of the verifier, in tokens."""
+    fine_tokens: Annotated[int, Ge(0)] = 0
+    """Visual-token budget of the crop that the verifier sees, cut from the original image; 0: it sees what the policy
+    saw (``episode.fine_tokens``)."""
     max_visual_tokens: Annotated[int, Ge(1)] = 16384
     """Backend engine: crops of more visual tokens are made smaller (Qwen2.5-VL's processor takes 16384)."""
 
@@ -105,8 +121,8 @@ class RewardConfig(ConfigSection):
     handed_over: list[str] = field(default_factory=list)
     """Names of terms that a Python program hands over as objects, ``Trainer(reward_terms=[...])``, which fills this in:
     a run with such terms resumes with the same ones. Set it yourself to give such a term a weight other than 1."""
-    number_tolerance: Annotated[float, Ge(0)] = 0.01
-    """Relative tolerance for answers that are decimal numbers; whole numbers must be equal."""
+    number_tolerance: Annotated[float, Ge(0)] = 0.0
+    """Relative tolerance where the ground truth is a decimal number; 0: exact. Whole numbers must always be equal."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     workers: Annotated[int, Ge(1), MAY_CHANGE] = 1
     """Reward workers; each hosts a verifier (or a client of the endpoint)."""

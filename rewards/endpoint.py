@@ -1,14 +1,22 @@
-"""Chat completions of an OpenAI-compatible endpoint (``vllm serve``, a gateway, a hosted model)."""
+"""Chat completions of an OpenAI-compatible endpoint (``vllm serve``, a gateway, a hosted model).
+
+Whatever an endpoint sends is a reply or a failed call, in bounded time and bytes; never another error."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import io
+import ipaddress
+import json
 import os
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import httpx
 from PIL import Image
 
 from ergo_rl.episodes.types import View
@@ -20,10 +28,31 @@ if TYPE_CHECKING:
 
 _TRANSIENT = frozenset((408, 409, 425, 429))
 """Statuses, beside every 5xx, that another attempt may not meet."""
+_REFUSED = frozenset((400, 413, 415, 422, 451))
+"""Statuses that are about the request and not about the endpoint: another attempt meets them again."""
+LONGEST_REPLY = 4 << 20
+"""Bytes; a chat completion has a few thousand."""
+_GREEDY = {"temperature": 0.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Sent with every request: a server has defaults of its own (``generation_config.json``), which are not greedy."""
 
 
 class VerifierUnavailable(ErgoError, RuntimeError):
     """The verifier gave no reply to this question; the message says why. Never scored as 0."""
+
+    kind = "unavailable"
+    """Of the ``Unscored`` that it becomes."""
+
+
+class NoVerdict(VerifierUnavailable):
+    """The verifier answers, but not to this question, nor would it to another attempt: no outage."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class ReplyTooLarge(ErgoError, RuntimeError):
+    """A reply that is longer than any chat completion, or is packed so that its length is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +64,12 @@ class ChatReply:
     """As the endpoint reports it; 0 where it does not."""
     reply_tokens: int
     """As the endpoint reports it; 0 where it does not."""
+    filtered: bool = False
+    """A content filter, or the model itself, refused to answer."""
 
 
 class ChatEndpoint:
-    """The openai client with our limits: bounded concurrency, our back-off, and no API key in messages.
+    """The openai client with our limits: bounded concurrency, time and bytes, our back-off, and no API key in messages.
 
     Example::
 
@@ -50,46 +81,82 @@ class ChatEndpoint:
         """Raises ValueError where the URL, the model's name or the named API key is missing."""
         if not config.url or not config.model:
             raise ValueError("reward.verifier.endpoint needs url and model")
-        self._key = _api_key(config.api_key_env) if config.api_key_env else ""
+        self._config, self._key = config, api_key(config.api_key_env) if config.api_key_env else ""
         self._url = f"{config.url.rstrip('/')}/chat/completions"
+        self._proxy = "" if _is_loopback(config.url) else _proxy_for(config.url)
         self._slots = asyncio.Semaphore(config.concurrency)
         self._client, self._headers = _open_client(config, self._key)
 
-    async def complete(self, body: dict[str, Any]) -> ChatReply:
+    async def complete(self, body: Mapping[str, Any]) -> ChatReply:
         """Send ``body`` to ``/chat/completions``, again where that may help, and return the reply.
 
-        Raises VerifierUnavailable."""
-        import openai
-
+        Sampling is greedy unless the body says otherwise. Raises VerifierUnavailable, and NoVerdict where the endpoint
+        refuses this body for good."""
+        extra = {name: value for name, value in self._config.extra_body.items() if value is not None}
+        request = {**_GREEDY, **extra, **body}
+        if "max_tokens" in request:
+            request[self._config.limit_name] = request.pop("max_tokens")
         async with self._slots:
-            try:
-                raw = await self._client.chat.completions.with_raw_response.create(**body, extra_headers=self._headers)
-            except openai.APIConnectionError as error:  # no connection, timeout, broken off
-                cause = error.__cause__ or error
-                problem = f"{self._url}: {type(cause).__name__} {cause}".rstrip()
-                raise VerifierUnavailable(f"{problem}, {_attempts(error)} attempts") from error
-            except openai.APIStatusError as error:
-                problem = f"{self._url}: status {error.status_code}"
-                if _is_transient(error.status_code):
-                    raise VerifierUnavailable(f"{problem}, {_attempts(error)} attempts") from error
-                raise VerifierUnavailable(f"{problem}: {self._quoted(error.response.text)}") from error
-        try:
-            completion = raw.parse()
-            choice, usage = completion.choices[0], completion.usage
-            text, finish = choice.message.content, choice.finish_reason
-            counts = [int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise VerifierUnavailable(f"{self._url}: not a chat completion: {self._quoted(raw.text)}") from error
-        if not isinstance(text, str):
-            raise VerifierUnavailable(f"{self._url}: a reply without text: {self._quoted(raw.text)}")
-        return ChatReply(text, finish != "length", *counts)
+            attempt = 0
+            while True:
+                attempt += 1
+                try:
+                    return await self._ask(request)
+                except Exception as error:  # a reply may break what decodes it in any way
+                    if not _is_transient(error) or attempt > self._config.retries:
+                        raise self._failed(error, attempt) from error
+                    wait_s = self._wait_s(attempt, error)
+                await asyncio.sleep(wait_s)
+
+    async def _ask(self, request: Mapping[str, Any]) -> ChatReply:
+        """Make one attempt. The whole of it is bounded in time, so that an endless reply is none."""
+        async with asyncio.timeout(self._config.timeout_s):
+            response = await self._client.post(
+                "/chat/completions", cast_to=httpx.Response, body=request, options={"headers": self._headers}
+            )
+        return _read(response)
 
     async def close(self) -> None:
         await self._client.close()
 
-    def _quoted(self, text: str) -> str:
-        """Return the start of ``text`` for a message. Messages are logged, and an endpoint may repeat a wrong key."""
-        return (text.replace(self._key, "***") if self._key else text)[:500]
+    def _wait_s(self, attempt: int, error: Exception) -> float:
+        """Return the wait behind a failed attempt: doubled each time, or what ``Retry-After`` asks, up to the limit."""
+        wait_s = self._config.backoff_s * 2.0 ** min(attempt - 1, 60)
+        try:
+            asked = float(error.response.headers.get("retry-after", 0))  # type: ignore[attr-defined]
+        except (AttributeError, ValueError):
+            asked = 0.0
+        return min(max(wait_s, asked), self._config.max_backoff_s)
+
+    def _failed(self, error: Exception, attempts: int) -> VerifierUnavailable:
+        """Return what a failed call is reported as."""
+        import openai
+
+        if isinstance(error, openai.APIStatusError):
+            status = error.status_code
+            if _is_transient(error):
+                return VerifierUnavailable(self._say(f"status {status}, {attempts} attempts"))
+            message = self._say(f"status {status}: {_text_of(error)}")
+            return NoVerdict(message, "refused") if status in _REFUSED else VerifierUnavailable(message)
+        if isinstance(error, NotAReply):
+            return VerifierUnavailable(self._say(str(error)))
+        cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
+        if isinstance(cause, TimeoutError):
+            limit = f"no whole reply within {self._config.timeout_s:g} s (reward.verifier.endpoint.timeout_s)"
+            return VerifierUnavailable(self._say(f"ReadTimeout, {attempts} attempts: {limit}"))
+        through = f" through the proxy {self._proxy}" if self._proxy else ""
+        return VerifierUnavailable(
+            self._say(f"{type(cause).__name__} {cause}".rstrip() + f"{through}, {attempts} attempts")
+        )
+
+    def _say(self, problem: str) -> str:
+        """Return a message of bounded length. Messages are logged, and an endpoint may repeat a wrong key."""
+        text = f"{self._url}: {problem[:4000]}"
+        return (text.replace(self._key, "***") if self._key else text)[:700]
+
+
+class NotAReply(ErgoError, ValueError):
+    """A body that is not a chat completion."""
 
 
 def png_url(view: View) -> str:
@@ -99,42 +166,123 @@ def png_url(view: View) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
+def api_key(variable: str) -> str:
+    """Return the API key that an environment variable holds, without blanks and line ends.
+
+    Raises ValueError where the variable is not set, or its value cannot be sent."""
+    if not (key := os.environ.get(variable, "").strip()):
+        raise ValueError(f"reward.verifier.endpoint.api_key_env names {variable}, which is not set on this machine")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the API key in {variable} has characters that no HTTP header can have")
+    return key
+
+
+def _read(response: httpx.Response) -> ChatReply:
+    """Return the reply in a response. Raises NotAReply where there is none."""
+    try:
+        completion = json.loads(response.content, parse_constant=_refuse_constant)
+        choice = completion["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        text, usage = message.get("content"), completion.get("usage")
+        filtered = finish == "content_filter" or bool(message.get("refusal"))
+        thinks = message.get("reasoning_content") or message.get("reasoning")
+        prompt_tokens, reply_tokens = (_tokens(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        raise NotAReply(f"not a chat completion: {response.content[:400].decode('utf-8', 'replace')}") from None
+    if text is None and (filtered or finish == "length" or thinks):
+        text = ""
+    if not isinstance(text, str):
+        raise NotAReply(f"a reply without text: {str(message)[:400]}")
+    return ChatReply(text, finish != "length", prompt_tokens, reply_tokens, filtered)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _tokens(usage: Any, name: str) -> int:
+    count = 0 if usage is None else usage.get(name)
+    if count is not None and not (isinstance(count, int) and 0 <= count < 1 << 31):
+        raise ValueError(f"{name} is {count}")
+    return count or 0
+
+
 def _open_client(config: EndpointConfig, key: str) -> tuple[openai.AsyncOpenAI, dict[str, Any]]:
     """Return a client, and the headers of every request."""
     import openai  # takes a second, which commands without an endpoint need not spend
 
-    class Client(openai.AsyncOpenAI):
-        # The client has no public setting for these two. Should a new version no longer call them, it falls back to its
-        # own rules, and tests/rewards/test_verifier.py fails.
-        def _should_retry(self, response: Any) -> bool:
-            return _is_transient(response.status_code)
-
-        def _calculate_retry_timeout(self, remaining_retries: int, options: Any, response_headers: Any = None) -> float:
-            wait_s = config.backoff_s * 2.0 ** (config.retries - remaining_retries)
-            return min(max(wait_s, self._parse_retry_after_header(response_headers) or 0.0), config.max_backoff_s)
-
-    client = Client(
+    client = openai.AsyncOpenAI(
         base_url=config.url,
         api_key="unused",  # without a value the client takes OPENAI_API_KEY; ours is in the headers below
-        timeout=config.timeout_s,
-        max_retries=config.retries,
+        max_retries=0,
         # Redirects stay refused: the key and the crop go to the address that was configured and to no other.
-        http_client=openai.DefaultAsyncHttpxClient(timeout=config.timeout_s, follow_redirects=False),
+        http_client=httpx.AsyncClient(  # type: ignore[arg-type] # newer clients prefer httpx2, and take this one, too
+            timeout=config.timeout_s,
+            limits=httpx.Limits(max_connections=config.concurrency),
+            follow_redirects=False,
+            trust_env=not _is_loopback(config.url),  # a proxy cannot reach this machine's loopback
+            event_hooks={"response": [_bound]},
+        ),
     )
     # OPENAI_ORG_ID and OPENAI_PROJECT_ID are about another account; the client would send them to any endpoint.
     omitted = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
-    return client, {"Authorization": f"Bearer {key}" if key else openai.Omit(), **omitted}
+    headers = {"Authorization": f"Bearer {key}" if key else openai.Omit(), "Accept-Encoding": "identity", **omitted}
+    return client, headers
 
 
-def _is_transient(status: int) -> bool:
-    return status in _TRANSIENT or status >= 500
+async def _bound(response: httpx.Response) -> None:
+    """Bound the bytes of a reply before it is read, and refuse what would grow when it is unpacked."""
+    packed = response.headers.get("content-encoding", "identity").strip().lower()
+    if packed not in ("", "identity"):
+        raise ReplyTooLarge(f"a reply in content encoding {packed[:40]}, which was not asked for")
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    response.stream = _BoundedStream(response.stream)
 
 
-def _attempts(error: openai.APIConnectionError | openai.APIStatusError) -> int:
-    return int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
+class _BoundedStream(httpx.AsyncByteStream):
+    def __init__(self, stream: httpx.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for chunk in self._stream:
+            if (size := size + len(chunk)) > LONGEST_REPLY:
+                raise ReplyTooLarge(f"a reply of more than {LONGEST_REPLY >> 20} MiB")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
-def _api_key(variable: str) -> str:
-    if not (key := os.environ.get(variable, "")):
-        raise ValueError(f"reward.verifier.endpoint.api_key_env names {variable}, which is not set on this machine")
-    return key
+def _is_transient(error: Exception) -> bool:
+    """Tell whether another attempt may succeed: no connection, no whole reply in time, a busy or broken server."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in _TRANSIENT or error.status_code >= 500
+    return isinstance(error, openai.APIConnectionError | TimeoutError)
+
+
+def _text_of(error: openai.APIStatusError) -> str:
+    try:
+        return error.response.text
+    except Exception as problem:  # an unknown charset
+        return f"(unreadable: {type(problem).__name__})"
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _proxy_for(url: str) -> str:
+    """Return the proxy that the environment names for ``url``, without its password; empty: none."""
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    return proxy.rpartition("@")[2].removeprefix(f"{parts.scheme}://")

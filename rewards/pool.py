@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import numpy as np
 import ray
 
+from ergo_rl.cluster.devices import require_gpu
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.worker_pool import Faults, WorkerPool
 from ergo_rl.episodes.types import Box, Question, Trajectory, Unscored, Verdict, View
 from ergo_rl.rewards.config import RewardConfig
-from ergo_rl.rewards.endpoint import VerifierUnavailable
+from ergo_rl.rewards.endpoint import NoVerdict, VerifierUnavailable
 from ergo_rl.rewards.terms import TermSource, TotalReward, policy_crop, require_handed_over, term_weights
-from ergo_rl.rewards.verifier import Verifier, open_verifier, strip_for_verifier
+from ergo_rl.rewards.verifier import Verifier, open_verifier, recut, strip_for_verifier
 
+logger = logging.getLogger(__name__)
 ROLE = "reward"
 _GREY = View(Box(0, 0, 56, 56), np.full((56, 56, 3), 128, np.uint8))
 
@@ -35,8 +38,14 @@ class RewardWorker:
 
         A verifier that cannot answer (a wrong URL, model or key) so ends the launch and not every later score. Raises
         VerifierUnavailable or ValueError, saying what is wrong."""
+        require_gpu(self._config.resources.gpus, "reward.resources.gpus")
         verifier = await open_verifier(self._config.verifier)
-        await verifier.answer(Question("probe", b"", "What colour is this?", ""), _GREY)
+        try:
+            await verifier.answer(Question("probe", b"", "What colour is this?", ""), _GREY)
+        except NoVerdict as error:
+            if error.kind == "refused":  # as it would refuse every question
+                raise
+            logger.warning("the verifier's first reply has no verdict: %s", error)
         self._verifier = verifier
 
     async def score(self, question: Question, trajectories: tuple[Trajectory, ...]) -> tuple[Verdict, ...]:
@@ -46,6 +55,12 @@ class RewardWorker:
         VerifierDied this worker must be replaced."""
         crops = {crop.box: crop for trajectory in trajectories if (crop := policy_crop(trajectory)) is not None}
         asked = strip_for_verifier(question)
+        if self._config.verifier.fine_tokens:
+            try:
+                crops = await asyncio.to_thread(recut, question, list(crops), self._config.verifier)
+            except (OSError, ValueError) as error:
+                unscored = Unscored(f"the crop cannot be cut from the original: {error}", "refused")
+                return tuple(self._verdict(question, one, dict.fromkeys(crops, unscored)) for one in trajectories)
         answers = await asyncio.gather(*(self._ask_verifier(asked, crop) for crop in crops.values()))
         replies: dict[Box, str | Unscored] = dict(zip(crops, answers, strict=True))
         return tuple(self._verdict(question, trajectory, replies) for trajectory in trajectories)
@@ -60,7 +75,7 @@ class RewardWorker:
         try:
             return await self._verifier.answer(question, crop)
         except VerifierUnavailable as error:
-            return Unscored(str(error))
+            return Unscored(str(error), error.kind)
 
 
 class RewardPool:
@@ -94,8 +109,11 @@ class RewardPool:
     async def score(
         self, question: Question, trajectories: ray.ObjectRef[tuple[Trajectory, ...]] | tuple[Trajectory, ...]
     ) -> tuple[Verdict, ...]:
-        """Return one verdict per trajectory, in their order. The original image is not sent: no term uses it."""
-        verdicts: tuple[Verdict, ...] = await self._pool.call("score", replace(question, image=b""), trajectories)
+        """Return one verdict per trajectory, in their order.
+
+        The original image is sent only where the verifier's crops are cut anew: no term uses it."""
+        sent = question if self.config.verifier.fine_tokens else replace(question, image=b"")
+        verdicts: tuple[Verdict, ...] = await self._pool.call("score", sent, trajectories)
         return verdicts
 
     @property

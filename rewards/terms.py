@@ -13,6 +13,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from ergo_rl.episodes.plugins import import_class
 from ergo_rl.episodes.prompts import parse_answer
@@ -165,11 +166,12 @@ _TAG = re.compile(r"</?(?:think|zoom|answer)>")
 
 
 def is_thought_then(text: str, tag: str) -> bool:
-    """Tell whether ``text`` is exactly ``<think>...</think><tag>...</tag>``, with optional white space between."""
+    """Tell whether ``text`` is exactly ``<think>...</think><tag>...</tag>``, with optional white space between and a
+    thought that is not empty."""
     if _TAG.findall(text) != ["<think>", "</think>", f"<{tag}>", f"</{tag}>"]:
         return False
-    before, _thought, between, _content, after = _TAG.split(text)
-    return not (before + between + after).strip()
+    before, thought, between, _content, after = _TAG.split(text)
+    return bool(thought.strip()) and not (before + between + after).strip()
 
 
 TERMS: dict[str, type[RewardTerm]] = {
@@ -198,7 +200,7 @@ class TotalReward:
         for name, term in self._terms.items():
             value = term(question, trajectory, reply)
             if isinstance(value, Unscored):
-                return Unscored(f"{name}: {value.reason}")
+                return replace(value, reason=f"{name}: {value.reason}")
             parts[name] = value
         earned = [(self.weights[name], self._terms[name].by_turn(value, trajectory)) for name, value in parts.items()]
         first, second = (sum(weight * turns[turn] for weight, turns in earned) for turn in (0, 1))

@@ -5,6 +5,7 @@ It runs in a vLLM engine of this job (``EngineVerifier``) or behind a URL (``End
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,11 +14,13 @@ from PIL import Image
 
 from ergo_rl.cluster.engine import Engine, EngineDied, EngineImage, EngineRefused, Sampling
 from ergo_rl.cluster.worker_pool import WorkerDied
-from ergo_rl.episodes.families import ModelFamily, Tokenizer, family_of, load_tokenizer
+from ergo_rl.episodes import images
+from ergo_rl.episodes.families import ModelFamily, Qwen25VL, Tokenizer, family_of, load_tokenizer
+from ergo_rl.episodes.plugins import import_class
 from ergo_rl.episodes.prompts import ReservedText, around_image, fill
-from ergo_rl.episodes.types import Question, View
+from ergo_rl.episodes.types import Box, Question, View
 from ergo_rl.rewards.config import Backend, VerifierConfig
-from ergo_rl.rewards.endpoint import ChatEndpoint, VerifierUnavailable, png_url
+from ergo_rl.rewards.endpoint import ChatEndpoint, NoVerdict, VerifierUnavailable, png_url
 
 
 class VerifierDied(WorkerDied):
@@ -28,7 +31,8 @@ class Verifier(Protocol):
     async def answer(self, question: Question, crop: View) -> str:
         """Return the reply to the crop and the question's words.
 
-        Raises VerifierUnavailable where there is none (retries included), VerifierDied where there will be none."""
+        Raises VerifierUnavailable where there is none (retries included), NoVerdict where asking again would not help,
+        VerifierDied where there will be none."""
         ...
 
     async def close(self) -> None: ...
@@ -57,6 +61,7 @@ class EngineVerifier:
     async def start(cls, config: VerifierConfig) -> EngineVerifier:
         model = config.engine.model
         family, tokenizer = family_of(model, config.family), load_tokenizer(model)
+        family.reserve(tokenizer)
         return cls(await Engine.start(config.engine), family, tokenizer, config)
 
     async def answer(self, question: Question, crop: View) -> str:
@@ -70,7 +75,7 @@ class EngineVerifier:
             raise VerifierUnavailable(f"{type(error).__name__}: {error}") from error
         except EngineDied as error:
             raise VerifierDied(f"the verifier's engine died: {error}") from error
-        return completion.text
+        return verdict(completion.text, completion.stopped, self._config.max_tokens)
 
     async def close(self) -> None:
         self._engine.close()
@@ -84,8 +89,10 @@ class EndpointVerifier:
         self._config, self._chat = config, ChatEndpoint(config.endpoint)
 
     async def answer(self, question: Question, crop: View) -> str:
-        body = await asyncio.to_thread(self._body, question, crop)
-        return (await self._chat.complete(body)).text
+        reply = await self._chat.complete(await asyncio.to_thread(self._body, question, crop))
+        if reply.filtered:
+            raise NoVerdict("the verifier's reply was filtered: it gives no verdict on this crop", "filtered")
+        return verdict(reply.text, reply.finished, self._config.max_tokens)
 
     async def close(self) -> None:
         await self._chat.close()
@@ -106,8 +113,40 @@ class EndpointVerifier:
                 {"role": "user", "content": [part for part in parts if part.get("text", "an image")]},
             ],
             "max_tokens": self._config.max_tokens,
-            "temperature": 0.0,
         }
+
+
+def verdict(text: str, finished: bool, max_tokens: int) -> str:
+    """Return what a verifier's reply answers: the text behind its thoughts.
+
+    Raises NoVerdict for a reply that was cut, is empty, or only thinks: nobody has judged the crop then."""
+    if not finished:
+        raise NoVerdict(
+            f"the verifier's reply was cut at {max_tokens} tokens (reward.verifier.max_tokens): {text[-80:]!r}", "cut"
+        )
+    _, closed, behind = text.rpartition("</think>")
+    answer = behind if closed else text
+    if not closed and "<think>" in text:
+        raise NoVerdict(f"the verifier's reply is thoughts without an answer: {text[-80:]!r}", "thoughts")
+    if not answer.strip():
+        raise NoVerdict(f"the verifier's reply is empty: {text[-80:]!r}", "thoughts" if closed else "empty")
+    return answer.strip() if closed else answer
+
+
+def family_of_verifier(config: VerifierConfig) -> ModelFamily:
+    """Return the family that crops are sized for. Raises ValueError, OSError as ``family_of`` does."""
+    if config.backend is Backend.ENGINE:
+        return family_of(config.engine.model, config.family)
+    return import_class(config.family, ModelFamily)() if config.family else Qwen25VL()  # an endpoint resizes itself
+
+
+def recut(question: Question, boxes: Iterable[Box], config: VerifierConfig) -> dict[Box, View]:
+    """Return the boxes cut from the question's own image at ``config.fine_tokens``.
+
+    Raises UnreadableImage, ValueError where they cannot be."""
+    family = family_of_verifier(config)
+    pixels = images.decode(question.image, max_pixels=1 << 40)  # the rollout has decoded it within its own limit
+    return {box: images.view(pixels, box, family, config.fine_tokens) for box in boxes}
 
 
 def strip_for_verifier(question: Question) -> Question:

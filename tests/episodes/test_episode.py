@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ergo_rl.episodes.config import EpisodeConfig, OnBadBox
-from ergo_rl.episodes.episode import CoarseToFine, read_box
-from ergo_rl.episodes.families import Qwen25VL, Tokenizer
+from ergo_rl.episodes.config import BoxNotation, EpisodeConfig, OnBadBox
+from ergo_rl.episodes.episode import CoarseToFine, Generate, TurnRefused, read_box
+from ergo_rl.episodes.families import Corners, Qwen25VL, Tokenizer
 from ergo_rl.episodes.images import UnreadableImage, view
 from ergo_rl.episodes.prompts import ReservedText
-from ergo_rl.episodes.types import Box, BoxOutcome, Finish, Outcome, Question, Trajectory, View
+from ergo_rl.episodes.types import Box, BoxOutcome, Completion, Finish, Outcome, Question, Trajectory, View
 
 FAMILY = Qwen25VL()
 DOCUMENT = Path(__file__).parents[2] / "docs" / "boxes.md"
@@ -56,7 +56,7 @@ SCENES = st.sampled_from([(168, 168, 168, 168), (672, 672, 168, 168), (8000, 300
 
 
 @given(REPLIES, SCENES)
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 def test_read_box_keeps_the_contract_on_any_text(reply: str, scene: tuple[int, int, int, int]) -> None:
     width, height, coarse_width, coarse_height = scene
     coarse = View(Box(0, 0, width, height), np.zeros((coarse_height, coarse_width, 3), np.uint8))
@@ -81,6 +81,40 @@ def test_examples_of_the_documentation_are_true() -> None:
             assert (found, corners) == (outcome, box_column.strip(" |")), example
         documented.add(outcome)
     assert documented == {str(outcome) for outcome in BoxOutcome}
+
+
+UNITS = st.floats(0, 1)
+
+
+@given(st.tuples(UNITS, UNITS, UNITS, UNITS), SCENES)
+def test_shares_of_the_image_are_refused_by_a_family_that_writes_pixels(
+    corners: tuple[float, ...], scene: tuple[int, int, int, int]
+) -> None:
+    width, height, coarse_width, coarse_height = scene
+    coarse = View(Box(0, 0, width, height), np.zeros((coarse_height, coarse_width, 3), np.uint8))
+    written = f"<zoom>[{', '.join(map(str, corners))}]</zoom>"
+    box, outcome = read_box(written, coarse, FAMILY)
+    assert box is None and outcome in (BoxOutcome.SHARES, BoxOutcome.EMPTY)
+    by_shares = read_box(written, coarse, Shares())
+    assert by_shares[1] is not BoxOutcome.SHARES and (by_shares[0] is None or coarse.box.contains(by_shares[0]))
+
+
+class Shares(Qwen25VL):
+    """A family that writes boxes as shares of the image."""
+
+    shares = True
+
+    def read_corners(self, written: Corners, coarse: View) -> Corners:
+        x1, y1, x2, y2 = written
+        return x1 * coarse.width, y1 * coarse.height, x2 * coarse.width, y2 * coarse.height
+
+
+@given(REPLIES, SCENES)
+def test_read_box_in_any_notation_keeps_the_contract(reply: str, scene: tuple[int, int, int, int]) -> None:
+    width, height, coarse_width, coarse_height = scene
+    coarse = View(Box(0, 0, width, height), np.zeros((coarse_height, coarse_width, 3), np.uint8))
+    box, outcome = read_box(reply, coarse, FAMILY, BoxNotation.ANY)
+    assert outcome.usable == (box is not None) and (box is None or coarse.box.contains(box))
 
 
 # --- the episode -------------------------------------------------------------------------------------------------
@@ -218,6 +252,37 @@ def test_run_with_a_truncated_reply_stops(tokenizer: Tokenizer) -> None:
     second, _ = run_episode(tokenizer, (LOOK, True), (READ, False))
     assert (second.outcome, second.box_outcome, len(second.turns)) == (Outcome.TRUNCATED, BoxOutcome.OK, 2)
     assert second.turns[1].finish is Finish.LENGTH
+
+
+def test_run_with_a_refused_turn_costs_that_sample_alone(tokenizer: Tokenizer) -> None:
+    """Turn 1 of sample 3 is so long that turn 2 has no room; a refused turn 1 leaves no trajectory at all."""
+    episodes = CoarseToFine(FAMILY, tokenizer, EpisodeConfig(coarse_tokens=36, fine_tokens=36))
+    prepared = episodes.prepare(QUESTION)
+
+    def refusing(sample: int, refused: int) -> Generate:
+        script = Script(tokenizer, [(LOOK, True), (READ, True)])
+
+        async def generate(token_ids: Sequence[int], views: Sequence[View], turn: int) -> Completion:
+            if (sample, turn) == (3, refused):
+                raise TurnRefused("longer than the maximum model length of 512")
+            return await script.generate(token_ids, views, turn)
+
+        return generate
+
+    async def group(refused: int) -> list[Trajectory]:
+        return await asyncio.gather(*(episodes.run(prepared, n, refusing(n, refused)) for n in range(4)))
+
+    found = asyncio.run(group(1))
+    assert [(one.outcome, len(one.turns)) for one in found] == [(Outcome.ANSWERED, 2)] * 3 + [(Outcome.TRUNCATED, 1)]
+    with pytest.raises(TurnRefused):
+        asyncio.run(group(0))
+
+
+def test_run_with_a_box_that_cannot_be_shown_names_it(tokenizer: Tokenizer) -> None:
+    episodes = CoarseToFine(FAMILY, tokenizer, EpisodeConfig(coarse_tokens=36, fine_tokens=36))
+    script = Script(tokenizer, [(LOOK, True), (READ, True)])
+    with pytest.raises(UnreadableImage, match="cannot be shown"):
+        asyncio.run(episodes.run(episodes.prepare(QUESTION), 0, script.generate, Box(0, 0, 400, 1)))
 
 
 def test_samples_of_a_question_share_its_pixels(tokenizer: Tokenizer) -> None:

@@ -106,6 +106,25 @@ def test_every_special_token_is_reserved_and_plain_text_is_not() -> None:
     assert FAMILY.reserved_text("a < b | c > d") is None
 
 
+def test_reserved_text_when_a_tokenizer_is_given_then_it_is_what_that_one_adds() -> None:
+    """In data, ``<think>`` is plain text until the tokenizer is known: some released ones have no token for it."""
+    family = Qwen25VL()
+    assert family.reserved_text("<think>") == "<think>" and family.reserved_text("<think>", tags=False) is None
+    assert family.reserved_text("a <|box_start|>", tags=False) == "<|box_start|>"
+
+    class Adds:
+        def get_added_vocab(self) -> dict[str, int]:
+            return {"<|im_end|>": 1, "<mark>": 2}
+
+    family.reserve(Adds())
+    assert [family.reserved_text(text) for text in ("<think>", "a <mark>", "<|im_end|>")] == [
+        None,
+        "<mark>",
+        "<|im_end|>",
+    ]
+    assert Qwen25VL().reserved_text("<mark>") is None, "another family object does not know it"
+
+
 def test_family_of_a_folder_goes_by_its_model_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
     assert isinstance(family_of(str(tmp_path)), Qwen25VL)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import Qwen25VL
@@ -60,6 +60,70 @@ def test_decode_applies_exif_rotation() -> None:
     pixels = decode(encoded(image, exif=exif))
     assert pixels.shape == (3, 2, 3)
     assert pixels[0, 1].tolist() == [255, 255, 255] and pixels.sum() == 3 * 255
+
+
+XMP = b'<x:xmpmeta><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def behind_the_pixels(png: bytes, kind: bytes) -> bytes:
+    """Move the chunks of one kind to the end."""
+    chunks, at = [], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        chunks.append(png[at:end])
+        at = end
+    moved = [chunk for chunk in chunks if chunk[4:8] == kind]
+    return png[:8] + b"".join([*(chunk for chunk in chunks[:-1] if chunk not in moved), *moved, chunks[-1]])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "WEBP", "PNG", "AVIF", "XMP in JPEG", "XMP in WEBP", "XMP in PNG",
+                                  "eXIf behind IDAT", "iTXt behind IDAT"])  # fmt: skip
+def test_size_is_that_of_the_pixels_however_the_image_is_turned(kind: str) -> None:
+    plain, exif, text = Image.new("RGB", (32, 12), "red"), Image.Exif(), PngImagePlugin.PngInfo()
+    exif[274] = 6
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    made = {
+        "TIFF": lambda: encoded(plain, "TIFF", tiffinfo={274: 6}),
+        "XMP in JPEG": lambda: encoded(plain, "JPEG", xmp=XMP),
+        "XMP in WEBP": lambda: encoded(plain, "WEBP", xmp=XMP),
+        "XMP in PNG": lambda: encoded(plain, pnginfo=text),
+        "eXIf behind IDAT": lambda: behind_the_pixels(encoded(plain, exif=exif), b"eXIf"),
+        "iTXt behind IDAT": lambda: behind_the_pixels(encoded(plain, pnginfo=text), b"iTXt"),
+    }
+    blob = made.get(kind, lambda: encoded(plain, kind, exif=exif))()
+    assert images.size(blob) == (12, 32) == decode(blob).shape[1::-1]
+
+
+RAMP = np.linspace(0, 1, 256 * 16).reshape(256, 16)
+
+
+@pytest.mark.parametrize(
+    ("white", "kind"),
+    [(65535, np.uint16), (65535, np.int32), (255, np.int32), (1, np.float32), (255, np.float32)],
+)
+def test_deep_grey_is_scaled(white: int, kind: type[np.generic]) -> None:
+    """An even ramp from black to white has the mean 127.5."""
+    pixels = decode(encoded(Image.fromarray((RAMP * white).astype(kind)), "TIFF"))
+    assert pixels.min() == 0 and pixels.max() == 255 and 126.5 < pixels.mean() < 128
+
+
+@pytest.mark.parametrize(("low", "high", "kind"), [(-1, 1, np.float32), (0, 9000, np.float32), (0, 70_000, np.int32),
+                                                   (0, np.nan, np.float32)])  # fmt: skip
+def test_grey_of_no_known_depth_is_refused(low: float, high: float, kind: type[np.generic]) -> None:
+    with pytest.raises(UnreadableImage, match="has grey values"):
+        decode(encoded(Image.fromarray((low + RAMP * (high - low)).astype(kind)), "TIFF"))
+
+
+def test_conversion_in_strips_gives_what_pillow_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 64)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 21, 4), np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        blob = encoded(noise, exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(blob)))
+        white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        assert (decode(blob) == np.asarray(white.convert("RGB"))).all()
 
 
 def test_decode_takes_the_first_frame_of_an_animation() -> None:
@@ -123,7 +187,7 @@ PNG = encoded(Image.new("RGB", (16, 16), "teal"))
 
 
 @given(st.sampled_from([JPEG, PNG]), st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_damaged_bytes_decode_or_are_unreadable(blob: bytes, damage: list[tuple[int, int]]) -> None:
     damaged = bytearray(blob)

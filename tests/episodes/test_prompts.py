@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ergo_rl.episodes.config import PromptTemplates
 from ergo_rl.episodes.families import Qwen25VL
-from ergo_rl.episodes.prompts import ReservedText, fill, letter_options, parse_answer, parse_zoom
+from ergo_rl.episodes.prompts import ReservedText, fill, letter_options, parse_answer, parse_box, parse_zoom
 from ergo_rl.episodes.types import BoxOutcome, Question
 
 FAMILY = Qwen25VL()
@@ -172,3 +172,65 @@ def test_parsing_a_long_reply_is_fast(piece: str) -> None:
         parse_zoom(reply)
         parse_answer(reply)
     assert time.process_time() - started < 0.5
+
+
+# --- boxes in other notations ------------------------------------------------------------------------------------
+
+FOUR = (10.0, 20.5, 30.0, 40.0)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "<zoom>[10, 20.5, 30, 40]</zoom>", '<zoom>{"bbox_2d": [10, 20.5, 30, 40]}</zoom>',
+        "<zoom>[[10, 20.5, 30, 40]]</zoom>",
+        "<zoom>[[10, 20.5], [30, 40]]</zoom>", "<zoom>(10, 20.5), (30, 40)</zoom>", "<zoom>(10,20.5)(30,40)</zoom>",
+        '[{"bbox_2d": [10, 20.5, 30, 40], "label": "mug"}]', '{"bbox": [10, 20.5, 30, 40]}', "(10,20.5),(30,40)",
+        "[10, 20.5, 30, 40]", "The region is [10, 20.5, 30, 40].", "[10, 20.5, 30, 40] and again [10, 20.5, 30, 40]",
+        "<think>[1, 2, 3, 4] is too small</think>[10, 20.5, 30, 40]",
+        '<think>there</think>\n```json\n[\n  {"bbox_2d": [10, 20.5, 30, 40], "label": "the mug"}\n]\n```',
+    ],
+)  # fmt: skip
+def test_parse_box_reads_other_notations(written: str) -> None:
+    assert parse_box(written) == FOUR
+
+
+@pytest.mark.parametrize(
+    ("written", "outcome"),
+    [
+        ("", BoxOutcome.NO_TAG), ("upper left", BoxOutcome.NO_TAG), ("[1, 2, 3]", BoxOutcome.NO_TAG),
+        ("10, 20, 30, 40", BoxOutcome.NO_TAG), ("<zoom>upper left</zoom>", BoxOutcome.MALFORMED),
+        ("<zoom>upper left</zoom> [1, 2, 3, 4]", BoxOutcome.MALFORMED),
+        ("[1, 2, 3, 4], [5, 6, 7, 8]", BoxOutcome.SEVERAL),
+        ('[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 6, 7, 8]}]', BoxOutcome.SEVERAL),
+        ("<zoom>[1, 2, 3, 4]</zoom><zoom>[1, 2, 3, 4]</zoom>", BoxOutcome.SEVERAL),
+        ("<think>[1, 2, 3, 4]</think>nowhere", BoxOutcome.NO_TAG),
+    ],
+)  # fmt: skip
+def test_parse_box_names_why_there_is_no_box(written: str, outcome: BoxOutcome) -> None:
+    assert parse_box(written) is outcome
+
+
+@given(
+    st.tuples(*[st.integers(-(10**6), 10**6)] * 4),
+    st.sampled_from(["[{}, {}, {}, {}]", "[[{},{}],[{},{}]]", "({} ,{}), ({}, {})"]),
+)
+def test_parse_box_reads_any_four_numbers_in_any_notation(four: tuple[int, ...], notation: str) -> None:
+    assert parse_box(f"<think>there</think>{notation.format(*four)}") == four
+    assert parse_box(f"<zoom>{notation.format(*four)}</zoom>") == four
+
+
+@given(
+    st.text()
+    | st.lists(st.sampled_from(["[", "(", "1", "2.5", ",", " ", "]", ")", "nan", "<zoom>", "</zoom>"])).map("".join)
+)
+def test_parse_box_agrees_with_parse_zoom_where_that_reads_a_box(reply: str) -> None:
+    strict, found = parse_zoom(reply), parse_box(reply)
+    assert found == strict or isinstance(strict, BoxOutcome) or any(number != number for number in strict)
+
+
+@pytest.mark.parametrize("piece", ["[", "[ ", "(1,", "[1, 2, 3, ", "1" * 50, " ", "[1,2],["])
+def test_parse_box_takes_no_long_time(piece: str) -> None:
+    started = time.process_time()
+    parse_box(piece * 20_000)
+    assert time.process_time() - started < 1.0

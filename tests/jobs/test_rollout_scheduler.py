@@ -192,7 +192,7 @@ def test_stale_groups_are_handed_out_with_keep_stale() -> None:
     assert scheduler.metrics()["count/stale_groups"] == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     stops=st.lists(st.integers(0, 3), max_size=4),
     delays=st.lists(st.integers(0, 5), min_size=1, max_size=7),

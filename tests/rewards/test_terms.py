@@ -126,7 +126,9 @@ def test_accuracy_counts_after_the_fallback_but_not_without_turn_two() -> None:
     [
         ("<think>x</think><zoom>[1, 2, 3, 4]</zoom>", True),
         (" \n<think>\nx\n</think>\n\n<zoom>[1, 2, 3, 4]</zoom>\n", True),
-        ("<think></think><zoom></zoom>", True),  # what is in the tags is for others to judge
+        ("<think>a</think><zoom></zoom>", True),  # what is in the tag is for others to judge
+        ("<think></think><zoom>[1, 2, 3, 4]</zoom>", False),
+        ("<think> \n</think><zoom>[1, 2, 3, 4]</zoom>", False),
         ("<think>a < b</think><zoom>1</zoom>", True),
         ("<zoom>1</zoom>", False),
         ("<think>x</think>", False),

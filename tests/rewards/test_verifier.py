@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from PIL import Image
 from ergo_rl.episodes.families import Qwen25VL
 from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Question, Score, Trajectory, Unscored, Verdict, View
 from ergo_rl.rewards.config import Backend, EndpointConfig, RewardConfig, VerifierConfig
-from ergo_rl.rewards.endpoint import VerifierUnavailable
+from ergo_rl.rewards.endpoint import NoVerdict, VerifierUnavailable
 from ergo_rl.rewards.pool import RewardWorker
-from ergo_rl.rewards.verifier import EndpointVerifier, resize_view, strip_for_verifier
+from ergo_rl.rewards.verifier import EndpointVerifier, resize_view, strip_for_verifier, verdict
 from tests.rewards.builders import GOOD_BOX, QUESTION, SCENE, ended_early, played, view
 from tests.rewards.conftest import Endpoint, fails, says
 
@@ -268,6 +269,96 @@ def test_worker_start_raises_when_the_verifier_cannot_answer(endpoint: Endpoint)
 def test_worker_raises_other_errors(endpoint: Endpoint) -> None:
     with pytest.raises(ValueError, match="'nonsense' is not a valid BoxOutcome"):
         score(endpoint.url, played(box_outcome="nonsense"))  # type: ignore[arg-type]
+
+
+# --- no verdict --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "answer"),
+    [
+        ("B", True, "B"),
+        ("<think>A? No, B.</think>\n\nB", True, "B"),
+        ("It could be A, but it is B.</think>\n\nB", True, "B"),
+        ("<think>one</think> A <think>two</think> B", True, "B"),
+        ("hm <answer>B</answer> ", True, "hm <answer>B</answer> "),
+    ],
+)
+def test_verdict_is_what_stands_behind_the_thoughts(text: str, finished: bool, answer: str) -> None:
+    assert verdict(text, finished, 32) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "kind"),
+    [
+        ("Let me look at the picture. In the upper left", False, "cut"),
+        ("<answer>B</answer> and", False, "cut"),
+        ("", False, "cut"),
+        ("", True, "empty"),
+        (" \n", True, "empty"),
+        ("<think>It is B.", True, "thoughts"),
+        ("<think>It is B.</think>\n", True, "thoughts"),
+    ],
+)
+def test_reply_without_an_answer_is_no_verdict(text: str, finished: bool, kind: str) -> None:
+    with pytest.raises(NoVerdict) as caught:
+        verdict(text, finished, 32)
+    assert caught.value.kind == kind
+
+
+def finishes(text: str | None, reason: str, **message: str) -> Any:
+    said = {"role": "assistant", "content": text, **message}
+    return 200, json.dumps({"choices": [{"message": said, "finish_reason": reason}]}).encode(), {}
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (finishes("<answer>B</answer> because", "length"), "cut"),
+        (finishes(None, "length"), "cut"),
+        (finishes("", "stop"), "empty"),
+        (finishes("", "content_filter"), "filtered"),
+        (finishes(None, "stop", refusal="I cannot look at people"), "filtered"),
+        (finishes(None, "stop", reasoning_content="It is B."), "empty"),
+        (finishes("<think>It is B.", "stop"), "thoughts"),
+        (fails(400), "refused"),
+        (fails(500), "unavailable"),
+    ],
+)
+def test_trajectory_without_a_verdict_is_unscored_and_never_zero(endpoint: Endpoint, reply: Any, kind: str) -> None:
+    endpoint.script = [says("grey")]
+    endpoint.answer = lambda body: reply
+    (found,) = score(endpoint.url, played(), retries=0)
+    assert isinstance(found, Unscored) and found.kind == kind and found.may_pass == (kind == "unavailable")
+
+
+def test_worker_starts_with_a_verifier_whose_first_reply_is_cut(endpoint: Endpoint) -> None:
+    endpoint.script = [finishes("The picture shows", "length")]
+    (found,) = score(endpoint.url, played())
+    assert isinstance(found, Score)
+
+
+# --- crops of the verifier's own budget --------------------------------------------------------------------------
+
+
+def test_verifier_sees_the_original_pixels_at_its_own_budget(endpoint: Endpoint) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    asked = replace(QUESTION, image=file.getvalue())
+    config = configured(endpoint.url)
+    box = Box(100, 100, 324, 324)  # 8 x 8 visual tokens of Qwen2.5-VL; the policy's copy has 2 x 2
+
+    async def run(fine_tokens: int, question: Question) -> Verdict:
+        worker = RewardWorker(replace(config, verifier=replace(config.verifier, fine_tokens=fine_tokens)))
+        await worker.start()
+        return (await worker.score(question, (played(box=box),)))[0]
+
+    assert isinstance(asyncio.run(run(0, asked)), Score) and images_in(endpoint.bodies[-1])[0].shape == (56, 56, 3)
+    assert isinstance(asyncio.run(run(64, asked)), Score)
+    assert (images_in(endpoint.bodies[-1])[0] == pixels[100:324, 100:324]).all()
+    unreadable = asyncio.run(run(64, replace(asked, image=b"no image")))
+    assert isinstance(unreadable, Unscored) and "cannot be cut from the original" in unreadable.reason
 
 
 # --- crops for another family ------------------------------------------------------------------------------------
