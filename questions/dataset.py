@@ -7,13 +7,17 @@ Columns: ``id`` (text or whole number), ``image`` (encoded bytes, a path, or Hug
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import logging
+import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +25,8 @@ import pyarrow.parquet as pq
 
 from ergo_rl.episodes.config import OnBadRow, QuestionsConfig
 from ergo_rl.episodes.types import Question
-from ergo_rl.errors import ErgoError
-from ergo_rl.questions.rows import BadCell, Cells, image_cell, read_question, shorten
+from ergo_rl.errors import ErgoError, first_line
+from ergo_rl.questions.rows import BadCell, Cells, element, image_cell, path_below, read_question, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,13 @@ SCHEMA = pa.schema(
 _REQUIRED = ("id", "image", "text", "options", "answer")
 _WARNINGS = 10
 """Bad rows that are logged one by one; later ones are only counted."""
+LARGE_GROUP, PART = 256 << 20, 64 << 20
+"""Bytes: a row group larger than the one is read in parts of about the other. Published files hold all they have in one
+row group of some gigabytes; above 2 GB a column of images cannot be read in one piece at all."""
+_SHARING = 4
+"""So many times the bytes of its images a row group may be in memory, where rows share them (HR-Bench: four rows)."""
+READ_BUFFER = 1 << 20
+"""Bytes of a file that are read ahead; without it Parquet reads a whole column of a row group at once."""
 
 
 class DatasetError(ErgoError, ValueError):
@@ -62,17 +73,27 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class _RowGroup:
+    """A row group, or a part of a large one."""
+
     file: pq.ParquetFile
     path: Path
     index: int
     first_row: int
+    """In the file."""
     rows: int
+    before: int = 0
+    """Rows of the same row group before this part."""
+    number: int = 0
+    """Of the file among those of the stream."""
 
 
 class QuestionStream(Iterator[Question]):
     """Endless questions: epoch after epoch, each a permutation of the rows.
 
-    ``skipped`` counts bad rows by column; ``reasons`` holds the last of their messages.
+    A path may be a file, a pattern (``data/*.parquet``) or a folder. Rows whose id is met twice, in one file or in
+    several, get ids ``FILE NUMBER/NAME/ROW: ID``. A row group above 256 MB is read, and its rows are shuffled, in parts
+    of about 64 MB. ``skipped`` counts bad rows by column (``row group``: what cannot be read as a whole); ``reasons``
+    holds the last of their messages.
 
     Raises DatasetError (no files, no such file, not Parquet, no rows, a missing column); while iterating BadRow (with
     ``on_bad_row: error``) and DatasetError when a whole epoch had no usable row.
@@ -90,8 +111,12 @@ class QuestionStream(Iterator[Question]):
         self.config = config
         self.skipped: Counter[str] = Counter()
         self.reasons: deque[str] = deque(maxlen=20)
-        self._groups = [group for path in config.paths for group in _open(Path(path))]
+        paths = expand_paths([Path(path) for path in config.paths], (".parquet",))
+        self._groups = [group for number, path in enumerate(paths, 1) for group in _open(path, number)]
         self._rows = sum(group.rows for group in self._groups)
+        if shared := _shared_ids(self._groups):
+            logger.warning("%d ids stand for several rows each: these are told apart by file and row", len(shared))
+        self._shared = shared
         self.restore(Cursor())
 
     def __len__(self) -> int:
@@ -136,8 +161,8 @@ class QuestionStream(Iterator[Question]):
             )
         self.restore(Cursor(self._epoch + 1))
 
-    def _rows_from(self, cursor: Cursor) -> Iterator[tuple[int, _RowGroup, pa.Table, int]]:
-        """Yield (position behind the row, its group, the group's table, row in the table)."""
+    def _rows_from(self, cursor: Cursor) -> Iterator[tuple[int, _RowGroup, pa.Table | BadCell, int]]:
+        """Yield (position behind the row, its group, the group's table or why there is none, row in the table)."""
         position = 0
         for number in self._order(len(self._groups), cursor.epoch):
             group = self._groups[number]
@@ -156,10 +181,17 @@ class QuestionStream(Iterator[Question]):
         order: list[int] = np.random.default_rng([self.config.seed, len(stream), *stream]).permutation(count).tolist()
         return order
 
-    def _read(self, group: _RowGroup, table: pa.Table, row: int) -> Question:
-        cells: Cells = {name: _cell(table, name, row) for name in table.column_names}
-        root = Path(self.config.image_root) if self.config.image_root else group.path.parent
-        return read_question(cells, partial(_image_below, root), max_pixels=self.config.max_image_pixels)
+    def _read(self, group: _RowGroup, table: pa.Table | BadCell, row: int) -> Question:
+        if isinstance(table, BadCell):
+            raise table
+        with element("row"):
+            cells: Cells = {name: _cell(table, name, row) for name in table.column_names}
+            root = Path(self.config.image_root) if self.config.image_root else group.path.parent
+            question = read_question(cells, partial(_image_below, root), max_pixels=self.config.max_image_pixels)
+        if question.id in self._shared:
+            apart = f"{group.number}/{group.path.name}/{group.first_row + row}: {question.id}"
+            question = replace(question, id=apart)
+        return question
 
     def _skip(self, bad: BadCell, where: str) -> None:
         message = f"{where}, column {bad.column!r}: {bad.reason}"
@@ -175,28 +207,58 @@ class QuestionStream(Iterator[Question]):
 
 
 def write_questions(
-    path: Path, questions: Iterator[Question], rows_per_group: int = 64, group_bytes: int = 64 << 20
+    path: Path,
+    questions: Iterator[Question],
+    rows_per_group: int = 64,
+    group_bytes: int = 64 << 20,
+    metadata: Callable[[], Mapping[str, str]] = dict,
 ) -> int:
     """Write a Parquet file that ``QuestionStream`` reads; return the number of rows. Images must be bytes.
 
-    A row group, which is read as a whole, ends after ``rows_per_group`` rows or ``group_bytes`` of images."""
+    A row group, which is read as a whole, ends after ``rows_per_group`` rows or ``group_bytes`` of images. An image
+    that several rows of a group share is stored once. ``metadata`` is asked when all rows are written."""
     count = 0
-    with pq.ParquetWriter(path, SCHEMA) as writer:
+    with pq.ParquetWriter(path, SCHEMA, dictionary_pagesize_limit=_SHARING * group_bytes) as writer:
         for batch in _grouped(questions, rows_per_group, group_bytes):
             writer.write_table(pa.Table.from_pylist([_row(question) for question in batch], SCHEMA))
             count += len(batch)
+        writer.add_key_value_metadata(dict(metadata()))
     return count
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """Give the name that ``out`` is written under, to be renamed when it is whole. One process at a time has it, others
+    wait. It is gone afterwards; one that a killed process left is written over."""
+    aside = out.with_name(f".{out.name}.writing")
+
+    def is_mine(file: IO[bytes]) -> bool:
+        return aside.exists() and os.path.samestat(os.fstat(file.fileno()), aside.stat())
+
+    while True:
+        with aside.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not is_mine(file):  # whoever had it renamed or removed it
+                continue
+            try:
+                yield aside
+            finally:
+                if is_mine(file):
+                    aside.unlink()
+            return
 
 
 def _grouped(questions: Iterator[Question], rows: int, size: int) -> Iterator[list[Question]]:
     batch: list[Question] = []
-    held = 0
+    stored = held = 0  # bytes of images, once and as often as rows have them
     for question in questions:
+        shared = bool(batch) and batch[-1].image == question.image
         batch.append(question)
-        held += len(question.image) if isinstance(question.image, bytes) else 0
-        if len(batch) == rows or held >= size:
+        length = len(question.image) if isinstance(question.image, bytes) else 0
+        stored, held = stored + (0 if shared else length), held + length
+        if len(batch) == rows or stored >= size or held >= _SHARING * size:
             yield batch
-            batch, held = [], 0
+            batch, stored, held = [], 0, 0
     if batch:
         yield batch
 
@@ -207,50 +269,112 @@ def _row(question: Question) -> dict[str, Any]:
     return {**cells, "options": list(question.options), "boxes": boxes}
 
 
-def _open(path: Path) -> list[_RowGroup]:
+def expand_paths(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
+    """Return the files that paths, patterns (``data/*.parquet``) and folders name, in order.
+
+    Of a folder these are the files with the first of ``suffixes`` that any has, directly in it or in its folder
+    ``data``. Raises DatasetError where there is none."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += _files_in(path, suffixes)
+        elif glob.has_magic(str(path)) and not path.exists():
+            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            if not matches:
+                raise DatasetError(f"there is no file {path}")
+            found += matches
+        else:
+            found.append(path)
+    return found
+
+
+def _files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    for place in (folder, folder / "data"):
+        names = sorted(one for one in place.glob("*") if one.is_file() and not one.name.startswith("."))
+        for suffix in suffixes:
+            if files := [one for one in names if one.suffix.lower() == suffix and not one.match("*.report.json")]:
+                return files
+    raise DatasetError(f"there is no {' or '.join(suffixes)} file in the folder {folder} or in {folder / 'data'}")
+
+
+def _open(path: Path, number: int = 0) -> list[_RowGroup]:
     if not path.is_file():
         raise DatasetError(f"there is no file {path}")
     try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path} is not a Parquet file, or damaged: {error}") from error
-    names = file.schema_arrow.names
+        file = pq.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False)
+        names = file.schema_arrow.names
+        sizes = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        large = [(group.num_rows, group.total_byte_size > LARGE_GROUP, group.total_byte_size) for group in sizes]
+    except Exception as error:
+        raise DatasetError(f"{path} is not a Parquet file, or damaged: {first_line(error)}") from error
     if missing := [name for name in _REQUIRED if name not in names]:
         raise DatasetError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(names)}")
+    if twice := [name for name in _columns(file) if names.count(name) > 1]:
+        raise DatasetError(f"{path} has several columns {', '.join(map(repr, twice))}; rename or remove all but one")
     if not file.metadata.num_rows:
         raise DatasetError(f"{path} has no rows")
     groups: list[_RowGroup] = []
     first = 0
-    for index in range(file.metadata.num_row_groups):
-        rows = file.metadata.row_group(index).num_rows
-        groups.append(_RowGroup(file, path, index, first, rows))
+    for index, (rows, is_large, size) in enumerate(large):
+        step = max(1, rows * PART // size) if is_large else max(1, rows)
+        for before in range(0, rows, step):
+            part = min(step, rows - before)
+            groups.append(_RowGroup(file, path, index, first + before, part, before, number))
         first += rows
     return groups
 
 
-def _table(group: _RowGroup) -> pa.Table:
+def _shared_ids(groups: Sequence[_RowGroup]) -> frozenset[str]:
+    """Return the ids that several rows have. What cannot be read is left out: rows say so when it is their turn."""
+    met, twice = set[str](), set[str]()
+    for group in (group for group in groups if not group.before):
+        try:
+            for batch in group.file.iter_batches(batch_size=1 << 16, row_groups=[group.index], columns=["id"]):
+                for value in batch.column(0).to_pylist():
+                    identity = str(value)
+                    (twice if identity in met else met).add(identity)
+        except Exception as error:
+            logger.warning("%s: the ids of row group %d cannot be compared: %s", group.path, group.index, error)
+    return frozenset(twice - {"None"})
+
+
+def _table(group: _RowGroup) -> pa.Table | BadCell:
+    """Read a row group, or a part of one; the BadCell of all its rows where that fails."""
     try:
-        table = group.file.read_row_group(group.index, columns=_columns(group.file))
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{group.path} is damaged, its row group {group.index} cannot be read: {error}") from error
-    if table.num_rows != group.rows:
-        raise DatasetError(
-            f"{group.path} is damaged: its row group {group.index} has {table.num_rows} rows, not {group.rows}"
-        )
-    return table
+        with element("row group", f"is damaged: {group.index} of {group.path}"):
+            whole = group.rows == group.file.metadata.row_group(group.index).num_rows
+            table = group.file.read_row_group(group.index, columns=_columns(group.file)) if whole else _part(group)
+            if table.num_rows != group.rows:
+                raise BadCell("row group", f"is damaged: it has {table.num_rows} rows, not {group.rows}")
+            return table
+    except BadCell as bad:
+        return bad
+
+
+def _part(group: _RowGroup) -> pa.Table:
+    """Read a part of a row group batch by batch, and no more of the group's rows at once."""
+    pa.default_memory_pool().release_unused()  # of the part before: a page of a published file may have some 100 MB
+    found, at, end = [], 0, group.before + group.rows
+    batches = group.file.iter_batches(group.rows, row_groups=[group.index], columns=_columns(group.file))
+    for batch in batches:
+        start, stop = max(group.before - at, 0), min(end - at, batch.num_rows)
+        if start < stop:
+            found.append(batch.slice(start, stop - start))
+        at += batch.num_rows
+        if at >= end:
+            break
+    return pa.Table.from_batches(found)
 
 
 def _cell(table: pa.Table, name: str, row: int) -> Any:
-    try:
+    with element(name):  # text that is not UTF-8, a day in the year 10^11
         return table.column(name)[row].as_py()
-    except (pa.ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, a day in the year 10^11
-        raise BadCell(name, f"cannot be read: {error}") from error
 
 
-def _identity(table: pa.Table, row: int) -> str:
+def _identity(table: pa.Table | BadCell, row: int) -> str:
     """The row's id as messages show it."""
     try:
-        return shorten(_cell(table, "id", row))
+        return "unreadable" if isinstance(table, BadCell) else shorten(_cell(table, "id", row))
     except BadCell:
         return "unreadable"
 
@@ -264,14 +388,7 @@ def _image_below(root: Path, value: object) -> bytes | Path:
     name = image_cell(value)
     if isinstance(name, bytes):
         return name
-    home = root.resolve()
-    try:
-        path = (home / name).resolve()
-        inside, there = path.is_relative_to(home), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, links in a circle
-        raise BadCell("image", f"the path {shorten(name)} cannot be followed: {error!s:.400}") from error
-    if not inside:
-        raise BadCell("image", f"the path {shorten(name)} leaves {root}")
-    if not there:
+    path = path_below(root, name)
+    if not path.is_file():
         raise BadCell("image", f"no file {shorten(str(path))}")
     return path

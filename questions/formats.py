@@ -1,45 +1,55 @@
-"""Published data sets -> questions: which column is what, how boxes are written, where options are.
+"""Published data sets -> questions: which column is what, and what a row needs before its columns can be read.
 
 There is one ``DatasetFormat`` for each, by the data set card (``DatasetFormat.card``) and the evaluation code that it
-names. To add one, add an entry to ``FORMATS``.
+names. To add one, add an entry to ``FORMATS``. What data sets write in several ways (options, answers, boxes) is
+decided in ``conventions``, from all rows.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import re
-import string
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from ergo_rl.episodes import images
 from ergo_rl.episodes.types import Box, Question
-from ergo_rl.questions.readers import ImageNotFound, ImageStore
-from ergo_rl.questions.rows import BadCell, Cells, four_numbers, image_cell, read_question, read_text, shorten
+from ergo_rl.questions.conventions import (
+    LETTERS,
+    BoxCorners,
+    BoxUnit,
+    Conventions,
+    Option,
+    Options,
+    Survey,
+    answer_text,
+    list_of_boxes,
+    listed_options,
+    read_answer,
+    row_options,
+    split_options,
+)
+from ergo_rl.questions.image_store import LONGEST_NAME, ImageNotFound, ImageStore
+from ergo_rl.questions.rows import (
+    BadCell,
+    Cells,
+    Unreadable,
+    element,
+    four_numbers,
+    image_cell,
+    image_size,
+    read_question,
+    read_text,
+    shorten,
+)
 
 FIELDS = ("id", "image", "text", "options", "answer", "boxes", "source")
-
-
-class BoxCorners(StrEnum):
-    """What the four numbers of a box are: two corners, or a corner with width and height."""
-
-    XYXY = "xyxy"
-    XYWH = "xywh"
-
-
-class BoxUnit(StrEnum):
-    """Unit of the numbers of a box: pixels of the original, shares of its sides (0 to 1), or thousandths of them."""
-
-    PIXELS = "pixels"
-    SHARE = "share"
-    THOUSANDTHS = "thousandths"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +60,11 @@ class DatasetFormat:
     card: str
     """Address of the data set card; empty for no data set in particular."""
     columns: Mapping[str, Sequence[str]]
-    """For each of FIELDS the columns that may hold it: the first that a row has counts."""
+    """For each of FIELDS the columns that may hold it: the first that a row has counts. A dot leads into a column that
+    is an object or a list: ``reward_model.ground_truth``, ``images.0``."""
     corners: BoxCorners = BoxCorners.XYXY
     unit: BoxUnit = BoxUnit.PIXELS
+    """What the card says; rows that cannot be so are refused (``conventions``)."""
     rewrite: Callable[[Cells, ImageStore], Cells] = field(default=lambda cells, store: cells)
     """Changes a row before its columns are read."""
 
@@ -61,6 +73,42 @@ class DatasetFormat:
         if unknown := sorted(columns.keys() - set(FIELDS)):
             raise ValueError(f"{', '.join(unknown)}: a question has no such field, it has {', '.join(FIELDS)}")
         return replace(self, columns={**self.columns, **{name: (column,) for name, column in columns.items()}})
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """Columns with images, which a survey of the rows leaves out."""
+        others = {name.partition(".")[0] for key, names in self.columns.items() if key != "image" for name in names}
+        return tuple(name for name in self.columns["image"] if name not in others)
+
+    def find(self, cells: Cells, name: str) -> tuple[str, Any]:
+        """Return (column, value) of one of FIELDS; ("", None) where no column holds it. Raises BadCell for a cell that
+        could not be read."""
+        for column in self.columns.get(name, ()):
+            value = _reach(cells, column)
+            if isinstance(value, Unreadable):
+                raise BadCell(name, value.reason)
+            if value is not None and not (isinstance(value, str | list) and len(value) == 0):
+                return column, value
+        return "", None
+
+
+def _reach(cells: Cells, column: str) -> Any:
+    """The value of a column, by its name or by a way into it. A number of pandas' for "nothing" is nothing."""
+    if column in cells:
+        value = cells[column]
+        return None if isinstance(value, float) and math.isnan(value) else value
+    value = cells
+    for step in column.split("."):
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return value if isinstance(value, Unreadable) else None
+    return value
+
+
+# --- one row ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,42 +119,62 @@ class ConvertedRow:
     """Its image as bytes."""
     clipped: int
     """How many of its boxes left the image by a margin and were cut to it."""
+    columns: Mapping[str, str]
+    """Where each of FIELDS was found."""
+
+
+def see_row(cells: Cells, dataset: DatasetFormat, store: ImageStore, survey: Survey, sizes: bool = False) -> None:
+    """Count one row in a survey; ``sizes``: compare its boxes with the size of its image instead.
+
+    Raises BadCell for a row that will be skipped."""
+    with element("row"):
+        cells = _with_conversation(dataset.rewrite(cells, store))
+        boxes = list_of_boxes(dataset.find(cells, "boxes")[1])
+        if not sizes:
+            _, options = _text_and_options(cells, dataset)
+            survey.see(options, dataset.find(cells, "answer")[1], boxes, cells)
+        elif boxes:
+            width, height = image_size(_load_image(store, dataset.find(cells, "image")[1]))
+            for numbers in boxes:
+                survey.see_size(numbers, width, height)
 
 
 def convert_row(
-    cells: Cells, dataset: DatasetFormat, store: ImageStore, number: int, source: str, decode: bool = False
+    cells: Cells,
+    dataset: DatasetFormat,
+    store: ImageStore,
+    number: int,
+    source: str,
+    conventions: Conventions,
+    decode: bool = False,
 ) -> ConvertedRow:
     """Convert one row. ``number`` and ``source`` make its id where the row has none; ``decode``: decode the image to
     its end, not its header only.
 
-    Raises BadCell for a row that is no question."""
-    cells = dataset.rewrite(cells, store)
-    found = {name: _first(cells, dataset.columns.get(name, ())) for name in FIELDS}
-    text, options = _options(_text("text", found["text"]), found["options"], cells)
-    clipped: list[bool] = []
-    question = read_question(
-        {
-            "id": f"{source}-{number}" if found["id"] is None else _text("id", found["id"]),
-            "image": found["image"],
-            "text": text,
-            "options": options,
-            "answer": _answer(found["answer"], options),
-            "boxes": _list_of_boxes(found["boxes"]),
-            "source": source if found["source"] is None else _text("source", found["source"]),
-        },
-        load_image=partial(_load_image, store),
-        read_box=partial(_clipped_box, dataset, clipped),
-    )
-    if decode:
-        try:
-            images.decode(question.image)
-        except images.UnreadableImage as error:
-            raise BadCell("image", str(error)) from error
-    return ConvertedRow(question, sum(clipped))
-
-
-def _first(cells: Cells, names: Sequence[str]) -> Any:
-    return next((cells[name] for name in names if cells.get(name) not in (None, "")), None)
+    Raises BadCell for a row that is no question, whatever the reason."""
+    with element("row"):
+        cells = _with_conversation(dataset.rewrite(cells, store))
+        found = {name: dataset.find(cells, name) for name in FIELDS}
+        text, listed = _text_and_options(cells, dataset, conventions)
+        options = row_options(listed, conventions)
+        clipped: list[bool] = []
+        question = read_question(
+            {
+                "id": f"{source}-{number}" if found["id"][1] is None else _text("id", found["id"][1]),
+                "image": found["image"][1],
+                "text": text,
+                "options": [option.text for option in options],
+                "answer": read_answer(answer_text(found["answer"][1]), options, conventions),
+                "boxes": list_of_boxes(found["boxes"][1]),
+                "source": source if found["source"][1] is None else _text("source", found["source"][1]),
+            },
+            load_image=partial(_load_image, store),
+            read_box=partial(_clipped_box, conventions, clipped),
+        )
+        if decode:
+            with element("image", "does not decode"):
+                images.decode(question.image)
+        return ConvertedRow(question, sum(clipped), {name: column for name, (column, _) in found.items()})
 
 
 def _text(column: str, value: Any) -> str:
@@ -116,143 +184,110 @@ def _text(column: str, value: Any) -> str:
     return read_text(column, value).strip()
 
 
-# --- options and answers ---------------------------------------------------------------------------------------------
-
-_LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*\S)\s*")
-_INSTRUCTION = re.compile(
-    r"\s*(?:(?:please )?(?:answer|respond|select|choose)\b.*\b(?:option|choice|letter)s?\b.*|options?:|choices:)\s*",
-    re.IGNORECASE,
-)
-_NOTHING = ("", "nan", "none", "null")
-
-
-def split_options(text: str) -> tuple[str, list[str]]:
-    """Split a text with lines ``(A) ...``, ``(B) ...`` (or ``A. ...``) into the question without them, and the options
-    without their letters. A line that asks to answer with a letter is left out: prompts say that in words of their own.
-    Lines that do not count up from A are no options."""
-    stem, options = list[str](), list[str]()
-    for line in text.splitlines():
-        lettered = _LETTERED.fullmatch(line)
-        if lettered and (lettered[1] or lettered[2]) == string.ascii_uppercase[len(options) % 26]:
-            options.append(lettered[3])
-        else:
-            stem.append(line)
-    if len(options) < 2:
-        return text.strip(), []
-    return "\n".join(line for line in stem if not _INSTRUCTION.fullmatch(line)).strip(), options
+def _text_and_options(
+    cells: Cells, dataset: DatasetFormat, conventions: Conventions | None = None
+) -> tuple[str, Options]:
+    """The question without its options, and these: from a column of their own, from columns A, B, C, ..., or from the
+    text itself."""
+    text = _text("text", dataset.find(cells, "text")[1]).replace("<image>", "").strip()
+    none = (conventions or Conventions()).none
+    options = listed_options(dataset.find(cells, "options")[1], cells, none)
+    stem, lines = split_options(text)
+    if not options.items:
+        return stem, Options(tuple(map(Option, LETTERS, lines)), labelled=bool(lines))
+    repeated = len(lines) == len(options.items)  # they stand in the text, too: prompts add them again
+    return stem if repeated else text, options
 
 
-def _options(text: str, given: Any, cells: Cells) -> tuple[str, list[str]]:
-    """(text, options): from a column of their own, from columns A, B, C, ..., or from the text itself."""
-    text = text.replace("<image>", "").strip()
-    if given is None and "A" in cells:
-        given = [cells[letter] for letter in string.ascii_uppercase if letter in cells]
-        while given and str(given[-1] if given[-1] is not None else "").strip().lower() in _NOTHING:
-            given.pop()
-    if given is None or given == []:
-        text, options = split_options(text)
-    else:
-        listed = _json("options", given) if isinstance(given, str) else given
-        listed = list(listed.values()) if isinstance(listed, dict) else listed
-        if not isinstance(listed, list):
-            raise BadCell("options", f"should be a list, is {given!r:.60}")
-        options = [_unlettered(_text("options", option), place) for place, option in enumerate(listed)]
-    if len(options) == 1 or len(options) > 26:
-        raise BadCell("options", f"there are {len(options)}, need 2 to 26 or none")
-    return text, options
+def _with_conversation(cells: Cells) -> Cells:
+    """Add ``conversation.question`` and ``conversation.answer``: the first exchange of a conversation, as LLaVA,
+    ShareGPT, ms-swift and verl write it (``conversations``, ``messages``, ``prompt``)."""
+    for column in ("conversations", "messages", "prompt"):
+        talk = cells.get(column)
+        if isinstance(talk, list) and talk and all(isinstance(turn, Mapping) for turn in talk):
+            turns = [(_role(turn), _said(turn)) for turn in talk]
+            asked = next((place for place, (role, _) in enumerate(turns) if role in ("human", "user")), None)
+            if asked is not None:
+                reply = turns[asked + 1][1] if asked + 1 < len(turns) else None
+                return {**cells, "conversation": {"question": turns[asked][1], "answer": reply}}
+    return cells
 
 
-def _unlettered(option: str, place: int) -> str:
-    lettered = _LETTERED.fullmatch(option)
-    return lettered[3] if lettered and (lettered[1] or lettered[2]) == string.ascii_uppercase[place % 26] else option
+def _role(turn: Mapping[str, Any]) -> str:
+    return str(turn.get("from") or turn.get("role") or "").lower()
 
 
-def _answer(value: Any, options: Sequence[str]) -> str:
-    """The letter where there are options."""
-    answer = _text("answer", value[0] if isinstance(value, list) and value else value)
-    if not options:
-        return answer
-    letters = string.ascii_uppercase[: len(options)]
-    if (bare := re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", answer)) and bare[1].upper() in letters:
-        return bare[1].upper()
-    same = [place for place, option in enumerate(options) if option.casefold() == answer.casefold()]
-    if len(same) != 1 and (lettered := _LETTERED.fullmatch(answer)):
-        same = [place for place, option in enumerate(options) if option.casefold() == lettered[3].casefold()]
-    if len(same) != 1:
-        raise BadCell("answer", f"{answer!r:.60} is none of the {len(options)} options")
-    return letters[same[0]]
+def _said(turn: Mapping[str, Any]) -> str | None:
+    value = turn.get("value") if turn.get("value") is not None else turn.get("content")
+    if isinstance(value, list):
+        value = "\n".join(str(part["text"]) for part in value if isinstance(part, Mapping) and part.get("text"))
+    return value if isinstance(value, str) else None
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
-_BEGINNINGS = ("/9j/", "iVBOR", "UklGR", "R0lGOD", "Qk", "SUkq", "TU0A")
-"""Of JPEG, PNG, WebP, GIF, BMP and TIFF in base64."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+_BEGINNINGS = ("/9j/", "iVBOR", "UklGR", "R0lGOD", "Qk", "SUkq", "TU0A", "AAAAIGZ0eX", "AAAAHGZ0eX")
+"""Of JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF in base64."""
+
+
+class Names(tuple[str, ...]):
+    """Names of one image; the first that is there counts."""
 
 
 def _load_image(store: ImageStore, value: Any) -> bytes:
     """The encoded image of bytes, base64, a data URL or a name; also of a list that means the same image throughout."""
-    if isinstance(value, list):
-        names = {item.partition("###")[0] if isinstance(item, str) else repr(item) for item in value}
-        if len(names) != 1:
-            raise BadCell("image", f"{len(names)} images; a question has one")
-        value = value[0].partition("###")[0] if isinstance(value[0], str) else value[0]
-    encoded = image_cell(value)
+    if isinstance(value, Names):
+        return _stored(store, *value)
+    encoded = image_cell(_only_image(value) if isinstance(value, list) else value)
     if isinstance(encoded, bytes):
         return encoded
     encoded = encoded.strip()
     if encoded.startswith("data:"):
         return _decoded(encoded.partition(",")[2])
-    if encoded.startswith(_BEGINNINGS) and _BASE64.fullmatch(encoded):
-        return _decoded(encoded)
+    if encoded.startswith(_BEGINNINGS) or len(encoded) > LONGEST_NAME:
+        packed = "".join(encoded.split())
+        if _BASE64.fullmatch(packed) and (len(encoded) > 255 or len(packed) % 4 == 0):
+            return _decoded(packed)
+    return _stored(store, encoded.removeprefix("file://"))
+
+
+def _only_image(value: list[Any]) -> Any:
+    names = {item.partition("###")[0] if isinstance(item, str) else repr(item) for item in value}
+    if len(names) != 1:
+        raise BadCell("image", f"are several, a question has one: {len(names)}")
+    return value[0].partition("###")[0] if isinstance(value[0], str) else value[0]
+
+
+def _stored(store: ImageStore, *names: str) -> bytes:
+    for name in names[:-1]:
+        with suppress(ImageNotFound):
+            return store(name)
     try:
-        return store(encoded)
+        return store(names[-1])
     except ImageNotFound as error:
-        raise BadCell("image", f"{error!s:.200}") from error
+        raise BadCell("image", f"{error!s:.400}") from error
 
 
 def _decoded(text: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except binascii.Error as error:
-        raise BadCell("image", f"is no base64: {error}") from error
+    packed = "".join(text.split())
+    with element("image", "is no base64"):
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
 
 
 # --- boxes -----------------------------------------------------------------------------------------------------------
 
 
-def _json(column: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadCell(column, f"is no JSON: {text!r:.60}") from error
-
-
-def _list_of_boxes(value: Any) -> list[Any]:
-    """One box, a list of them, or a list of objects that have one; also as JSON text."""
-    if isinstance(value, str):
-        value = _json("boxes", value)
-    if value is None:
-        return []
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise BadCell("boxes", f"should be a list, is {value!r:.60}")
-    if value and all(isinstance(item, int | float) for item in value):
-        value = [value]
-    return [_first(item, ("bbox", "bbox_2d", "box")) if isinstance(item, dict) else item for item in value]
-
-
-def _clipped_box(dataset: DatasetFormat, clipped: list[bool], numbers: Any, width: int, height: int) -> Box:
+def _clipped_box(conventions: Conventions, clipped: list[bool], numbers: Any, width: int, height: int) -> Box:
     """Round a box outwards and cut it to its image; add to ``clipped`` whether more than the rounding was cut off."""
     x1, y1, x2, y2 = map(float, four_numbers(numbers))
-    if dataset.corners is BoxCorners.XYWH:
+    if conventions.corners is BoxCorners.XYWH:
         x2, y2 = x1 + x2, y1 + y2
-    if dataset.unit is not BoxUnit.PIXELS:
-        scale = 1 if dataset.unit is BoxUnit.SHARE else 1000
+    if conventions.boxes is not BoxUnit.PIXELS:
+        scale = 1 if conventions.boxes is BoxUnit.SHARES else 1000
         x1, y1, x2, y2 = x1 * width / scale, y1 * height / scale, x2 * width / scale, y2 * height / scale
     if not (x1 < x2 and y1 < y2 and x1 < width and y1 < height and x2 > 0 and y2 > 0):
-        raise BadCell("boxes", f"{shorten(numbers)} is empty or outside of the image of {width} x {height}")
+        raise BadCell("boxes", f"is empty or outside of the image: {shorten(numbers)} in {width} x {height}")
     clipped.append(x1 < -0.5 or y1 < -0.5 or x2 > width + 0.5 or y2 > height + 0.5)
     left, top = math.floor(max(0, x1)), math.floor(max(0, y1))
     return Box(left, top, math.ceil(min(width, x2)), math.ceil(min(height, y2)))
@@ -268,35 +303,54 @@ def _with_sidecar(cells: Cells, store: ImageStore) -> Cells:
         return cells
     try:
         beside = json.loads(store(str(PurePosixPath(name).with_suffix(".json"))))
-    except (ImageNotFound, ValueError):
-        return cells  # a question needs no boxes
+    except Exception:  # a question needs no boxes: no such file, no JSON, nested without end
+        return cells
     return {**cells, "bbox": beside.get("bbox")} if isinstance(beside, dict) else cells
 
 
-_ASKS_FOR_BOX = re.compile(r"\s*Please provide the bounding box coordinate of the region.*", re.DOTALL)
+_ASKS_FOR_BOX = "Please provide the bounding box coordinate of the region"
+_FOLDERS = {"visual7w": "v7w"}
+"""Visual-CoT's data sets whose folder has another name."""
 
 
-def _with_conversation(cells: Cells, store: ImageStore) -> Cells:
-    """Visual-CoT's LLaVA-style rows: question, box, answer as a conversation; the box in pixels behind the second
-    mention of the image, ``name.jpg###[x1, y1, x2, y2]``."""
+def _viscot(cells: Cells, store: ImageStore) -> Cells:
+    """Visual-CoT: bare names lie in the folder of their data set; LLaVA-style rows have question, box and answer as a
+    conversation, the box in pixels behind the second mention of the image, ``name.jpg###[x1, y1, x2, y2]``."""
+    given = cells.get("image")
+    mentions = given if isinstance(given, list) else [given] if isinstance(given, str) else []
+    if mentions and all(isinstance(name, str) for name in mentions):
+        name, dataset = str(mentions[0]).partition("###")[0].removeprefix("cot/"), str(cells.get("dataset"))
+        folders = (dataset, _FOLDERS.get(dataset, dataset)) if "/" not in name else ()
+        cells = {**cells, "image": Names((*(f"{folder}/{name}" for folder in folders), name))}
     talk = cells.get("conversations")
-    if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk) or len(talk) < 2:
+    if not isinstance(talk, list) or not all(isinstance(turn, Mapping) for turn in talk) or len(talk) < 2:
         return cells
-    words = {"question": _ASKS_FOR_BOX.sub("", str(talk[0].get("value", ""))), "answer": talk[-1].get("value")}
-    mentions = cells["image"] if isinstance(cells.get("image"), list) else []
-    boxes = [_json("boxes", name.partition("###")[2]) for name in mentions if isinstance(name, str) and "###" in name]
-    return {**cells, **words, "bboxs": boxes}
+    question = str(talk[0].get("value", "")).partition(_ASKS_FOR_BOX)[0].rstrip()
+    boxes = [name.partition("###")[2] for name in mentions if isinstance(name, str) and "###" in name]
+    parsed = [numbers for one in boxes for numbers in list_of_boxes(one)]
+    return {**cells, "question": question, "answer": talk[-1].get("value"), "bboxs": parsed}
 
 
-_BOXES = ("bboxs", "bboxes", "boxes", "bbox", "target_instances", "gt_bboxes")
+_BOXES = ("bboxs", "bboxes", "boxes", "bbox", "target_instances", "gt_bboxes", "objects.bbox")
 _ANY: dict[str, Sequence[str]] = {
-    "id": ("id", "question_id", "Question_id", "index", "sample_id"),
+    "id": ("id", "question_id", "Question_id", "index", "sample_id", "qid", "extra_info.index"),
     "image": ("image", "images", "Image", "image_path", "img_path", "file_name"),
-    "text": ("text", "question", "Text", "problem", "query", "prompt"),
+    "text": ("text", "question", "Text", "problem", "query", "extra_info.question", "conversation.question", "prompt"),
     "options": ("options", "choices", "Answer choices", "multi-choice options"),
-    "answer": ("answer", "label", "Ground truth", "solution", "possible_answers"),
+    "answer": (
+        "answer",
+        "label",
+        "Ground truth",
+        "solution",
+        "possible_answers",
+        "reward_model.ground_truth",
+        "extra_info.answer",
+        "ground_truth",
+        "response",
+        "conversation.answer",
+    ),
     "boxes": _BOXES,
-    "source": ("source", "dataset", "category", "Category"),
+    "source": ("source", "dataset", "data_source", "category", "Category"),
 }
 FORMATS: dict[str, DatasetFormat] = {
     "vstar": DatasetFormat(
@@ -323,12 +377,16 @@ FORMATS: dict[str, DatasetFormat] = {
         "https://huggingface.co/datasets/deepcs233/Visual-CoT",
         {"id": ("id", "question_id"), "image": ("image",), "text": ("question",),
          "answer": ("answer", "possible_answers"), "boxes": ("bboxs",), "source": ("dataset",)},
-        rewrite=_with_conversation,
+        rewrite=_viscot,
     ),
     "treevgr": DatasetFormat(
         "TreeVGR's and TreeBench's kind: JSONL, TSV or Parquet whose rows know the boxes of their targets, in pixels",
         "https://github.com/Haochen-Wang409/TreeVGR",
         {**_ANY, "text": ("problem", "question", "query"), "boxes": ("target_instances", *_BOXES)},
     ),
-    "any": DatasetFormat("JSONL, JSON, CSV, TSV or Parquet with common column names (--map for others)", "", _ANY),
+    "any": DatasetFormat(
+        "JSONL, JSON, CSV, TSV or Parquet with common column names (--map for others), also verl's, LLaVA's, "
+        "ShareGPT's and ms-swift's",
+        "", _ANY,
+    ),
 }  # fmt: skip

@@ -8,11 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from ergo_rl.console import PlainConsole, progress_bar
 from ergo_rl.examples.panels.scenes import GENERATOR, PanelsConfig, Split, question
-from ergo_rl.questions.dataset import write_questions
+from ergo_rl.questions.dataset import write_questions, written_aside
 
 MANIFEST = "manifest.json"
 
@@ -23,7 +21,7 @@ def prepare_panels(
     heldout: int = 512,
     seed: int = 0,
     config: PanelsConfig | None = None,
-    console: Console | None = None,
+    console: PlainConsole | None = None,
 ) -> list[Path]:
     """Write ``out/train.parquet`` and ``out/heldout.parquet`` unless they are there with the same settings.
 
@@ -37,18 +35,19 @@ def prepare_panels(
     sizes = {Split.TRAIN: train, Split.HELDOUT: heldout}
     settings = {"generator": GENERATOR, "seed": seed, "rows": dict(sizes), "panels": asdict(config)}
     paths = [out / f"{split}.parquet" for split in sizes]
-    if all(path.is_file() for path in paths) and _manifest(out) == settings:
-        return paths
     out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST).unlink(missing_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    # Of two first starts at once the second waits here, and finds what the first one made.
+    with written_aside(out / MANIFEST) as aside, progress_bar(console=console) as progress:
+        if all(path.is_file() for path in paths) and _manifest(out) == settings:
+            return paths
+        (out / MANIFEST).unlink(missing_ok=True)
         for (split, rows), path in zip(sizes.items(), paths, strict=True):
             fresh = path.with_suffix(".new")
             numbers = progress.track(range(rows), description=f"panels, {split}")
             write_questions(fresh, (question(config, seed, split, index) for index in numbers))
             os.replace(fresh, path)
-    (out / MANIFEST).write_text(json.dumps(settings, indent=2) + "\n")
+        aside.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(aside, out / MANIFEST)
     return paths
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ergo_rl.cluster.compat import repair_torchvision
+from ergo_rl.console import PlainConsole, progress_bar, text_column
 from ergo_rl.episodes.families import Qwen25VL
 from ergo_rl.examples.panels.batches import (
     EDGE_BINS,
@@ -78,7 +78,7 @@ class PretrainConfig:
 class Pretraining:
     """The stages in order, each resumable from its own checkpoint in ``work``."""
 
-    def __init__(self, config: PretrainConfig, work: Path, console: Console) -> None:
+    def __init__(self, config: PretrainConfig, work: Path, console: PlainConsole) -> None:
         repair_torchvision()
         self.config, self.work, self.console = config, work, console
         self.family = Qwen25VL()
@@ -149,12 +149,12 @@ class Pretraining:
             return seconds
 
     def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
+        return progress_bar(
+            text_column("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            text_column("{task.fields[figures]}"),
             console=self.console,
         )
 
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         command += f" --steps-scale {options.steps_scale:g}"
     torch.set_num_threads(1)  # the matrices are small: a second thread waits more than it works, and sums vary
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    console = Console()
+    console = PlainConsole()
     stages = Pretraining(config, work, console)
     visual, tower_seconds = stages.tower()
     for role, measure in (("policy", policy_scores), ("reward", reward_scores)):

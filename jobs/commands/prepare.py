@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
-from ergo_rl.jobs.cli_common import command
-from ergo_rl.questions.formats import FIELDS, FORMATS, BoxCorners, BoxUnit
+from ergo_rl.jobs.cli import command
+from ergo_rl.questions.conventions import Answers, BoxCorners, BoxUnit, Letters, NoneText, Told
+from ergo_rl.questions.formats import FIELDS, FORMATS
 from ergo_rl.questions.prepare import Conversion, convert_dataset, prepare_panels, summary
+
+TELLS: dict[str, tuple[type[StrEnum], str]] = {
+    "boxes": (BoxUnit, "unit of the numbers of a box"),
+    "corners": (BoxCorners, "what the four numbers of a box are: two corners, or a corner with width and height"),
+    "letters": (Letters, "whether letters in front of options are taken off"),
+    "answers": (Answers, "what an answer is: the letter or the text of an option, or its number from zero or one"),
+    "none": (NoneText, 'what the text "None" in a column of options is'),
+}
+"""What the user may say of the rows, by field of ``Told``."""
 
 
 @command("prepare", also=(ValueError,))
@@ -45,8 +56,13 @@ def _add_panels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
 
 
+def _spelled(choice: str) -> str:
+    return "shares" if choice == "share" else choice  # its former name
+
+
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, help="files with the rows: .jsonl .json .tsv .csv .parquet")
+    parser.add_argument("files", nargs="+", type=Path, help="files with the rows (.jsonl .json .tsv .csv "
+                        ".parquet), patterns, or folders that have some, also in a folder data/")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
     parser.add_argument(
         "--images", type=Path, action="append", default=[], metavar="PLACE",
@@ -60,8 +76,15 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=COLUMN",
         help=f"another column for one of {', '.join(FIELDS)}",
     )
-    parser.add_argument("--corners", choices=list(BoxCorners), help="what the four numbers of a box are")
-    parser.add_argument("--unit", choices=list(BoxUnit), help="of the numbers of a box")
+    for name, (kind, explained) in TELLS.items():
+        flags = [f"--{name}", "--unit"] if name == "boxes" else [f"--{name}"]
+        choices = [str(one) for one in kind if one is not Answers.WORDS]
+        parser.add_argument(
+            *flags,
+            choices=choices,
+            type=_spelled,
+            help=f"{explained} (default: what the rows show)",
+        )
     parser.add_argument("--limit", type=int, help="read only this many rows")
     parser.add_argument("--decode", action="store_true", help="decode every image completely, not only its header")
 
@@ -75,10 +98,12 @@ def _conversion(options: argparse.Namespace) -> Conversion:
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit {options.limit}: at least 1")
     dataset = FORMATS[options.dataset].renamed({name: column for name, _, column in pairs})
-    dataset = replace(
-        dataset, corners=BoxCorners(options.corners or dataset.corners), unit=BoxUnit(options.unit or dataset.unit)
+    said: dict[str, Any] = {
+        name: kind(value) for name, (kind, _) in TELLS.items() if (value := getattr(options, name)) is not None
+    }
+    return Conversion(
+        dataset, tuple(options.files), tuple(options.images), options.out, options.limit, options.decode, Told(**said)
     )
-    return Conversion(dataset, tuple(options.files), tuple(options.images), options.out, options.limit, options.decode)
 
 
 if __name__ == "__main__":

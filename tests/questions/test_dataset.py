@@ -25,7 +25,7 @@ from ergo_rl.episodes.prompts import ReservedText
 from ergo_rl.episodes.types import Box, Question
 from ergo_rl.errors import ErgoError
 from ergo_rl.questions.dataset import BadRow, Cursor, DatasetError, QuestionStream, write_questions
-from ergo_rl.questions.readers import ImageNotFound
+from ergo_rl.questions.image_store import ImageNotFound
 from ergo_rl.questions.rows import BadCell
 
 
@@ -88,7 +88,7 @@ def test_stream_unshuffled_follows_the_files_and_rolls_over(eleven: list[str]) -
     assert stream.cursor == Cursor(epoch=1, position=2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31))
 def test_stream_shuffled_gives_another_permutation_each_epoch(eleven: list[str], seed: int) -> None:
     stream = QuestionStream(QuestionsConfig(eleven, seed=seed))
@@ -99,7 +99,7 @@ def test_stream_shuffled_gives_another_permutation_each_epoch(eleven: list[str],
     assert ids(take(again, 66)) == [identity for epoch in epochs for identity in epoch]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), taken=st.integers(0, 40))
 def test_cursor_saved_anywhere_gives_the_same_continuation(eleven: list[str], seed: int, taken: int) -> None:
     config = QuestionsConfig(eleven, seed=seed)
@@ -189,6 +189,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("options", {"options": ["a", "<|vision_start|>"]}, r"special token <\|vision_start\|>"),
     ("options", {"options": ["a", ""]}, "is empty"),
     ("options", {"options": ["a", None]}, "is missing"),
+    ("options", {"options": ["ring"]}, "should be 2 to 26 or none: there are 1"),
+    ("options", {"options": ["ring"] * 27}, "there are 27"),
+    ("answer", {"options": ["dot", "disc"]}, "is none of the options: 'ring'"),
+    ("text", {"text": "x" * 500_001}, "is too long: 500001 characters"),
     ("image", {"image": None}, "is missing"),
     ("image", {"image": b""}, "is empty"),
     ("image", {"image": b"no image at all"}, "does not decode"),
@@ -205,7 +209,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 def test_bad_row_is_skipped_counted_and_named(
     write: Write, caplog: pytest.LogCaptureFixture, column: str, cells: dict[str, Any], message: str
 ) -> None:
-    path = write([row(0, boxes=[[0, 0, 1, 1]], options=["a"]), row(1, **cells), row(2)])
+    path = write([row(0, boxes=[[0, 0, 1, 1]], options=["a", "ring"]), row(1, **cells), row(2)])
     stream = QuestionStream(QuestionsConfig([path], shuffle=False))
     with caplog.at_level(logging.WARNING):
         assert ids(take(stream, 2)) == ["q0", "q2"]
@@ -307,7 +311,7 @@ def test_cursor_of_other_files_is_refused(eleven: list[str]) -> None:
 cells = st.one_of(st.none(), st.text(max_size=5), st.sampled_from(["ring", "<|image_pad|>", "<|im_end|>"]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(
         st.fixed_dictionaries(

@@ -102,7 +102,7 @@ IMAGES: list[tuple[str, str, Callable[[Rng], Any]]] = [
     ("plain", GOOD, lambda rng: encoded(random_image(rng), rng.choice(("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")))),
     ("CMYK", GOOD, lambda rng: encoded(random_image(rng, "CMYK"), rng.choice(("JPEG", "TIFF")))),
     ("16 bits", GOOD, lambda rng: encoded(random_image(rng, "I;16"), rng.choice(("PNG", "TIFF")))),
-    ("32 bits", GOOD, lambda rng: encoded(random_image(rng, rng.choice("IF")), "TIFF")),
+    ("32 bits", EITHER, lambda rng: encoded(random_image(rng, rng.choice("IF")), "TIFF")),
     ("alpha", GOOD, lambda rng: encoded(random_image(rng, rng.choice(("RGBA", "LA"))), "PNG")),
     ("alpha in WebP", GOOD, lambda rng: encoded(random_image(rng, "RGBA"), "WEBP")),
     ("EXIF", GOOD, rotated),
@@ -145,7 +145,7 @@ BOXES: list[tuple[str, Callable[[Rng], Any]]] = [
 
 def honest(number: int, rng: Rng) -> dict[str, Any]:
     image = encoded(random_image(rng), "PNG")
-    return {"id": f"q{number}", "image": image, "text": "Which?", "options": ["a"], "answer": "a", "boxes": None}
+    return {"id": f"q{number}", "image": image, "text": "Which?", "options": ["a", "c"], "answer": "a", "boxes": None}
 
 
 def hostile(number: int, rng: Rng) -> tuple[str, str, dict[str, Any]]:
@@ -163,7 +163,9 @@ def hostile(number: int, rng: Rng) -> tuple[str, str, dict[str, Any]]:
     fate, make = rng.choice(WORDS)
     if what == "id" and fate == BAD and "<|" in str(make(Rng(0))):
         fate = EITHER  # an id is never a part of a prompt
-    row[what] = [make(rng), "b"] if what == "options" else make(rng)
+    row[what] = ["a", make(rng)] if what == "options" else make(rng)
+    if what == "answer":
+        row["options"] = []  # a text that is none of the options is no answer
     return fate, what, row
 
 
@@ -216,10 +218,9 @@ def test_five_thousand_hostile_rows_add_up(
         assert len(prepared_ids) + len(refused) + skipped.total() == count == PER_FILE
         for fate, name, row in rows:
             fates[fate] += 1
-            if fate == GOOD:
-                assert row["id"] in prepared_ids, f"{name}: {row['id']!r}"
-            elif fate == BAD:
-                assert row["id"] not in prepared_ids, f"{name}: {row['id']!r}"
+            # rows that have one id are told apart by file and row in front of it
+            prepared = any(one == row["id"] or one.endswith(f": {row['id']}") for one in prepared_ids)
+            assert fate == EITHER or prepared == (fate == GOOD), f"{name}: {row['id']!r}"
     assert fates.total() == ROWS and min(fates.values()) > ROWS / 10, fates
 
 
@@ -245,7 +246,7 @@ def columns() -> list[tuple[str, str, pa.Array]]:
         ("options", BAD, pa.array(["a, b"] * 3)),
         ("options", BAD, pa.array([[1, 2]] * 3)),
         ("options", BAD, pa.array([[["a"]]] * 3)),
-        ("options", GOOD, pa.array([["a"]] * 3, pa.large_list(pa.large_string()))),
+        ("options", GOOD, pa.array([["a", "b"]] * 3, pa.large_list(pa.large_string()))),
         ("boxes", GOOD, pa.array(square, pa.list_(pa.list_(pa.int8(), 4)))),
         ("boxes", BAD, pa.array([[[Decimal("0"), Decimal("0"), Decimal("1"), Decimal("1")]]] * 3)),
         ("boxes", BAD, pa.array([[{"x1": 0, "y1": 0, "x2": 1, "y2": 1}]] * 3)),

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from ergo_rl.questions import readers
 from ergo_rl.questions.dataset import DatasetError
-from ergo_rl.questions.readers import Broken, ImageNotFound, Record, open_image_store, read_records
+from ergo_rl.questions.image_store import ImageNotFound, open_image_store
+from ergo_rl.questions.readers import Broken, Record, read_records
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=60),
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("rows")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=rows, ascii_only=st.booleans())
 def test_jsonl_rows_are_read_back(folder: Path, rows: list[dict[str, Any]], ascii_only: bool) -> None:
     path = folder / "a.jsonl"
@@ -50,7 +51,7 @@ def test_jsonl_rows_are_read_back(folder: Path, rows: list[dict[str, Any]], asci
     assert cells_of(path) == rows
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=rows, indent=st.sampled_from([None, 0, 3]), ascii_only=st.booleans(), chunk=st.integers(1, 40))
 def test_json_list_is_read_back_in_chunks_of_any_size(
     folder: Path, rows: list[dict[str, Any]], indent: int | None, ascii_only: bool, chunk: int
@@ -70,7 +71,7 @@ def test_json_numbers_that_python_writes_are_read(tmp_path: Path) -> None:
     assert math.isnan(first["a"]) and second == {"a": 2**70}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     table=st.lists(
         st.lists(st.text(st.characters(exclude_characters="\r\n\0", exclude_categories=("Cs",)), max_size=20),
@@ -91,7 +92,7 @@ def test_table_image_is_shared_by_the_index_of_its_row(tmp_path: Path) -> None:
     path.write_text("index\timage\tquestion\n" + "\n".join(lines), encoding="utf-8")
     found = list(read_records(path))
     images = [record.cells["image"] if isinstance(record, Record) else record.reason for record in found]
-    assert images == [image, image, other, other, "shares the image of row 12, which is not before it", image]
+    assert images == [image, image, other, other, "shares an image that is not before it: of row 12", image]
     assert isinstance(found[3], Record) and found[3].cells["question"] == "z" and found[-1].done == 1.0
 
 
@@ -106,10 +107,10 @@ def test_broken_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
     found = list(read_records(tmp_path / "a.jsonl"))
     assert [record.number for record in found] == [1, 3, 4, 5, 6]
     assert [isinstance(record, Broken) for record in found] == [False, True, True, True, False]
-    assert isinstance(found[1], Broken) and found[1].reason == "should be an object, is list"
+    assert isinstance(found[1], Broken) and found[1].reason == "should be an object: is list"
     (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n4,5\n")
     short = list(read_records(tmp_path / "a.csv"))
-    assert isinstance(short[1], Broken) and short[1].reason == "has 1 cells, the file 2 columns"
+    assert isinstance(short[1], Broken) and short[1].reason == "has not one cell for each column: 1 for 2"
     assert isinstance(short[2], Record) and short[2].cells == {"a": "4", "b": "5"}
 
 
@@ -117,11 +118,9 @@ def test_broken_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.xml", b"<a/>", "from .jsonl, .json, .tsv, .csv, .parquet files only"),
-        ("a.json", b'{"a": 1}', "is no list of objects"),
-        ("a.json", b'[{"a": 1}, {"b": ', "breaks off"),
-        ("a.json", b'[{"a": 1}, {b: 2, "c": "long enough to go on"}]', "object 2: "),
+        ("a.json", b'"a"', "is no list of objects"),
         ("a.parquet", b"PAR1 no", "is not a readable Parquet file"),
-        ("a.csv", b"a,b\n1,\xff\n", "behind byte 4"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "has several columns 'a'"),
     ],
 )
 def test_read_records_refuses_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -203,7 +202,7 @@ def test_image_store_names_an_archive_member_that_is_damaged(tmp_path: Path) -> 
     path.write_bytes(content.replace(b"one of b", b"ONE of b"))  # its checksum is wrong now
     with open_image_store([path], tmp_path) as store:
         assert store("data/a/one.png") == b"one of a"
-        with pytest.raises(ImageNotFound, match=r"'data/b/one\.png' cannot be read out of its archive: Bad CRC-32"):
+        with pytest.raises(ImageNotFound, match=r"cannot be read: 'data/b/one\.png' in .*: BadZipFile: Bad CRC-32"):
             store("data/b/one.png")
 
 

@@ -48,7 +48,7 @@ def test_another_seed_split_or_index_draws_another_scene(seed: int, split: Split
     assert question(PanelsConfig(), seed, split, index).image != question(PanelsConfig(), 3, Split.TRAIN, 7).image
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(index=st.integers(0, 10**6), count=st.integers(1, 4), blank=st.integers(0, 2), mark=st.integers(12, 40))
 def test_panels_are_placed_apart_and_inside(index: int, count: int, blank: int, mark: int) -> None:
     drawn = the_scene(index, panels=count, blank_panels=blank, mark=mark)

@@ -35,7 +35,7 @@ def the_scene(index: int) -> PanelScene:
     return scene(PanelsConfig(), 0, Split.PRETRAIN, index)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**6), inset=st.floats(-60, 90), jitter=st.floats(0, 60), x=st.integers(0, 540))
 def test_pointing_never_leaves_the_scene(seed: int, inset: float, jitter: float, x: int) -> None:
     box = point(Box(x, 540, x + 132, 672), Pointing(inset, jitter), 672, np.random.default_rng(seed))
@@ -46,7 +46,7 @@ def test_pointing_without_jitter_moves_every_edge_inwards() -> None:
     assert point(Box(100, 200, 220, 330), Pointing(10, 0), 672, np.random.default_rng(0)) == Box(110, 210, 210, 320)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**6), x=st.integers(0, 646), y=st.integers(0, 646))
 def test_crops_contain_their_target(seed: int, x: int, y: int) -> None:
     mark, rng = Box(x, y, x + 26, y + 26), np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def test_crops_contain_their_target(seed: int, x: int, y: int) -> None:
     assert Box(0, 0, 672, 672).contains(crop_anywhere(672, rng))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**6), x=st.integers(0, 646), y=st.integers(0, 646))
 def test_a_cutting_crop_shows_a_part_of_its_target(seed: int, x: int, y: int) -> None:
     mark = Box(x, y, x + 26, y + 26)

@@ -63,7 +63,7 @@ def test_replies_are_short(tokenizer: Any) -> None:
     assert length("<think>a ring</think><answer>ring</answer><|im_end|>") == 8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text())
 def test_any_text_survives(tokenizer: Any, text: str) -> None:
     import unicodedata
