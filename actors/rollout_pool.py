@@ -43,7 +43,7 @@ class RolloutPool:
 
     @classmethod
     def launch(cls, cluster: Cluster, config: RolloutConfig, episode: EpisodeConfig) -> RolloutPool:
-        """Create the workers; ``ready()`` starts them and waits."""
+        """Create the workers, which start in the background; ``ready()`` waits for them."""
         cluster.declare(ROLE, config.resources)
         actor_class = ray.remote(RolloutWorker)
 

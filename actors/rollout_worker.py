@@ -15,13 +15,14 @@ from typing import Any
 from PIL import Image
 
 from ergo_rl.actors.config import RolloutConfig, SamplingConfig
+from ergo_rl.cluster.devices import require_gpu
 from ergo_rl.cluster.engine import Completion, Engine, EngineImage, EngineRefused, Sampling
 from ergo_rl.cluster.weight_buckets import Bucket
 from ergo_rl.episodes.config import EpisodeConfig
-from ergo_rl.episodes.episode import CoarseToFine
+from ergo_rl.episodes.episode import CoarseToFine, TurnRefused
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.images import UnreadableImage
-from ergo_rl.episodes.prompts import ReservedText
+from ergo_rl.episodes.prompts import ReservedText, parse_answer
 from ergo_rl.episodes.types import Box, Outcome, Question, Trajectory, View
 
 
@@ -45,6 +46,8 @@ class TrajectorySummary:
     """How many of those its prefix cache held."""
     updates: int = 0
     """How often the weights changed while a turn was being sampled."""
+    answer: str | None = None
+    """Text of the last ``<answer>`` of an answered episode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +100,14 @@ class RolloutWorker:
         self._capacity = FairSemaphore(2 * config.engine.max_num_seqs)
 
     async def start(self) -> None:
+        """Start the engine. Raises NoGPU where the recipe promises a GPU and there is none."""
+        require_gpu(self._config.resources.gpus, "rollout.resources.gpus")
         model = self._config.engine.model
         self._family, tokenizer = family_of(model, self._episode.family), load_tokenizer(model)
         self._episodes = CoarseToFine(self._family, tokenizer, self._episode)
         self._stop_ids = (tokenizer.convert_tokens_to_ids(self._family.turn_end),)
         self._banned_ids = self._family.banned_ids(tokenizer)
+        self._family.reserve(tokenizer)
         self._engine = await Engine.start(self._config.engine)
         await self._warm_up()
         # Keep what exists now out of garbage collection: Ray asks for collections, and going through all of it would
@@ -154,9 +160,14 @@ class RolloutWorker:
         if direct:
             limits = (sampling.fine_max_tokens,) * 2
         episodes = self._episodes if mode is None else mode.episodes(self._episodes)
+        if reason := too_long(question, self._config.engine.max_model_len):
+            return SkippedQuestion(question.id, reason), ()
         try:
             scene = await asyncio.to_thread(episodes.prepare, question)
             coarse = await asyncio.to_thread(EngineImage.of, scene.coarse.pixels)
+        except Exception as error:  # whatever a library raises on one image or text costs that question alone
+            return _skipped(question, error), ()
+        try:
 
             async def image_of(view: View) -> EngineImage:
                 return coarse if view is scene.coarse else await asyncio.to_thread(EngineImage.of, view.pixels)
@@ -170,7 +181,11 @@ class RolloutWorker:
                         stop_ids=self._stop_ids,
                         banned_ids=self._banned_ids,
                     )
-                    return await self._engine.generate(token_ids, [await image_of(view) for view in views], settings)
+                    pixels = [await image_of(view) for view in views]
+                    try:
+                        return await self._engine.generate(token_ids, pixels, settings)
+                    except EngineRefused as error:
+                        raise TurnRefused(str(error)) from error
 
                 if direct:
                     return await episodes.run_single_turn(scene, sample, generate)
@@ -179,8 +194,8 @@ class RolloutWorker:
             started = time.monotonic()
             trajectories = tuple(await asyncio.gather(*(episode(sample) for sample in samples)))
             seconds = time.monotonic() - started
-        except (UnreadableImage, ReservedText, EngineRefused) as error:
-            return SkippedQuestion(question.id, f"{type(error).__name__}: {error}"), ()
+        except (UnreadableImage, ReservedText, TurnRefused) as error:
+            return _skipped(question, error), ()
         return GroupResult(question.id, tuple(map(summarize, trajectories)), seconds), trajectories
 
     def close(self) -> None:
@@ -211,6 +226,19 @@ class RolloutWorker:
         """Return the seconds since ``start_weight_update``."""
         await self._engine.finish_weight_update(transfer, version)
         return time.monotonic() - self._transfer_began
+
+
+def too_long(question: Question, max_model_len: int) -> str:
+    """Why the text cannot fit the model; empty where it may. Asked before it is tokenized, which takes about 1 KB of
+    memory for each token."""
+    characters, limit = len(question.text) + sum(map(len, question.options)), 16 * max_model_len
+    if characters <= limit:  # no language has 16 characters a token on average
+        return ""
+    return f"the question has {characters} characters; at most {limit} could fit the model's {max_model_len} tokens"
+
+
+def _skipped(question: Question, error: Exception) -> SkippedQuestion:
+    return SkippedQuestion(question.id, f"{type(error).__name__}: {error}")
 
 
 async def _timed(work: Awaitable[None]) -> float:
@@ -267,6 +295,7 @@ def summarize(trajectory: Trajectory) -> TrajectorySummary:
         engine_prompt_tokens=sum(turn.engine_prompt_length for turn in turns),
         cached_tokens=sum(turn.engine_cached_tokens for turn in turns),
         updates=sum(len(turn.updates) for turn in turns),
+        answer=parse_answer(turns[-1].text) if trajectory.outcome is Outcome.ANSWERED else None,
     )
 
 

@@ -18,15 +18,16 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting import parser_of, report, spread
 from ergo_rl.episodes.families import family_of
-from ergo_rl.jobs.benchmark_grid import Mode, Record, run_mode, score_episode
-from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
+from ergo_rl.jobs.benchmark_grid import Mode, Record, run_one
+from ergo_rl.jobs.cli import DEFAULT_RECIPE
 from ergo_rl.jobs.config import TrainConfig, load_config
-from ergo_rl.jobs.evaluation import heldout
+from ergo_rl.jobs.evaluation import HeldOut
 from ergo_rl.jobs.policy_clients import EngineClient
 from ergo_rl.questions.prepare import prepare_embedded
 
@@ -38,11 +39,11 @@ async def measure(config: TrainConfig, budgets: Mapping[Mode, int], count: int) 
     client = await EngineClient.start(config, family_of(config.rollout.engine.model, config.episode.family))
     found: dict[Mode, list[Record]] = {mode: [] for mode in budgets}
     try:
-        for number, question in enumerate(heldout(config)[: count + 1]):
+        for number, question in enumerate(islice(HeldOut(config), count + 1)):
             for mode in list(budgets)[:: 1 if number % 2 else -1]:
-                result = await run_mode(question, client, config, mode, budgets[mode])
+                record = await run_one(question, client, config, mode, budgets[mode])
                 if number:
-                    found[mode].append(score_episode(question, result, client, config, mode, budgets[mode]))
+                    found[mode].append(record)
     finally:
         await client.close()
     return found

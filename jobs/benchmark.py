@@ -8,19 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
-
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.cluster.placement import Cluster
+from ergo_rl.console import PlainConsole
 from ergo_rl.episodes.families import family_of
-from ergo_rl.episodes.types import Question
-from ergo_rl.jobs.benchmark_grid import Mode, Record, run_grid
-from ergo_rl.jobs.benchmark_report import Figures, summarise, write_report
-from ergo_rl.jobs.config import ConfigError, TrainConfig
-from ergo_rl.jobs.evaluation import heldout, occluded
+from ergo_rl.jobs.benchmark_grid import Figures, Mode, Record, run_grid, summarise, write_report
+from ergo_rl.jobs.config import ConfigError, TrainConfig, with_model
+from ergo_rl.jobs.evaluation import HeldOut
+from ergo_rl.jobs.fingerprints import of_evaluation
 from ergo_rl.jobs.policy_clients import EndpointClient, PolicyClient, PoolClient, endpoint_at, family_by_name
 from ergo_rl.jobs.shutdown import run_blocking
-from ergo_rl.questions.dataset import DatasetError
 from ergo_rl.questions.prepare import prepare_embedded
 
 T = TypeVar("T")
@@ -50,7 +47,7 @@ def evaluate(
     served_model: str = "",
     family: str = "qwen2_5_vl",
     out: Path | str = "evaluation",
-    console: Console | None = None,
+    console: PlainConsole | None = None,
 ) -> BenchmarkResult:
     """Evaluate a policy on the held-out questions of a recipe, greedily; also from a notebook whose event loop runs.
 
@@ -68,34 +65,23 @@ def evaluate(
         print(result.figures[0]["accuracy"])
     """
     if model:
-        engine = replace(config.rollout.engine, model=model)
-        config = replace(
-            config, rollout=replace(config.rollout, engine=engine), learner=replace(config.learner, model=model)
-        )
+        config = with_model(config, model)
     if questions is not None:
         config = replace(config, evaluation=replace(config.evaluation, questions=questions))
     prepare_embedded(config.embedded, console)
-    held_out = heldout_questions(config, hide_target)
+    held_out = HeldOut(config, hide_target).require(hide_target or Mode.ORACLE in map(Mode, modes))
     return run_blocking(
         lambda: run_benchmark(
             config, held_out, [Mode(mode) for mode in modes], budgets,
             hide_target=hide_target, url=url, served_model=served_model, family=family, out=Path(out),
-            console=console or Console(quiet=True),
+            console=console or PlainConsole(quiet=True),
         )
     )  # fmt: skip
 
 
-def heldout_questions(config: TrainConfig, hide_target: bool = False) -> list[Question]:
-    """Raises DatasetError where the recipe names none."""
-    questions = heldout(config)
-    if not questions:
-        raise DatasetError("evaluation.paths is empty; name at least one Parquet file of held-out questions")
-    return occluded(questions) if hide_target else questions
-
-
 async def run_benchmark(
     config: TrainConfig,
-    questions: Sequence[Question],
+    questions: HeldOut,
     modes: Sequence[Mode],
     budgets: Sequence[int],
     *,
@@ -104,12 +90,10 @@ async def run_benchmark(
     served_model: str,
     family: str,
     out: Path,
-    console: Console,
+    console: PlainConsole,
 ) -> BenchmarkResult:
     """As ``evaluate``, inside an event loop."""
     budgets = list(budgets) or [config.episode.coarse_tokens]
-    if Mode.ORACLE in modes and not any(question.boxes for question in questions):
-        raise DatasetError("no question says where its target is; leave oracle out of --modes")
     with ExitStack() as stack:
         client: PolicyClient
         if url:
@@ -122,6 +106,7 @@ async def run_benchmark(
             "policy": policy,
             "at": url or "engines of this job",
             "questions": config.evaluation.paths,
+            **of_evaluation(config),
             "hide_target": hide_target,
             "prompts": asdict(config.episode.prompts),
             "on_bad_box": str(config.episode.on_bad_box),
@@ -136,13 +121,15 @@ async def run_benchmark(
                 def progress(done: int, wanted: int) -> None:
                     status.update(f"{done} of {wanted} episodes: {', '.join(modes)} at {budgets} visual tokens")
 
-                records = await run_grid(questions, client, config, modes, budgets, out, settings, progress)
+                records, again = await run_grid(questions, client, config, modes, budgets, out, settings, progress)
+            if again:
+                console.print(f"{again} of {len(records)} records are those of an earlier call in {out}")
         finally:
             await client.close()
     return BenchmarkResult(records, summarise(records), write_report(out, settings, records))
 
 
-async def _launch(config: TrainConfig, budgets: Sequence[int], stack: ExitStack, console: Console) -> PoolClient:
+async def _launch(config: TrainConfig, budgets: Sequence[int], stack: ExitStack, console: PlainConsole) -> PoolClient:
     sampling, engine = config.rollout.sampling, config.rollout.engine
     longest = 2 * max(budgets) + sampling.coarse_max_tokens + sampling.fine_max_tokens
     if longest >= engine.max_model_len:

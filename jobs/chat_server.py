@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
 import time
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ergo_rl.actors.rollout_worker import EvalMode
+from ergo_rl.actors.rollout_worker import EvalMode, FairSemaphore, too_long
 from ergo_rl.cluster.compat import bind_serve_localhost
 from ergo_rl.cluster.engine import EngineDied
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.worker_pool import PoolExhausted
 from ergo_rl.episodes import images
+from ergo_rl.episodes.families import load_tokenizer
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.chat_protocol import (
     ChatError,
@@ -33,6 +38,7 @@ from ergo_rl.jobs.chat_protocol import (
     invalid_image,
     read_chat,
     read_data_url,
+    stream_events,
 )
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.jobs.policy_clients import EndpointClient, EngineClient, EpisodeError, start_client
@@ -40,6 +46,10 @@ from ergo_rl.rewards.config import EndpointConfig
 
 _HEALTH_EVERY_S = 2.0
 """Ray Serve replaces a replica that has failed three times in a row."""
+_BODY_S = 60.0
+"""How long the body of a request may take to arrive, and an image to be fetched."""
+_BODIES = 8
+"""Bodies of the largest size that may be held at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +76,51 @@ class ChatService:
     def __init__(self, client: EngineClient | EndpointClient, config: TrainConfig, settings: ServeConfig) -> None:
         self.settings = settings
         self._client, self._config = client, config
-        sampling = config.rollout.sampling
-        self._reply_tokens = sampling.coarse_max_tokens + sampling.fine_max_tokens
+        engine, pixels = config.rollout.engine, config.episode.max_image_pixels
+        self._tokenizer = load_tokenizer(engine.model) if isinstance(client, EngineClient) else None
+        self.requests = Budget(requests_at_once(config), "requests")
+        self.body_bytes = Budget(_BODIES * settings.max_body_bytes, "bytes of requests")
+        # A picture is held decoded while it is answered: two of the largest size at once, or many small ones.
+        self._pixels = FairSemaphore(2 * pixels)
 
     async def check(self) -> None:
         """Raises EngineDied when the engine is gone."""
         if isinstance(self._client, EngineClient):
             await self._client.check()
 
-    async def answer(self, body: bytes) -> Json:
-        """The completion for the body of a chat request. Raises ChatError."""
-        asked: ChatQuestion = await asyncio.to_thread(read_chat, body, self.settings.model, self._reply_tokens)
+    async def answer(self, asked: ChatQuestion, take_bytes: Callable[[int], None]) -> Json:
+        """The completion for a chat. ``take_bytes`` counts those of a fetched image. Raises ChatError."""
         name = f"chatcmpl-{uuid.uuid4().hex}"
-        encoded = await self._image(asked.image_url)
+        question = Question(name, b"", asked.text, "", asked.options)
+        if reason := too_long(question, self._config.rollout.engine.max_model_len):
+            raise ChatError(reason, "messages")
+        encoded = await self._image(asked.image_url, take_bytes)
         try:  # before the question waits for its turn
-            await asyncio.to_thread(images.size, encoded, self._config.episode.max_image_pixels)
+            size = await asyncio.to_thread(images.size, encoded, self._config.episode.max_image_pixels)
         except images.UnreadableImage as error:
             raise invalid_image(f"the image cannot be used: {error}") from error
-        question = Question(name, encoded, asked.text, "", asked.options)
+        question = replace(question, image=encoded)
         try:
-            result = await self._client.run_episode(question, EvalMode.usual(self._config.episode))
+            async with self._pixels.acquire(math.prod(size)):
+                result = await self._client.run_episode(question, EvalMode.usual(self._config.episode))
         except EpisodeError as error:
             if error.transient:
                 raise _unavailable(str(error)) from error
             raise ChatError(f"the question cannot be answered: {error}", "messages", "unplayable") from error
-        return completion(name, int(time.time()), self.settings.model, result, self._client.family)
+        shorten = partial(self._shorten, asked)
+        return completion(name, int(time.time()), self.settings.model, result, self._client.family, shorten)
 
-    async def _image(self, url: str) -> bytes:
+    def _shorten(self, asked: ChatQuestion, text: str) -> str:
+        """The text up to the first of the request's stops, and of at most ``max_tokens`` tokens. The tokens of an
+        endpoint are not known, so its text is not cut by them."""
+        for stop in asked.stop:
+            text = text.partition(stop)[0]
+        if asked.max_tokens is None or self._tokenizer is None:
+            return text
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return text if len(ids) <= asked.max_tokens else self._tokenizer.decode(ids[: asked.max_tokens])
+
+    async def _image(self, url: str, take_bytes: Callable[[int], None]) -> bytes:
         """The encoded image of a data URL or, where that is allowed, of an http(s) URL. Raises ChatError."""
         if not url.lower().startswith(("http://", "https://")):
             return await asyncio.to_thread(read_data_url, url)
@@ -101,17 +129,48 @@ class ChatService:
                 "this server fetches no images (ergo-rl serve --fetch-images would); send a data URL instead: "
                 "data:image/png;base64,..."
             )
-        content = bytearray()
         try:
-            async with httpx.AsyncClient(timeout=30) as http, http.stream("GET", url) as reply:
+            async with (
+                asyncio.timeout(_BODY_S),  # in all: httpx bounds each read, so a server could drip for ever
+                httpx.AsyncClient(timeout=30) as http,
+                http.stream("GET", url) as reply,
+            ):
                 reply.raise_for_status()
-                async for chunk in reply.aiter_bytes():
-                    content += chunk
-                    if len(content) > self.settings.max_body_bytes:
-                        raise _too_large("the image", self.settings.max_body_bytes)
+                return await collect(reply.aiter_bytes(), "the image", self.settings.max_body_bytes, take_bytes)
+        except TimeoutError as error:
+            raise invalid_image(f"the image was not fetched within {_BODY_S:.0f} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise invalid_image(f"the image was not fetched: {type(error).__name__} {error}") from error
-        return bytes(content)
+
+
+class Budget:
+    """How much all requests together may hold. What exceeds it is refused at once, so that nothing queues in memory."""
+
+    def __init__(self, limit: int, what: str) -> None:
+        self.limit, self._what, self.held = limit, what, 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes an amount, and raises ChatError where too much is held; give all of it back at
+        the end."""
+        taken = 0
+
+        def take(amount: int) -> None:
+            nonlocal taken
+            if self.held + amount > self.limit:
+                raise _unavailable(f"the server is busy: it takes {self.limit} {self._what} at once")
+            self.held += amount
+            taken += amount
+
+        try:
+            yield take
+        finally:
+            self.held -= taken
+
+
+def requests_at_once(config: TrainConfig) -> int:
+    """Chats that a replica takes at once: what its engine runs, and four times as many that wait."""
+    return 10 * config.rollout.engine.max_num_seqs
 
 
 def chat_app(service: ChatService) -> FastAPI:
@@ -122,13 +181,27 @@ def chat_app(service: ChatService) -> FastAPI:
 
     @app.post("/v1/chat/completions", openapi_extra={"requestBody": schema})
     async def chat_completions(request: Request) -> Any:
-        return await service.answer(await read_body(request, limit))
+        with service.requests.hold() as take_place, service.body_bytes.hold() as take_bytes:
+            take_place(1)
+            body = await read_body(request, limit, take_bytes)
+            asked = await asyncio.to_thread(read_chat, body, service.settings.model)
+            reply = await service.answer(asked, take_bytes)
+        if not asked.stream:
+            return reply
+        return StreamingResponse(stream_events(reply, asked.usage_in_stream), media_type="text/event-stream")
+
+    settings = service.settings
+    served = {"id": settings.model, "object": "model", "created": settings.created, "owned_by": "ergo-rl"}
 
     @app.get("/v1/models")
     async def models() -> Any:
-        settings = service.settings
-        model = {"id": settings.model, "object": "model", "created": settings.created, "owned_by": "ergo-rl"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [served]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Any:
+        if name != settings.model:
+            raise ChatError(f"this server has the model {settings.model!r} only", "model", "model_not_found", 404)
+        return served
 
     @app.get("/health")
     async def health() -> Any:
@@ -153,17 +226,29 @@ def chat_app(service: ChatService) -> FastAPI:
     return app
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, which Starlette would read at any length. Raises ChatError as soon as it exceeds ``limit`` bytes."""
+async def read_body(request: Request, limit: int, take_bytes: Callable[[int], None]) -> bytes:
+    """The body, which Starlette would read at any length and for any time.
+
+    Raises ChatError as soon as it exceeds ``limit`` bytes or a minute."""
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced) > limit:
         raise _too_large("the request", limit)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large("the request", limit)
-    return bytes(body)
+    try:
+        async with asyncio.timeout(_BODY_S):
+            return await collect(request.stream(), "the request", limit, take_bytes)
+    except TimeoutError as error:
+        raise ChatError(f"the request did not arrive within {_BODY_S:.0f} s", None, "timeout", 408) from error
+
+
+async def collect(chunks: AsyncIterable[bytes], what: str, limit: int, take_bytes: Callable[[int], None]) -> bytes:
+    """Join ``chunks``. Raises ChatError above ``limit`` bytes, or where ``take_bytes`` refuses."""
+    content = bytearray()
+    async for chunk in chunks:
+        take_bytes(len(chunk))
+        content += chunk
+        if len(content) > limit:
+            raise _too_large(what, limit)
+    return bytes(content)
 
 
 class Replica:
@@ -197,13 +282,13 @@ def deploy(config: TrainConfig, settings: ServeConfig, endpoint: EndpointConfig 
         http_options={"host": settings.host, "port": settings.port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    resources, at_once = config.rollout.resources, 2 * config.rollout.engine.max_num_seqs
+    resources, chats = config.rollout.resources, requests_at_once(config)
     replica = serve.deployment(
         name="chat",
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": resources.cpus, "num_gpus": resources.gpus},
-        max_ongoing_requests=at_once,
-        max_queued_requests=4 * at_once,
+        max_ongoing_requests=2 * chats,  # above the application's own limit, so that /health never waits behind chats
+        max_queued_requests=2 * chats,
         health_check_period_s=_HEALTH_EVERY_S,
         graceful_shutdown_timeout_s=5.0,
         max_constructor_retry_count=2,

@@ -6,11 +6,15 @@ import asyncio
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ergo_rl.actors.config import SamplingConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
@@ -19,20 +23,23 @@ from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.worker_pool import gather_or_cancel
 from ergo_rl.episodes import images
+from ergo_rl.episodes.config import OnBadRow
 from ergo_rl.episodes.families import family_of
 from ergo_rl.episodes.types import Box, Question, Score
 from ergo_rl.jobs.config import EvaluationConfig, MetricsConfig
 from ergo_rl.jobs.metrics import Metrics, covered_and_paid, reward_metrics, rollout_metrics
-from ergo_rl.questions.dataset import DatasetError, QuestionStream
+from ergo_rl.questions.dataset import BadRow, DatasetError, QuestionStream, expand_paths
 from ergo_rl.rewards.config import Backend
+from ergo_rl.rewards.endpoint import api_key
+from ergo_rl.rewards.matching import matches
 from ergo_rl.rewards.pool import RewardPool
 from ergo_rl.rewards.terms import TermSource
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from ergo_rl.console import PlainConsole
     from ergo_rl.jobs.config import TrainConfig
 
+T = TypeVar("T")
 Z = 1.959964
 """Quantile of the normal distribution for a 95 % interval."""
 
@@ -48,20 +55,26 @@ class BoxSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One greedy episode of every question."""
+    """One greedy episode of every question. Every row of the held-out files is here once: right, wrong or failed."""
 
     groups: tuple[Group, ...]
-    """Questions that were answered, in their order; each group has one trajectory."""
-    unplayable: tuple[SkippedQuestion, ...]
-    """Questions that were skipped, with the reason; the figures count them."""
+    """Questions that were played, in their order; each group has one trajectory."""
+    failed: tuple[SkippedQuestion, ...]
+    """Rows that are no question or could not be played, with the reason; they count as wrong."""
+    right: tuple[bool, ...]
+    """Whether the answer of each group is the ground truth, also where the reward model gave no score."""
 
     def metrics(self, config: MetricsConfig) -> Metrics:
-        """The figures as ``eval/...``; shares are of the questions that were not skipped."""
+        """The figures as ``eval/...``. Accuracy is a share of all rows; the others are of the questions that were
+        played, and rewards of those that were scored."""
         figures = rollout_metrics(self.groups, config) | reward_metrics(self.groups) if self.groups else {}
         kept = {
             f"eval/{name.partition('/')[2]}": value for name, value in figures.items() if "equal_groups" not in name
         }
-        return kept | {"eval/unplayable": float(len(self.unplayable))}
+        rows = len(self.groups) + len(self.failed)
+        if rows:
+            kept["eval/accuracy"] = sum(self.right) / rows
+        return kept | {"eval/questions": float(rows), "eval/failed": float(len(self.failed))}
 
     def intervals(self, config: MetricsConfig) -> dict[str, tuple[float, float]]:
         """95 % intervals by the names of ``metrics``: Wilson's for shares, each with its own number of counts, the
@@ -71,7 +84,7 @@ class Evaluation:
         scored = sum(isinstance(score, Score) for group in self.groups for score in group.scores)
         pairs = covered_and_paid(self.groups)
         counts = dict.fromkeys(("full_image_rate", "tiny_box_rate", "bad_box_rate", "answered_rate"), len(facts))
-        counts |= dict.fromkeys(("accuracy", "region", "box", "format"), scored)
+        counts |= dict.fromkeys(("region", "box", "format"), scored) | {"accuracy": int(metrics["eval/questions"])}
         counts["coverage"] = sum(len(group.result.summaries) for group in self.groups if group.question.boxes)
         counts["region_precision"] = sum(paid for _, paid in pairs)
         counts["region_recall"] = sum(covered for covered, _ in pairs)
@@ -85,31 +98,66 @@ class Evaluation:
 
 
 async def evaluate(
-    questions: Sequence[Question],
+    questions: Iterable[Question | SkippedQuestion],
     rollouts: RolloutPool,
     rewards: RewardPool,
     config: EvaluationConfig,
+    tolerance: float,
     source: BoxSource = BoxSource.POLICY,
 ) -> Evaluation:
-    """Run one greedy episode of every question and score it. Raises DatasetError where an oracle box is not known."""
-    slots = asyncio.Semaphore(config.in_flight)
+    """Run one greedy episode of every question and score it; at most ``in_flight`` questions are read and held at once.
+
+    tolerance: of numbers in answers (``reward.number_tolerance``)."""
     greedy: SamplingConfig = replace(rollouts.config.sampling, temperature=0.0)
+    found: dict[int, Group | SkippedQuestion] = {}
 
-    async def run(number: int, question: Question) -> Group | SkippedQuestion:
-        async with slots:
+    async def run(number: int, question: Question | SkippedQuestion) -> Group | SkippedQuestion:
+        if isinstance(question, SkippedQuestion):
+            return question
+        try:
             box = await asyncio.to_thread(choose_box, question, source, config)
-            rollout = await rollouts.rollout(question, seed=0, samples=1, sampling=greedy, box=box)
-            if isinstance(rollout, SkippedQuestion):
-                return rollout
-            seen = without_image(question)
-            scores = await rewards.score(seen, rollout.trajectories)
-            return Group(number, seen, rollout.result, scores, rollout.trajectories)
+        except (DatasetError, images.UnreadableImage) as error:
+            return SkippedQuestion(question.id, f"{type(error).__name__}: {error}")
+        rollout = await rollouts.rollout(question, seed=0, samples=1, sampling=greedy, box=box)
+        if isinstance(rollout, SkippedQuestion):
+            return rollout
+        seen = without_image(question)
+        scores = await rewards.score(seen, rollout.trajectories)
+        return Group(number, seen, rollout.result, scores, rollout.trajectories)
 
-    answers = await asyncio.gather(*(run(number, question) for number, question in enumerate(questions)))
+    async def record(number: int, row: Question | SkippedQuestion) -> None:
+        found[number] = await run(number, row)
+
+    await for_each(questions, config.in_flight, record)
+    answers = [found[number] for number in sorted(found)]
+    groups = tuple(answer for answer in answers if isinstance(answer, Group))
     return Evaluation(
-        tuple(answer for answer in answers if isinstance(answer, Group)),
+        groups,
         tuple(answer for answer in answers if isinstance(answer, SkippedQuestion)),
+        tuple(is_right(group, tolerance) for group in groups),
     )
+
+
+async def for_each(rows: Iterable[T], at_once: int, work: Callable[[int, T], Awaitable[None]]) -> None:
+    """Call ``work(number, row)`` for every row, for at most ``at_once`` at a time; a row is read (in a thread) when its
+    turn has come. The first error cancels the others and is raised."""
+    numbered, reading, none = enumerate(rows), asyncio.Lock(), object()
+
+    async def one_after_another() -> None:
+        while True:
+            async with reading:
+                entry: Any = await asyncio.to_thread(next, numbered, none)
+            if entry is none:
+                return
+            await work(*entry)
+
+    await gather_or_cancel(*(one_after_another() for _ in range(at_once)))
+
+
+def is_right(group: Group, tolerance: float) -> bool:
+    """Whether the policy's answer is the ground truth: of its reply alone, whatever the reward model did."""
+    answer = group.result.summaries[0].answer
+    return answer is not None and matches(answer, group.question, tolerance)
 
 
 def choose_box(question: Question, source: BoxSource, config: EvaluationConfig) -> Box | None:
@@ -140,25 +188,85 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def heldout(config: TrainConfig) -> list[Question]:
-    """The questions of an evaluation, in the order of their files; none where no files are named.
+class HeldOut:
+    """The rows of an evaluation, in the order of their files, read anew at each iteration.
 
-    Raises DatasetError."""
-    evaluation = config.evaluation
-    if not evaluation.paths:
-        return []
-    stream = QuestionStream(replace(config.questions, paths=evaluation.paths, shuffle=False))
-    return list(islice(stream, min(evaluation.questions or len(stream), len(stream))))
+    A row that is no question comes as a ``SkippedQuestion``. An id that several rows have gets their file and row, so
+    that no question is taken for another."""
+
+    def __init__(self, config: TrainConfig, hide_target: bool = False) -> None:
+        """hide_target: black out every target, so that only the context still tells where it is.
+
+        Raises DatasetError."""
+        self._hide_target = hide_target
+        self._config = replace(
+            config.questions, paths=config.evaluation.paths, shuffle=False, on_bad_row=OnBadRow.ERROR
+        )
+        self.names: tuple[str, ...] = ()
+        if not config.evaluation.paths:
+            return
+        QuestionStream(self._config)  # the files are checked before anything starts
+        self._files = expand_paths([Path(path) for path in config.evaluation.paths], (".parquet",))
+        places = [place for path in self._files for place in _places(path)]
+        times = Counter(name for name, _ in places)
+        names = [name if name and times[name] == 1 else f"{name} ({where})".strip() for name, where in places]
+        self.names = tuple(names[: config.evaluation.questions or None])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def require(self, boxes: bool = False) -> HeldOut:
+        """Return self. Raises DatasetError where there are no rows or, with ``boxes``, none that names its target."""
+        if not self.names:
+            raise DatasetError("evaluation.paths is empty; name at least one Parquet file of held-out questions")
+        if boxes and not any(map(_has_boxes, self._files)):
+            raise DatasetError("no held-out question says where its target is (column boxes); leave oracle and "
+                               "--hide-target out")  # fmt: skip
+        return self
+
+    def __iter__(self) -> Iterator[Question | SkippedQuestion]:
+        stream = QuestionStream(self._config) if self.names else iter(())
+        for name in self.names:  # so many rows and no more: a stream would go on with its next epoch
+            yield self._read(stream, name)
+
+    def _read(self, stream: Iterator[Question], name: str) -> Question | SkippedQuestion:
+        try:
+            question = replace(next(stream), id=name)
+            return hide_targets(question) if self._hide_target else question
+        except (BadRow, images.UnreadableImage) as error:
+            return SkippedQuestion(name, str(error))
 
 
-def occluded(questions: Sequence[Question]) -> list[Question]:
-    """The same questions with the targets blacked out: only the context still tells where they are.
+def _places(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the id of every row (empty where it cannot be read) and where the row is."""
+    file, number = pq.ParquetFile(path), 0
+    for index in range(file.metadata.num_row_groups):
+        for name in _ids(file, index):
+            yield name, f"{path.name}, row {number}"
+            number += 1
 
-    Raises DatasetError where a question does not say where its target is."""
-    for question in questions:
-        if not question.boxes:
-            raise DatasetError(f"question {question.id!r} has no boxes; there is no target to hide")
-    return [replace(question, image=images.mask_boxes(question.image, question.boxes)) for question in questions]
+
+def _ids(file: pq.ParquetFile, index: int) -> list[str]:
+    try:
+        cells = file.read_row_group(index, columns=["id"]).column("id")
+        return ["" if cell.as_py() is None else str(cell.as_py()) for cell in cells]
+    except (pa.ArrowException, OSError, ValueError):  # damaged, or text that is not UTF-8
+        return [""] * file.metadata.row_group(index).num_rows
+
+
+def _has_boxes(path: Path) -> bool:
+    file = pq.ParquetFile(path)
+    if "boxes" not in file.schema_arrow.names:
+        return False
+    return any(len(cell.as_py() or ()) for cell in file.read(columns=["boxes"]).column("boxes"))
+
+
+def hide_targets(question: Question) -> Question:
+    """The same question with its targets blacked out. Raises BadRow where it does not say where they are, and
+    UnreadableImage."""
+    if not question.boxes:
+        raise BadRow(f"question {question.id!r} has no boxes; there is no target to hide")
+    return replace(question, image=images.mask_boxes(question.image, question.boxes))
 
 
 def launch_workers(
@@ -167,16 +275,18 @@ def launch_workers(
     """Start rollout and reward workers in the background.
 
     Models are looked up here first, so that a missing one is reported at once (OSError, UnknownFamily) and not by a
-    worker a minute later."""
+    worker a minute later; so is an API key that is not set (ValueError)."""
     family_of(config.rollout.engine.model, config.episode.family)
     if config.reward.verifier.backend is Backend.ENGINE:
         family_of(config.reward.verifier.engine.model, config.reward.verifier.family)
+    elif (key := config.reward.verifier.endpoint.api_key_env) and config.cluster.address is None:
+        api_key(key)  # on a cluster the nodes have it, and this machine need not
     rollouts = RolloutPool.launch(cluster, config.rollout, config.episode)
     return rollouts, RewardPool.launch(cluster, config.reward, reward_terms)
 
 
 async def compare_boxes(
-    config: TrainConfig, questions: Sequence[Question], sources: Sequence[BoxSource], console: Console
+    config: TrainConfig, questions: HeldOut, sources: Sequence[BoxSource], console: PlainConsole
 ) -> dict[str, Metrics]:
     """Evaluate the same questions on the same engines with the boxes of each source.
 
@@ -188,9 +298,11 @@ async def compare_boxes(
             await gather_or_cancel(rollouts.ready(config.start_deadline_s), rewards.ready(config.start_deadline_s))
         for source in sources:
             with console.status(f"{len(questions)} questions, boxes from: {source}"):
-                evaluation = await evaluate(questions, rollouts, rewards, config.evaluation, source)
-            for skipped in evaluation.unplayable:
-                console.print(f"could not play {skipped.question_id!r}: {skipped.reason}", highlight=False)
+                evaluation = await evaluate(
+                    questions, rollouts, rewards, config.evaluation, config.reward.number_tolerance, source
+                )
+            for failed in evaluation.failed:
+                console.say(f"failed: {failed.question_id}: {failed.reason}")
             bounds = evaluation.intervals(config.metrics)
             lows = {f"{name}_low": low for name, (low, _) in bounds.items()}
             highs = {f"{name}_high": high for name, (_, high) in bounds.items()}

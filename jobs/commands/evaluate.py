@@ -9,14 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from ergo_rl.jobs.benchmark import heldout_questions, run_benchmark
+from ergo_rl.console import PlainConsole, table
+from ergo_rl.jobs.benchmark import run_benchmark
 from ergo_rl.jobs.benchmark_grid import Mode
-from ergo_rl.jobs.cli_common import add_endpoint, add_recipe, command, parse_with_overrides, recipe_of
+from ergo_rl.jobs.cli import add_endpoint, add_recipe, command, parse_with_overrides, recipe_of
 from ergo_rl.jobs.config import load_config
-from ergo_rl.jobs.evaluation import BoxSource, compare_boxes
+from ergo_rl.jobs.evaluation import BoxSource, HeldOut, compare_boxes
 from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.questions.prepare import prepare_embedded
 
@@ -31,17 +31,20 @@ _ROWS = {
     "region_precision": "paid crops that hold the target",
     "region_recall": "crops with the target that are paid",
 }
+_COUNTS = {"questions": "questions", "failed": "failed (counted as wrong)", "unscored": "without a reward"}
 
 
 def as_table(results: dict[str, Metrics], how: str) -> Table:
     """A row per figure, a column per source of boxes."""
-    table = Table(title=f"held-out questions, {how}; with 95 % intervals")
-    table.add_column("")
+    figures = table(f"held-out questions, {how}; with 95 % intervals")
+    figures.add_column("")
     for source in results:
-        table.add_column(f"box: {source}", justify="right")
+        figures.add_column(f"box: {source}", justify="right")
     for name, title in _ROWS.items():
-        table.add_row(title, *(_cell(metrics, f"eval/{name}") for metrics in results.values()))
-    return table
+        figures.add_row(title, *(_cell(metrics, f"eval/{name}") for metrics in results.values()))
+    for name, title in _COUNTS.items():
+        figures.add_row(title, *(f"{metrics.get(f'eval/{name}', 0):.0f}" for metrics in results.values()))
+    return figures
 
 
 def _cell(metrics: Metrics, name: str) -> str:
@@ -93,12 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_with_overrides(parser, argv)
     if (options.budgets or options.url) and not options.modes:
         parser.error("--budgets and --url are for --modes; try --modes direct two-stage oracle")
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a log has no width: 80 would break the table
+    console = PlainConsole(width=None if sys.stdout.isatty() else 160)  # a log has no width: 80 would break the table
     recipe, overrides = recipe_of(options)
     models = [f"rollout.engine.model={options.model}", f"learner.model={options.model}"] if options.model else []
     config = load_config(recipe, [*overrides, *models, f"evaluation.questions={options.questions}"])
     prepare_embedded(config.embedded)
-    questions = heldout_questions(config, options.hide_target)
+    oracle = BoxSource.ORACLE in options.boxes if not options.modes else Mode.ORACLE in options.modes
+    questions = HeldOut(config, options.hide_target).require(boxes=options.hide_target or oracle)
     if options.modes:
         work = run_benchmark(
             config, questions, [Mode(mode) for mode in options.modes], options.budgets, hide_target=options.hide_target,

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ergo_rl.episodes.families import family_of
-from ergo_rl.jobs.answer import config_of_model
 from ergo_rl.jobs.chat_server import ServeConfig, serve_until_stopped
-from ergo_rl.jobs.cli_common import add_endpoint, command
+from ergo_rl.jobs.cli import add_endpoint, command
+from ergo_rl.jobs.policy import config_of_model
 from ergo_rl.jobs.policy_clients import endpoint_at
 from ergo_rl.jobs.run_paths import RECIPE
 

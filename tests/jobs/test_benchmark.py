@@ -13,9 +13,9 @@ from PIL import Image
 
 from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.benchmark import evaluate
-from ergo_rl.jobs.benchmark_grid import Mode, Record, run_grid
-from ergo_rl.jobs.benchmark_report import as_markdown, figures, pareto, summarise, write_report
+from ergo_rl.jobs.benchmark_grid import Mode, Record, as_markdown, figures, pareto, run_grid, summarise, write_report
 from ergo_rl.jobs.config import ConfigError, TrainConfig
+from ergo_rl.jobs.evaluation import HeldOut
 from ergo_rl.jobs.policy_clients import EndpointClient, endpoint_at
 from ergo_rl.questions.dataset import DatasetError, write_questions
 from tests.factories import FAMILY
@@ -23,11 +23,16 @@ from tests.jobs.conftest import Server, question
 
 
 def run(server: Server, config: TrainConfig, questions: list[Question], out: Path, **settings: Any) -> list[Record]:
+    write_questions(out / "held.parquet", iter(questions))
+    evaluation = replace(config.evaluation, paths=[str(out / "held.parquet")], questions=0)
+    rows = HeldOut(replace(config, evaluation=evaluation))
+
     async def run_all() -> list[Record]:
         client = EndpointClient(config, await endpoint_at(server.url, "", config), FAMILY)
         try:
             modes = [Mode.DIRECT, Mode.TWO_STAGE, Mode.ORACLE]
-            return await run_grid(questions, client, config, modes, [16, 36], out, settings, lambda done, wanted: None)
+            found = await run_grid(rows, client, config, modes, [16, 36], out, settings, lambda done, wanted: None)
+            return found[0]
         finally:
             await client.close()
 
@@ -37,10 +42,11 @@ def run(server: Server, config: TrainConfig, questions: list[Question], out: Pat
 def test_grid_counts_failures_as_wrong_and_continues_where_it_stopped(
     server: Server, config: TrainConfig, tmp_path: Path
 ) -> None:
-    """Three questions, one of them without a box and one without a picture: 2 budgets x (3 + 3 + 2) records."""
-    questions = [question("a", "near"), question("b", "far", boxes=False), question("c", "far", b"no picture")]
+    """Three questions, one of them without a box and one whose picture is cut off: 2 budgets x 3 modes x 3 records."""
+    cut = question().image[:5000]  # type: ignore[index]
+    questions = [question("a", "near"), question("b", "far", boxes=False), question("c", "far", cut)]
     records = run(server, config, questions, tmp_path, policy="tiny")
-    assert len(records) == 16 and len(server.bodies) == 2 * (2 * 1 + 2 * 2 + 1 * 2), "what cannot be read is not asked"
+    assert len(records) == 18 and len(server.bodies) == 2 * (2 * 1 + 2 * 2 + 1 * 2), "what cannot be read is not asked"
     found = {(one["mode"], one["budget"], one["category"]): one for one in summarise(records)}
     two = found["two-stage", 36, "all"]
     assert (two["questions"], two["failures"], two["accuracy"], two["calls"]) == (3, 1, 2 / 3, 2)
@@ -49,8 +55,10 @@ def test_grid_counts_failures_as_wrong_and_continues_where_it_stopped(
     direct = found["direct", 16, "all"]
     assert direct["accuracy"] == 0 and direct["calls"] == 1 and "coverage" not in direct, "it only looked"
     assert found["two-stage", 36, "near"]["accuracy"] == 1 and found["two-stage", 36, "far"]["accuracy"] == 0.5
-    assert found["oracle", 16, "all"]["questions"] == 2
-    assert [record.failure[:15] for record in records if record.failure] == ["UnreadableImage"] * 6
+    oracle = found["oracle", 16, "all"]
+    assert (oracle["questions"], oracle["failures"], oracle["accuracy"]) == (3, 2, 1 / 3)
+    failures = [record.failure.partition(":")[0] for record in records if record.failure]
+    assert sorted(failures) == ["DatasetError"] * 2 + ["UnreadableImage"] * 6
 
     lines = (tmp_path / "records.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "records.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])  # stopped in the middle of a line
@@ -132,3 +140,34 @@ def test_evaluate_from_python_with_and_without_a_running_event_loop(
     assert [record.question for record in one.records] == ["a"]
     with pytest.raises(DatasetError, match=r"evaluation\.paths is empty"):
         evaluate(replace(config, evaluation=replace(evaluation, paths=[])))
+
+
+def test_evaluate_has_each_row_once_in_every_mode(server: Server, config: TrainConfig, tmp_path: Path) -> None:
+    """A good row, a bad one, one without boxes, and a second file that counts from the same id."""
+    bad = replace(question("b"), image=b"no picture")
+    write_questions(tmp_path / "4k.parquet", iter([question("0"), bad, question("c", boxes=False)]))
+    write_questions(tmp_path / "8k.parquet", iter([question("0")]))
+    paths = [str(tmp_path / name) for name in ("4k.parquet", "8k.parquet")]
+    evaluation = replace(config.evaluation, paths=paths, questions=0)
+    config = replace(config, evaluation=evaluation, embedded=replace(config.embedded, panels=None))
+    result = evaluate(config, budgets=[16], modes=["two-stage", "oracle"], url=server.url, out=tmp_path / "out")
+    names = ["0 (4k.parquet, row 0)", "b", "c", "0 (8k.parquet, row 0)"]
+    assert [record.question for record in result.records] == names * 2
+    assert [line["questions"] for line in result.figures] == [4, 4]
+    assert [(line["accuracy"], line["failures"]) for line in result.figures] == [(0.75, 1), (0.5, 2)]
+    assert "column 'image'" in result.records[1].failure and "has no boxes" in result.records[6].failure
+    assert len(server.bodies) == 2 * (3 + 2)
+
+
+def test_evaluate_refuses_answers_to_other_questions_behind_the_same_name(
+    server: Server, config: TrainConfig, tmp_path: Path
+) -> None:
+    held = tmp_path / "held.parquet"
+    evaluation = replace(config.evaluation, paths=[str(held)], questions=0)
+    config = replace(config, evaluation=evaluation, embedded=replace(config.embedded, panels=None))
+    how: dict[str, Any] = {"budgets": [16], "modes": ["direct"], "url": server.url, "out": tmp_path / "out"}
+    write_questions(held, iter([question("a")]))
+    evaluate(config, **how)
+    write_questions(held, iter([replace(question("a"), answer="dot")]))
+    with pytest.raises(ConfigError, match="holds an evaluation with another content of the questions"):
+        evaluate(config, **how)

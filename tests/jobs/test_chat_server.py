@@ -40,7 +40,7 @@ def chat(*parts: Any, **more: Any) -> dict[str, Any]:
 
 
 def read(request: Any) -> ChatQuestion:
-    return read_chat(json.dumps(request).encode(), "tiny", 112)
+    return read_chat(json.dumps(request).encode(), "tiny")
 
 
 # --- what parses ------------------------------------------------------------------------------------------------------
@@ -52,8 +52,25 @@ def test_read_chat_takes_one_question_about_one_image() -> None:
         "Which mark?\nThe red one?", "u"
     )
     assert read(chat(ergo={"options": ["ring", "dot"]})).options == ("ring", "dot")
-    harmless = {"temperature": 0.0, "n": 1, "stream": False, "max_tokens": 112, "seed": 3, "top_p": 0.5, "stop": None}
-    assert read(chat(**harmless)) == read(chat())
+
+
+def test_read_chat_takes_values_that_ask_for_nothing() -> None:
+    """What lmms-eval, VLMEvalKit, ``vllm bench serve`` and the openai client send without being asked."""
+    neutral = {
+        "temperature": 0.0, "n": 1, "stream": False, "seed": 3, "top_p": 0.5, "top_k": -1, "stop": None, "tools": [],
+        "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "service_tier": "auto",
+        "repetition_penalty": 1.0, "chat_template_kwargs": {}, "ignore_eos": False, "top_logprobs": 0,
+    }  # fmt: skip
+    empty = {"role": "system", "content": ""}
+    request = chat(**neutral)
+    assert read(request) == read(request | {"messages": [empty, *request["messages"]]}) == read(chat())
+
+
+def test_read_chat_limits_stops_and_streams_are_those_of_the_shown_text() -> None:
+    asked = read(chat(max_tokens=16, max_completion_tokens=9, stop="\n\n", stream=True))
+    assert (asked.max_tokens, asked.stop, asked.stream, asked.usage_in_stream) == (9, ("\n\n",), True, False)
+    asked = read(chat(stop=["<|im_end|>", ""], stream=True, stream_options={"include_usage": True}))
+    assert (asked.max_tokens, asked.stop, asked.usage_in_stream) == (None, ("<|im_end|>",), True)
 
 
 @pytest.mark.parametrize(
@@ -69,14 +86,24 @@ def test_read_chat_takes_one_question_about_one_image() -> None:
         (chat({"type": "text", "text": " \n"}, image()), "it has 1 images and no text", "messages"),
         (chat(WORDS, {"type": "image_url", "image_url": "u"}), "a part is", "messages"),
         (chat(WORDS, {"type": "input_audio"}), "a part is", "messages"),
-        (chat(stream=True), "stream can only be false: the reply comes in one piece", "stream"),
+        (chat(stream=1), "stream is not as in OpenAI's interface", "stream"),
+        (chat(stop=[1]), "stop is not as in OpenAI's interface", "stop"),
+        (chat(stop="\ud83d"), "surrogates not allowed", "stop"),
+        (chat(ignore_eos=True), "ignore_eos can only be false: a reply ends where", "ignore_eos"),
+        (chat(response_format={"type": "json_object"}), "the reply is text", "response_format"),
+        (
+            {"messages": [{"role": "system", "content": "Be brief."}, *chat()["messages"]]},
+            "without a history",
+            "messages",
+        ),
         (chat(temperature=0.7), "temperature can only be 0: decoding is greedy", "temperature"),
         (chat(n=2), "n can only be 1", "n"),
-        (chat(max_tokens=64), "max_tokens must be at least 112", "max_tokens"),
-        (chat(max_completion_tokens="all"), "max_completion_tokens must be at least 112", "max_completion_tokens"),
+        (chat(max_tokens=0), "max_tokens must be a whole number of at least 1", "max_tokens"),
+        (chat(max_completion_tokens="all"), "must be a whole number of at least 1", "max_completion_tokens"),
         (chat({"type": "text", "text": "\ud83d"}, image()), "not text: surrogates not allowed", "messages"),
         (chat(**{"\ud83d": 1}), "^. is not a parameter", "?"),
-        (chat(tools=[]), "tools is not a parameter of this server", "tools"),
+        (chat(tools=[{}]), "tools can only be", "tools"),
+        (chat(functions=[]), "functions is not a parameter of this server", "functions"),
         (chat(ergo={"option": []}), "ergo takes", "ergo"),
         (chat(ergo={"options": ["x"] * 27}), "up to 26 texts", "ergo"),
         (chat() | {"model": "gpt"}, "the model 'tiny' only", "model"),
@@ -110,7 +137,7 @@ requests = st.fixed_dictionaries(
 @given(st.binary(max_size=64) | (json_values | requests).map(lambda value: json.dumps(value).encode()))
 def test_read_chat_any_body_gives_a_question_or_a_4xx(body: bytes) -> None:
     try:
-        asked = read_chat(body, "tiny", 112)
+        asked = read_chat(body, "tiny")
     except ChatError as refused:
         assert str(refused) and 400 <= refused.status < 500
         assert JSONResponse(refused.body).body
@@ -120,13 +147,22 @@ def test_read_chat_any_body_gives_a_question_or_a_4xx(body: bytes) -> None:
 
 def test_read_chat_deeply_nested_body_is_refused() -> None:
     with pytest.raises(ChatError, match="not JSON"):
-        read_chat(b"[" * 200_000, "tiny", 112)
+        read_chat(b"[" * 200_000, "tiny")
 
 
 @given(st.text(min_size=1).filter(str.strip), st.binary())
 def test_read_chat_keeps_text_and_image_unchanged(text: str, encoded: bytes) -> None:
     asked = read(chat({"type": "text", "text": text}, image(data_url(encoded))))
     assert asked.text == text.strip() and read_data_url(asked.image_url) == encoded
+
+
+def test_read_data_url_takes_line_breaks_and_missing_padding() -> None:
+    for written in ("YWJjZA==", "YWJj\r\nZA==\n", "YWJjZA", " YWJjZA="):
+        assert read_data_url("data:image/png;base64," + written) == b"abcd"
+
+
+def test_chat_error_shows_no_address_of_memory() -> None:
+    assert str(ChatError(f"cannot read {object()}")) == "cannot read <object object>"
 
 
 @given(st.text() | st.text().map("data:image/png;base64,".__add__))
@@ -204,6 +240,53 @@ def test_chat_completion_without_a_box_follows_the_recipe(server: Server) -> Non
     told = whole.json()["ergo"]
     assert told["answer"] == "ring" and told["whole_image_fallback"] and told["box"] == [0, 0, 672, 672]
     assert told["visual_tokens"] == {"coarse": 36, "crop": 16}
+
+
+def test_chat_completion_streams_in_one_piece(server: Server) -> None:
+    good = chat(WORDS, image(data_url(question().image)), stream=True, stop=["n"])  # type: ignore[arg-type]
+    plain, counted = ask(server, post(good, good | {"stream_options": {"include_usage": True}}))
+    assert plain.headers["content-type"].startswith("text/event-stream")
+    *events, done = (line.removeprefix("data: ") for line in counted.text.split("\n\n") if line)
+    said, end, usage = map(json.loads, events)
+    assert done == "[DONE]" and len(plain.text.split("\n\n")) == 4  # two events, the end, and what follows it
+    assert said["choices"][0]["delta"]["content"] == "ri" and end["choices"][0]["finish_reason"] == "length"
+    assert end["ergo"]["answer"] == "ring" and usage["usage"]["total_tokens"] == 114 and usage["choices"] == []
+
+
+def test_server_names_its_model_at_its_address(server: Server) -> None:
+    known, unknown = ask(server, [("GET", "/v1/models/tiny", None), ("GET", "/v1/models/a/b", None)])
+    assert known.json()["id"] == "tiny" and unknown.status_code == 404
+
+
+def test_server_refuses_a_question_that_is_longer_than_the_model_before_tokenizing(server: Server) -> None:
+    (reply,) = ask(server, post(chat({"type": "text", "text": "word " * 2000}, image())))
+    assert (
+        reply.status_code == 400 and "has 9999 characters; at most 8192 could fit" in reply.json()["error"]["message"]
+    )
+
+
+def test_server_says_busy_where_too_much_is_held(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies of 4 KiB and room for two: of three that are held at once, one is refused, and the model is still listed;
+    afterwards there is room again."""
+    monkeypatch.setattr(chat_server, "_BODIES", 1)
+    monkeypatch.setattr(chat_server, "_BODY_S", 0.5)
+
+    async def stuck() -> AsyncIterator[bytes]:
+        yield b" " * 3000
+        await asyncio.sleep(0.8)
+
+    calls = [*post(stuck(), stuck()), ("GET", "/v1/models", None)]
+    first, second, models = ask(server, calls, max_body_bytes=4096)
+    assert sorted((first.status_code, second.status_code)) == [408, 503] and models.status_code == 200
+    assert any("takes 4096 bytes of requests at once" in reply.text for reply in (first, second))
+
+
+def test_budget_gives_back_what_was_held_also_after_an_error() -> None:
+    budget = chat_server.Budget(10, "things")
+    with pytest.raises(ChatError, match="takes 10 things at once"), budget.hold() as take:
+        take(7)
+        take(4)
+    assert budget.held == 0
 
 
 async def drip() -> AsyncIterator[bytes]:
