@@ -27,7 +27,7 @@ from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_sync import WeightChannel
 from ergo_rl.episodes.config import OnBadRow
 from ergo_rl.jobs.advantage_estimator import AdvantageEstimator
-from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
+from ergo_rl.jobs.cli import DEFAULT_RECIPE
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.jobs.evaluation import launch_workers
 from ergo_rl.jobs.rollout_scheduler import RolloutScheduler

@@ -42,7 +42,7 @@ from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.prompts import around_image
 from ergo_rl.episodes.types import Question
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
-from ergo_rl.jobs.cli_common import DEFAULT_RECIPE
+from ergo_rl.jobs.cli import DEFAULT_RECIPE
 from ergo_rl.jobs.config import load_config
 
 TARGET = 1.15

@@ -1,4 +1,4 @@
-"""From the scores of a step to the batch that the learner takes. Pure."""
+"""From the scores of a step to the batch that the learner takes; and gamma of the reward, from the training data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+
 from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes import images
+from ergo_rl.episodes.config import QuestionsConfig
 from ergo_rl.episodes.types import Outcome, Unscored
 from ergo_rl.learners.advantages import TurnAdvantages, normalise_over_step, term_advantages, turn_advantages
 from ergo_rl.learners.config import Credit, LearnerConfig, Terms
 from ergo_rl.learners.learner_group import TrainingGroup
+from ergo_rl.questions.dataset import DatasetError, QuestionStream
+from ergo_rl.rewards.config import RewardConfig
 
 GroupAdvantages = Sequence[TurnAdvantages]
 """By trajectory."""
@@ -88,3 +94,28 @@ def shuffle_scores(groups: Sequence[Group], rng: random.Random) -> list[Group]:
     rng.shuffle(scores)
     dealt = iter(scores)
     return [replace(group, scores=tuple(islice(dealt, len(group.scores)))) for group in groups]
+
+
+MAX_QUESTIONS = 1000
+
+
+def resolve_gamma(reward: RewardConfig, questions: QuestionsConfig) -> RewardConfig:
+    """Return ``reward`` with its gamma from the first thousand training questions, where ``gamma_quantile`` is set.
+
+    It is a single number for the whole data set: no reward of a trajectory depends on the box of its own question.
+    Raises DatasetError where no question has a box."""
+    if reward.gamma_quantile is None:
+        return reward
+    stream = QuestionStream(replace(questions, shuffle=False))
+    shares = []
+    for question in islice(stream, min(len(stream), MAX_QUESTIONS)):
+        if question.boxes:
+            width, height = images.size(question.image)
+            shares.append(
+                images.expand_boxes(question.boxes, reward.gamma_margin, width, height).area / (width * height)
+            )
+    if not shares:
+        raise DatasetError(
+            "reward.gamma_quantile needs questions with boxes, and none has any; set reward.gamma instead"
+        )
+    return replace(reward, gamma=float(np.quantile(shares, reward.gamma_quantile)))

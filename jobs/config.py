@@ -7,10 +7,11 @@ nearest one that does. Importing this module loads neither Ray nor torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum, StrEnum
 from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,17 +35,22 @@ from ergo_rl.config_fields import (
 from ergo_rl.episodes.config import EpisodeConfig, QuestionsConfig
 from ergo_rl.episodes.plugins import import_class, is_import_path
 from ergo_rl.errors import ErgoError
-from ergo_rl.learners.config import LearnerConfig
+from ergo_rl.learners.config import LearnerConfig, Schedule
 from ergo_rl.rewards.config import RewardConfig
 
 _SHOWN = 400
 """Characters of a value or a reason that a message shows."""
+_AZURE = ("abfs", "abfss", "az", "adl")
+_QUERY = re.compile(r"\?[^/]*=")
 _SHARED = {
     "model": ("learner.model", "rollout.engine.model"),
     "family": ("learner.family", "episode.family"),
     "temperature": ("learner.temperature", "rollout.sampling.temperature"),
 }
 """Keys of the run, and the keys of its sections that get the same value."""
+_ENVIRONMENT: dict[tuple[str, str], str] = {}
+"""Interpolations of texts that were read from the environment, by key and resolved value. Not in TrainConfig: copies of
+a configuration (``dataclasses.replace``) have them, too."""
 
 
 class ConfigError(ErgoError, ValueError):
@@ -77,15 +83,25 @@ class CheckpointConfig(ConfigSection):
     """The figure of the evaluation by which the best checkpoint is chosen, the highest wins (coverage, accuracy,
     ...)."""
     url: str = ""
-    """Folder or fsspec URL (s3://bucket/runs, gs://..., file:///...) that gets a copy of each checkpoint as
-    URL/RUN/step-..., and from which a run resumes if its own folder has none; empty: no copies."""
+    """Folder or fsspec URL (s3://bucket/runs, gs://..., abfs://container@account.dfs.core.windows.net/runs, ...) that
+    gets a copy of each checkpoint as URL/RUN/step-...; of a run's own folder and the URL the newest checkpoint counts;
+    empty: no copies."""
+    outage_deadline_s: Annotated[float, Ge(0)] = 3600.0
+    """Training goes on without copies for this many seconds while the URL does not answer; then the run ends, saved in
+    its own folder."""
+    accept_changes: list[str] = field(default_factory=list)
+    """Keys (with all below them) that may have another value, or other content behind their paths, than at the
+    checkpoint that is resumed, such as [questions.paths]; all other changes of what is learned are refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "@" in self.url.split("://")[-1].split("/")[0]:
+        protocol, _, rest = self.url.rpartition("://")
+        user, at, host = rest.split("/")[0].rpartition("@")
+        azure = protocol in _AZURE and "." in host and ":" not in user  # CONTAINER@ACCOUNT.dfs.core.windows.net
+        if (at and not azure) or (protocol and _QUERY.search(rest)):
             raise ValueError(
-                "checkpoint.url holds a user or password: it would be in config.yaml and in the logs; put it into the "
-                "environment, where the storage's own package looks"
+                "checkpoint.url holds a user or password, or a signature: it would be in config.yaml and in the logs; "
+                "put it into the environment, where the storage's own package looks"
             )
 
     def due(self, step: int, total_steps: int) -> bool:
@@ -181,6 +197,9 @@ class AlertsConfig(ConfigSection):
     """Alert below this share of the entropy of the first steps: the policy has stopped exploring."""
     equal_groups: float = 0.8
     """Alert above this share of groups of equal rewards: nothing is learned from them."""
+    unscored: float = 0.1
+    """Alert above this share of trajectories without a score; ``reward/unscored_KIND`` says why: cut, empty, thoughts,
+    filtered, refused or unavailable."""
     paid_without_coverage: float = 0.4
     """Alert if r_region is above the coverage of the targets by more than this: the verifier pays for regions that do
     not contain them."""
@@ -275,6 +294,8 @@ class TrainConfig(ConfigSection):
                 if untouched or _read(self, key) == "":
                     section, _, leaf = key.rpartition(".")
                     setattr(_read(self, section), leaf, of_run)
+        if self.learner.optimizer.total_steps is None:
+            self.learner.optimizer.total_steps = self.total_steps
 
     @property
     def spare_groups(self) -> int:
@@ -303,6 +324,13 @@ class TrainConfig(ConfigSection):
             )
         if learner.family != episode.family:
             yield f"learner.family ({learner.family!r}) must equal episode.family ({episode.family!r})"
+        optimizer = learner.optimizer
+        if optimizer.schedule is not Schedule.CONSTANT and (optimizer.total_steps or 0) < self.total_steps:
+            yield (
+                f"learner.optimizer.total_steps ({optimizer.total_steps}) must be at least total_steps "
+                f"({self.total_steps}): with schedule={optimizer.schedule} the steps from there on would learn nothing "
+                "(a rate of 0); leave it out, and it follows the run"
+            )
         longest = episode.coarse_tokens + episode.fine_tokens + sampling.coarse_max_tokens + sampling.fine_max_tokens
         if longest >= rollout.engine.max_model_len:
             yield (
@@ -319,10 +347,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     path = Path(path)
     loaded, changes = _read_recipe(path), _read_overrides(overrides)
     try:
-        merged = OmegaConf.merge(_schema(), *_shared(_current(loaded), _current(changes)))
-        if wrong := out_of_range(TrainConfig, OmegaConf.to_container(merged, resolve=True)):
+        layers = _shared(_current(loaded), _current(changes))
+        merged = OmegaConf.merge(_schema(), *layers)
+        resolved = OmegaConf.to_container(merged, resolve=True)
+        if wrong := out_of_range(TrainConfig, resolved):
             raise ConfigError("; ".join(wrong))
         config = OmegaConf.to_object(merged)
+        for _ in range(2):  # the second time for keys that point to one behind them
+            _note_environment(OmegaConf.to_container(merged), resolved)
     except ConfigError:
         raise
     except ConfigKeyError as error:
@@ -334,6 +366,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except (ValueError, TypeError, RecursionError) as error:  # a section refuses its values, a value is of a wrong kind
         raise ConfigError(_line(error)) from error
     assert isinstance(config, TrainConfig)
+    if all(_read(layer, "learner.loss.longest_reply") is None for layer in layers):
+        sampling = config.rollout.sampling
+        config.learner.loss.longest_reply = sampling.coarse_max_tokens + sampling.fine_max_tokens
     check(config)
     return config
 
@@ -358,12 +393,74 @@ def check(config: TrainConfig) -> None:
 
             objective_named(config.learner.loss.objective)
         for prompts in (config.episode.prompts, config.reward.verifier.prompts):
-            for template in (prompts.coarse, prompts.fine, prompts.verify):
+            for template in (prompts.coarse, prompts.fine, prompts.direct, prompts.verify):
                 around_image(template, Question("", b"", "", ""))
     except ValueError as error:
         problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def config_yaml(config: TrainConfig) -> str:
+    """Return a configuration as a recipe. Texts that ``load_config`` took from the environment stay interpolations: a
+    key must not end in config.yaml, checkpoints and trackers."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_values(config)))
+
+
+def config_values(config: TrainConfig) -> dict[str, Any]:
+    """Return what ``config_yaml`` writes, as nested mappings."""
+    values: dict[str, Any] = _unresolved(_plain(config))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Sections as mappings, members of enumerations by name."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def _note_environment(given: Any, resolved: Any, key: str = "") -> None:
+    """Note the texts of a configuration that come from the environment, directly or by another key."""
+    if isinstance(given, dict | list) and isinstance(resolved, dict | list):
+        for name in given if isinstance(given, dict) else range(len(given)):
+            _note_environment(given[name], resolved[name], f"{key}.{name}" if key else str(name))
+    elif isinstance(given, str) and isinstance(resolved, str) and _reads_environment(given, resolved):
+        shared = next((keys for keys in ((name, *keys) for name, keys in _SHARED.items()) if key in keys), (key,))
+        _ENVIRONMENT.update({(name, resolved): given for name in shared})
+
+
+def _reads_environment(given: str, resolved: str) -> bool:
+    return "oc.env" in given or ("${" in given and any(value and value in resolved for _, value in _ENVIRONMENT))
+
+
+def _unresolved(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _unresolved(item, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_unresolved(item, f"{key}.{index}") for index, item in enumerate(value)]
+    return _ENVIRONMENT.get((key, value), value) if isinstance(value, str) else value
+
+
+def same_when_resolved(key: str, old: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a text from the environment has the value with which an older version saved it, resolved."""
+    return bool(_unresolved(old[key], key) == now[key])
+
+
+def keys_of_run() -> tuple[str, ...]:
+    """Return the keys that only fill others."""
+    return tuple(_SHARED)
+
+
+def with_model(config: TrainConfig, model: str) -> TrainConfig:
+    """Return the configuration with another policy, in every key that names it."""
+    engine = replace(config.rollout.engine, model=model)
+    rollout, learner = replace(config.rollout, engine=engine), replace(config.learner, model=model)
+    return replace(config, model=model, rollout=rollout, learner=learner)
 
 
 def keys_that_may_change() -> tuple[str, ...]:
@@ -374,8 +471,12 @@ def keys_that_may_change() -> tuple[str, ...]:
 def stored_config(path: Path) -> Any:
     """Read the config.yaml of a run or checkpoint, by the keys of today, without any check.
 
-    Raises OSError where there is no such file."""
-    return OmegaConf.create(_current(OmegaConf.load(path)))
+    Raises OSError where there is no such file, ConfigError where it is no recipe."""
+    with _naming(str(path)):
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ValueError(f"it holds no keys and values, but {type(loaded).__name__}")
+        return OmegaConf.create(_current(loaded))
 
 
 def _read_recipe(path: Path) -> DictConfig:

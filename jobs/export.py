@@ -18,7 +18,7 @@ from ergo_rl.jobs.checkpoint_store import CheckpointStore, read_manifest, step_o
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
 from ergo_rl.jobs.evaluation import wilson
 from ergo_rl.jobs.metrics import Metrics
-from ergo_rl.jobs.report_data import NotARunFolder, read_lines
+from ergo_rl.jobs.report import NotARunFolder, read_lines
 from ergo_rl.jobs.run_paths import CHECKPOINTS, CONFIG, EVALUATIONS, POLICY, RECIPE
 from ergo_rl.learners.checkpoint import export_state
 

@@ -1,13 +1,15 @@
-"""Metrics of a step, from its groups. Pure."""
+"""Metrics of a step, from its groups; and alerts, known ways in which a run goes wrong while its reward still looks
+fine. Pure."""
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from ergo_rl.actors.rollout_worker import TrajectorySummary
 from ergo_rl.actors.trajectory_store import Group
-from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Score
-from ergo_rl.jobs.config import MetricsConfig
+from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Score, Unscored
+from ergo_rl.jobs.config import AlertsConfig, MetricsConfig
 
 Metrics = dict[str, float]
 
@@ -60,8 +62,11 @@ def reward_metrics(groups: Sequence[Group]) -> Metrics:
     everyone = sum(len(group.scores) for group in groups)
     metrics = {
         "reward/unscored": float(everyone - len(scores)),
+        "reward/unscored_share": (everyone - len(scores)) / max(1, everyone),
         "reward/equal_groups": _share(len({round(total, 6) for total in _totals(group)}) <= 1 for group in groups),
     }
+    kinds = Counter(score.kind for group in groups for score in group.scores if isinstance(score, Unscored))
+    metrics |= {f"reward/unscored_{kind}": count / everyone for kind, count in sorted(kinds.items())}
     if scores:
         metrics["reward/total"] = _mean([score.total for score in scores])
         for part in sorted({name for score in scores for name in score.parts}):
@@ -112,3 +117,64 @@ def _mean(values: Sequence[float]) -> float:
 def _share(flags: Iterable[bool]) -> float:
     counted = list(flags)
     return sum(counted) / len(counted)
+
+
+Check = tuple[str, float | None, float, str]
+"""Name, value (None: not known), the limit above which it is on, and its sentence."""
+
+
+class Alerts:
+    """Watches the metrics of a run step by step."""
+
+    def __init__(self, config: AlertsConfig) -> None:
+        self._config = config
+        self._recent: deque[Metrics] = deque(maxlen=config.window)
+        self._first_entropy: float | None = None
+
+    def watch(self, metrics: Metrics) -> tuple[Metrics, dict[str, str]]:
+        """Return ``alarm/NAME`` (1 on, 0 off; absent where its metrics are) and a sentence for each that is on.
+
+        What no single update may do is on at once; the rest after a whole window."""
+        self._recent.append(metrics)
+        at_once = [
+            ("skipped_update", metrics.get("learner/skipped"), 0, "the update was skipped: its gradient is not finite"),
+            ("not_finite", metrics.get("learner/not_finite"), 0, "{:.0f} trajectories left the loss: not finite"),
+            ("no_learning_rate", _is_zero(metrics.get("learner/lr")), 0, "the learning rate is 0: nothing is learned"),
+        ]
+        checks = at_once + (self._checks_of_window() if len(self._recent) == self._config.window else [])
+        alarms, sentences = dict[str, float](), dict[str, str]()
+        for name, value, limit, sentence in checks:
+            if value is not None:
+                alarms[f"alarm/{name}"] = float(value > limit)
+                if value > limit:
+                    sentences[name] = sentence.format(value)
+        return alarms, sentences
+
+    def _checks_of_window(self) -> list[Check]:
+        limits = self._config
+        if self._first_entropy is None:
+            self._first_entropy = self._mean("learner/entropy")
+        region, coverage, entropy = map(self._mean, ("reward/region", "rollout/coverage", "learner/entropy"))
+        first = self._first_entropy
+        fallen = None if first is None or entropy is None else 1 - entropy / max(first, 1e-9)
+        beyond = None if region is None or coverage is None else region - coverage
+        whole, tiny, equal = map(
+            self._mean, ("rollout/full_image_rate", "rollout/tiny_box_rate", "reward/equal_groups")
+        )
+        unscored = self._mean("reward/unscored_share")
+        return [
+            ("unscored", unscored, limits.unscored, "{:.0%} of the trajectories could not be scored"),
+            ("full_image", whole, limits.full_image_rate, "{:.0%} of the crops are whole images"),
+            ("tiny_box", tiny, limits.tiny_box_rate, "{:.0%} of the crops are tiny"),
+            ("equal_groups", equal, limits.equal_groups, "{:.0%} of the groups have equal rewards and teach nothing"),
+            ("entropy", fallen, 1 - limits.entropy, "entropy has fallen by {:.0%}"),
+            ("paid_without_coverage", beyond, limits.paid_without_coverage, "r_region is {:.0%} above the coverage"),
+        ]
+
+    def _mean(self, name: str) -> float | None:
+        values = [metrics[name] for metrics in self._recent if name in metrics]
+        return sum(values) / len(values) if values else None
+
+
+def _is_zero(value: float | None) -> float | None:
+    return None if value is None else float(value == 0)

@@ -8,24 +8,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from rich.console import Console
 from rich.table import Table
 
+from ergo_rl.console import PlainConsole, table
 from ergo_rl.jobs.config import TrainConfig
-from ergo_rl.jobs.memory_model import (
+from ergo_rl.jobs.cost_model import (
+    DECODE_SHARE,
     GIB,
+    MFU,
+    REPLY_SHARE,
     EngineMemory,
     MemoryItem,
+    ModelSpec,
+    ThroughputEstimate,
+    When,
     at_rest,
     engine_memory,
+    estimate_throughput,
     largest_view,
     learner_host_parts,
     learner_parts,
+    model_spec,
+    received,
     total,
     trajectory_tokens,
 )  # fmt: skip
-from ergo_rl.jobs.model_shapes import ModelSpec, model_spec
-from ergo_rl.jobs.throughput import DECODE_SHARE, MFU, REPLY_SHARE, ThroughputEstimate, estimate_throughput
 from ergo_rl.rewards.config import Backend
 
 
@@ -64,19 +71,19 @@ class Plan:
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """Raises ConfigError where the size of a model cannot be found out."""
+    """Raises ConfigError where the size of a model cannot be found out, UnknownFamily where training would."""
     hardware = config.hardware
-    policy = model_spec(config.learner.model)
-    verifier = (
-        model_spec(config.reward.verifier.engine.model) if config.reward.verifier.backend is Backend.ENGINE else None
-    )
+    policy, judge = model_spec(config.learner.model, config.learner.family), config.reward.verifier
+    verifier = model_spec(judge.engine.model, judge.family) if judge.backend is Backend.ENGINE else None
     processes, engines = _processes(config, policy, verifier)
     plan = Plan(config, processes, [], estimate_throughput(config, policy, verifier), engines)
     plan.gpus, missing = place(processes, hardware.nodes, hardware.gpus_per_node)
-    plan.problems += missing
-    plan.problems += _engine_problems(config, engines)
-    plan.problems += _gpu_problems(plan)
-    plan.problems += _host_problems(plan)
+    if policy.how_quantised:
+        missing.append(
+            f"{config.learner.model} is quantised ({policy.how_quantised}), and training needs whole weights: name the "
+            "model that it was made from"
+        )
+    plan.problems = [*missing, *_engine_problems(config, engines), *_gpu_problems(plan), *_host_problems(plan)]
     return plan
 
 
@@ -88,18 +95,19 @@ def _processes(
     processes: list[Process] = []
     engines: dict[str, EngineMemory] = {}
 
-    def add_engines(role: str, count: int, gpus: float, needs: EngineMemory) -> None:
+    def add_engines(role: str, count: int, gpus: float, needs: EngineMemory, beside: MemoryItem | None = None) -> None:
         engines[role] = needs
         asleep = role == "rollout" and rollout.engine.sleep
         parts: tuple[MemoryItem, ...] = needs.parts
         size = sum(part.bytes for part in parts)
         host = parts
         if gpus:
-            cache = MemoryItem(
-                "KV cache", max(0.0, needs.cache), "what gpu_memory_utilization leaves", resting=not asleep
-            )
+            how = "kv_cache_memory_bytes" if needs.fixed_cache else "what gpu_memory_utilization leaves"
+            cache = MemoryItem("KV cache", max(0.0, needs.cache), how, When.WORKING if asleep else When.ALWAYS)
             parts, host = (*parts[:-1], cache), (_ENGINE_HOST,)
             size = max(needs.limit, size)
+            if beside is not None:
+                parts, size = (*parts, beside), size + beside.bytes
             if asleep:
                 host += (replace(parts[0], name="weights of an engine that sleeps"),)
         resting = at_rest(parts) if asleep else size
@@ -108,7 +116,7 @@ def _processes(
     largest = largest_view(config.episode)
     gpus = rollout.resources.gpus
     needs = engine_memory(policy, rollout.engine, largest, memory if gpus else None)
-    add_engines("rollout", rollout.size.max, gpus, needs)
+    add_engines("rollout", rollout.size.max, gpus, needs, received(policy, config))
     gpus = reward.resources.gpus
     if verifier is not None:
         crop = min(config.episode.fine_tokens, reward.verifier.max_visual_tokens)
@@ -175,7 +183,7 @@ def _engine_problems(config: TrainConfig, engines: dict[str, EngineMemory]) -> l
                 f"{resources.gpus:g} GPUs"
             )
         least = sum(part.bytes for part in needs.parts)
-        if resources.gpus and least > needs.limit:
+        if resources.gpus and least > needs.limit and not needs.fixed_cache:
             listed = ", ".join(f"{part.name} {gib(part.bytes)}" for part in needs.parts)
             problems.append(
                 f"a {role} engine needs {gib(least)} GiB on each of its GPUs ({listed}), and "
@@ -228,7 +236,7 @@ def host_bytes(plan: Plan) -> float:
 
 def _object_store(plan: Plan) -> float:
     width = 2 if plan.config.learner.dtype.value == "bfloat16" else 4
-    return 2 * width * model_spec(plan.config.learner.model).parameters
+    return 2 * width * model_spec(plan.config.learner.model, plan.config.learner.family).parameters
 
 
 def gib(size: float) -> str:
@@ -238,7 +246,7 @@ def gib(size: float) -> str:
 # --- in words --------------------------------------------------------------------------------------------------------
 
 
-def show(plan: Plan, console: Console) -> None:
+def show(plan: Plan, console: PlainConsole) -> None:
     config, hardware = plan.config, plan.config.hardware
     console.print(
         f"{config.name}: {hardware.nodes} x {hardware.gpus_per_node} GPUs of {hardware.gpu_memory_gib:g} GiB, "
@@ -258,33 +266,33 @@ def show(plan: Plan, console: Console) -> None:
     if any(process.gpus for process in plan.processes):
         console.print(_throughput_line(plan.throughput))
     for problem in plan.problems:
-        console.print(f"[red]does not fit:[/red] {problem}", highlight=False)
+        console.say(("does not fit:", "red"), f" {problem}")
 
 
 def _parts_table(role: str, processes: Sequence[Process]) -> Table:
     first = processes[0]
     where = f"on each of {first.gpus:g} GPUs" if first.gpus >= 1 else "on its GPU" if first.gpus else "in main memory"
-    table = Table(title=f"{role}: {len(processes)} x, each {where}", title_justify="left")
+    parts = table(f"{role}: {len(processes)} x, each {where}", title_justify="left")
     for name, side in (("part", "left"), ("GiB", "right"), ("how", "left")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+        parts.add_column(name, justify=side)  # type: ignore[arg-type]
     for part in first.parts:
-        table.add_row(part.name, gib(part.bytes) if part.held else f"({gib(part.bytes)})", part.how)
-    table.add_section()
-    table.add_row("at most", gib(first.bytes), "")
-    return table
+        parts.add_row(part.name, gib(part.bytes) if part.when is not When.START else f"({gib(part.bytes)})", part.how)
+    parts.add_section()
+    parts.add_row("at most", gib(first.bytes), "")
+    return parts
 
 
 def _gpu_table(plan: Plan) -> Table:
     per_node, size = plan.config.hardware.gpus_per_node, plan.config.hardware.gpu_memory_gib
-    table = Table(title="placement", title_justify="left")
+    places = table("placement", title_justify="left")
     for name in ("node", "GPU", "who", "GiB", "of"):
-        table.add_column(name, justify="left" if name == "who" else "right")
+        places.add_column(name, justify="left" if name == "who" else "right")
     for at, there in enumerate(plan.gpus):
         for share in phases(plan.config, there):
             named = zip(there, share, strict=True)
             who = ", ".join(f"{process.title} ({gib(bytes)})" for process, bytes in named) or "-"
-            table.add_row(str(at // per_node), str(at % per_node), who, gib(sum(share)), f"{size:g}")
-    return table
+            places.add_row(str(at // per_node), str(at % per_node), who, gib(sum(share)), f"{size:g}")
+    return places
 
 
 def _throughput_line(pace: ThroughputEstimate) -> str:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from ergo_rl.actors.config import SamplingConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.actors.rollout_worker import EvalMode, RolloutWorker, SkippedQuestion
+from ergo_rl.cluster.config import Resources
 from ergo_rl.cluster.engine import EngineDied
 from ergo_rl.episodes.episode import CoarseToFine
 from ergo_rl.episodes.families import FAMILIES, ModelFamily, family_of
@@ -80,7 +81,8 @@ class EngineClient:
     @classmethod
     async def start(cls, config: TrainConfig, family: ModelFamily) -> EngineClient:
         """Load the model; takes 20 to 60 s on a CPU."""
-        worker = RolloutWorker(config.rollout, config.episode)
+        # Nothing is reserved for it: a model trained on GPUs answers on whatever this machine has.
+        worker = RolloutWorker(replace(config.rollout, resources=Resources()), config.episode)
         await worker.start()
         return cls(worker, family, replace(config.rollout.sampling, temperature=0.0))
 
@@ -162,7 +164,7 @@ class EndpointClient:
             else:
                 trajectory = await episodes.run(scene, 0, generate, box)
         except VerifierUnavailable as error:
-            raise EpisodeError(str(error), transient=True) from error
+            raise EpisodeError(str(error), transient=error.kind == "unavailable") from error
         return EpisodeResult(trajectory, time.monotonic() - started, sum(reply.reply_tokens for reply in replies))
 
     async def close(self) -> None:

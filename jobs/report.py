@@ -1,4 +1,4 @@
-"""Build one self-contained HTML page of a run: curves, and groups with every box.
+"""One self-contained HTML page of a run: curves, and groups with every box; also while the run lasts.
 
 Images are data URLs and a small script in the page draws the plots, so the file opens without a server. Text from the
 data is never markup: see ``as_json``.
@@ -8,21 +8,380 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
+import math
 import os
+import statistics
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup
+from PIL import Image
 
-from ergo_rl.jobs.report_data import RunReport, read_run
-from ergo_rl.jobs.run_paths import ENDED
+from ergo_rl.errors import ErgoError
+from ergo_rl.jobs.run_paths import CONFIG, ENDED, EVALUATIONS, GROUP, METRICS, SAMPLES, TRAJECTORIES, VIEW, crop_name
+
+Metrics = Mapping[str, Any]
+
+_MOST_POINTS = 600
+"""Most points of a curve; more are averaged in equal bins."""
+_IMAGE_BYTES = 48 * 1024
+"""An image file of at most this size is embedded as it is; a larger one is scaled down."""
+_IMAGE_SIDE = 640
+"""Longest side of an image that is scaled down, in pixels."""
+
+
+class NotARunFolder(ErgoError, ValueError):
+    """The folder holds no run; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlotCurve:
+    name: str
+    points: Sequence[tuple[float, float]]
+    """(step, value) in order of the steps."""
+    dots: bool = False
+    """Mark the points: measured only at some steps, as evaluations are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    title: str
+    unit: str
+    """``%`` for shares, ``s``, ``/s``, or words."""
+    about: str
+    curves: Sequence[PlotCurve]
+    log: bool = False
+    """Whether the axis is logarithmic."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryReport:
+    """One trajectory of a group. The script of the page reads these names."""
+
+    sample: int
+    outcome: str
+    box_outcome: str
+    crop: Sequence[int] | None
+    """Corners in pixels of the original."""
+    picture: str
+    """The crop as a data URL."""
+    replies: Sequence[str]
+    total: float | None
+    parts: Mapping[str, float]
+    """Each reward term before its weight."""
+    unscored: str
+    advantages: Sequence[float | None]
+    """Of each turn, or one for all turns; None where it was left out of the loss; empty where the run has none."""
+    area_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """All trajectories of one question at one step. The script of the page reads these names."""
+
+    step: int
+    question: str
+    options: Sequence[str]
+    answer: str
+    targets: Sequence[Sequence[int]]
+    size: Sequence[int] | None
+    """Width and height of the original, in whose pixels boxes are; None for older runs, which drew them in the view."""
+    view: str
+    """The coarse view as a data URL."""
+    attempts: Sequence[TrajectoryReport]
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    name: str
+    state: str
+    steps: int
+    total_steps: int
+    figures: Sequence[tuple[str, str]]
+    """(name, value) in the head of the page."""
+    plots: Sequence[Plot]
+    groups: Sequence[GroupReport]
+    """At most as many as asked for, spread evenly over the run."""
+    groups_there: int
+    """How many groups the run has written."""
+    config: str = field(repr=False)
+
+
+def read_run(folder: Path, most_groups: int) -> RunReport:
+    """Read everything that the page shows. Raises NotARunFolder, and OSError where a file cannot be read."""
+    if not (folder / METRICS).is_file():
+        raise NotARunFolder(f"{folder} is not a run's folder: it has no {METRICS}")
+    metrics, evaluations = read_lines(folder / METRICS), read_lines(folder / EVALUATIONS)
+    config = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).is_file() else ""
+    settings = yaml.safe_load(config) or {}
+    groups = _folders(folder / SAMPLES)
+    return RunReport(
+        name=str(settings.get("name", folder.resolve().name)),
+        state=_state(folder),
+        steps=len(metrics),
+        total_steps=int(settings.get("total_steps", len(metrics))),
+        figures=_figures(metrics, evaluations),
+        plots=_plots(metrics, evaluations),
+        groups=[group for path in _spread(groups, most_groups) if (group := read_group(path)) is not None],
+        groups_there=len(groups),
+        config=config,
+    )
+
+
+def read_group(folder: Path) -> GroupReport | None:
+    """The group in a folder of ``samples/``; None where it is still being written."""
+    rows = read_lines(folder / TRAJECTORIES)
+    about: dict[str, Any] = {}
+    if (folder / GROUP).is_file():
+        about = _read_json(folder / GROUP)
+        if not isinstance(about.get("question"), dict):  # cut by a full disk
+            return None
+    elif (folder / VIEW).is_file() or not rows:
+        return None
+    question = about.get("question") or {"text": rows[0]["question"], "answer": rows[0]["answer"], "options": []}
+    return GroupReport(
+        step=int(folder.name.rpartition("-")[2]),
+        question=question["text"],
+        options=question["options"],
+        answer=question["answer"],
+        targets=[_corners(box) for box in about.get("boxes", [])],
+        size=about.get("original"),
+        view=_image(folder / (VIEW if about else "coarse.png")),
+        attempts=[_trajectory(folder, row) for row in rows],
+    )
+
+
+def _trajectory(folder: Path, row: Mapping[str, Any]) -> TrajectoryReport:
+    crop = row["crop"]
+    return TrajectoryReport(
+        sample=row["sample"],
+        outcome=row["outcome"],
+        box_outcome=row["box_outcome"],
+        crop=None if crop is None else _corners(crop),
+        picture="" if crop is None else _image(folder / crop_name(row["sample"])),
+        replies=row["replies"],
+        total=row["total"],
+        parts=row["parts"] or {},
+        unscored=row["unscored"] or "",
+        advantages=row.get("advantages", []),
+        area_ratio=row["area_ratio"],
+    )
+
+
+def _corners(box: Mapping[str, int]) -> list[int]:
+    return [box["x1"], box["y1"], box["x2"], box["y2"]]
+
+
+def _image(path: Path) -> str:
+    """The image as a data URL: the file itself where it is small, else a scaled-down WebP."""
+    content, kind = path.read_bytes(), "png"
+    if len(content) > _IMAGE_BYTES:
+        with Image.open(io.BytesIO(content)) as image:
+            image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
+            buffer = io.BytesIO()
+            image.save(buffer, "WEBP", quality=80)
+        content, kind = buffer.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _folders(samples: Path) -> list[Path]:
+    return sorted(path for path in samples.glob("step-*") if (path / TRAJECTORIES).is_file())
+
+
+def _spread(folders: Sequence[Path], most: int) -> list[Path]:
+    """At most ``most`` of the folders, evenly spread, with the first and the last."""
+    if len(folders) <= most:
+        return list(folders)
+    if most <= 1:
+        return list(folders[-most:]) if most else []
+    return [folders[round(place * (len(folders) - 1) / (most - 1))] for place in range(most)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file that may be growing; a last line without its end is ignored."""
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def _state(folder: Path) -> str:
+    if not (folder / ENDED).is_file():
+        return "running, or cut off"
+    ended = _read_json(folder / ENDED)
+    if "done" not in ended:
+        return f"ended; {ENDED} cannot be read"
+    return "done" if ended["done"] else f"ended: {ended.get('why', '')}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A small file of state; empty where it holds no object."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- figures and plots ------------------------------------------------------------------------------------------------
+
+_HEAD = (("held-out coverage", "coverage"), ("held-out accuracy", "accuracy"), ("mean crop area", "area_ratio"))
+
+
+def _figures(metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> list[tuple[str, str]]:
+    figures = []
+    for title, name in _HEAD:
+        values = [line[f"eval/{name}"] for line in evaluations if f"eval/{name}" in line]
+        if values:
+            figures.append((title, f"{values[0]:.1%} → {values[-1]:.1%}" if len(values) > 1 else f"{values[0]:.1%}"))
+    rewards = [line["reward/total"] for line in metrics if "reward/total" in line]
+    if rewards:
+        figures.append(("mean reward, last 10 steps", f"{statistics.mean(rewards[-10:]):.2f}"))
+    seconds = [line["time/step_s"] for line in metrics if "time/step_s" in line]
+    if seconds:
+        figures += [
+            ("median step", f"{statistics.median(seconds):.2f} s"),
+            ("all steps", f"{sum(seconds) / 60:.1f} min"),
+        ]
+    return figures
+
+
+_PLOTS: tuple[tuple[str, str, str, bool, tuple[tuple[str, str], ...]], ...] = (
+    ("Reward", "", "Mean weighted sum of its parts, over what was scored.", False, (("total", "reward/total"),)),
+    (
+        "Reward parts",
+        "%",
+        "Each part before its weight: 1 where it is earned.",
+        False,
+        tuple((part, f"reward/{part}") for part in ("region", "box", "soft_box", "accuracy", "format")),
+    ),
+    (
+        "Coverage",
+        "%",
+        "Crops that hold the whole target, of questions that say where it is; dots: held-out questions, greedy.",
+        False,
+        (("training", "rollout/coverage"), ("held out", "eval/coverage"), ("held-out accuracy", "eval/accuracy")),
+    ),
+    (
+        "Region reward against coverage",
+        "%",
+        "Precision: paid crops that hold the target. Recall: crops with the target that are paid.",
+        False,
+        (("precision", "reward/region_precision"), ("recall", "reward/region_recall")),
+    ),
+    (
+        "Area",
+        "%",
+        "Mean area of the crop as a share of the image; dots: held out.",
+        False,
+        (("training", "rollout/area_ratio"), ("held out", "eval/area_ratio")),
+    ),
+    (
+        "Boxes gone wrong",
+        "%",
+        "Shares of all trajectories: no usable box, (nearly) the whole image, tiny.",
+        False,
+        (
+            ("bad box", "rollout/bad_box_rate"),
+            ("whole image", "rollout/full_image_rate"),
+            ("tiny", "rollout/tiny_box_rate"),
+            ("cut off", "rollout/truncated_rate"),
+        ),
+    ),
+    (
+        "Mismatch",
+        "nats",
+        "Between the engine's and the learner's log-probs of the sampled tokens.",
+        True,
+        (
+            ("mean", "learner/mismatch_mean"),
+            ("99th percentile", "learner/mismatch_p99"),
+            ("largest", "learner/mismatch_max"),
+            ("proof of a publish", "proof/mismatch_mean"),
+        ),
+    ),
+    (
+        "Times",
+        "s",
+        "Of each phase of a step; rollout is what the learner waits for.",
+        False,
+        (
+            ("step", "time/step_s"),
+            ("rollout", "time/rollout_s"),
+            ("learn", "time/learn_s"),
+            ("publish", "time/publish_s"),
+            ("proof", "time/proof_s"),
+        ),
+    ),
+    (
+        "Entropy",
+        "nats",
+        "Of the policy at the sampled tokens.",
+        False,
+        (("turn 1", "learner/turn1_entropy"), ("turn 2", "learner/turn2_entropy")),
+    ),
+    (
+        "Update",
+        "",
+        "Norm of the gradient before clipping, and the share of tokens that the objective clipped.",
+        False,
+        (("gradient norm", "learner/grad_norm"), ("clipped", "learner/clip_share")),
+    ),
+    (
+        "Groups without signal",
+        "%",
+        "Share of groups whose trajectories all earned the same.",
+        False,
+        (("equal groups", "reward/equal_groups"),),
+    ),
+)
+
+
+def _plots(metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> list[Plot]:
+    """The plots that have any curve; the throughput follows the times."""
+    plots = []
+    for title, unit, about, log, wanted in _PLOTS:
+        curves = [_curve(label, name, metrics, evaluations) for label, name in wanted]
+        plots.append(Plot(title, unit, about, [curve for curve in curves if curve.points], log))
+        if title == "Times":
+            plots.append(_throughput(metrics))
+    return [plot for plot in plots if plot.curves]
+
+
+def _curve(label: str, name: str, metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> PlotCurve:
+    dots = name.startswith("eval/")
+    lines = evaluations if dots else metrics
+    return PlotCurve(label, _points((line["step"], line[name]) for line in lines if name in line), dots)
+
+
+def _throughput(metrics: Sequence[Metrics]) -> Plot:
+    """Throughput over whole steps, so waiting and publishing count."""
+    curves = []
+    for label, name in (("trajectories", "rollout/trajectories"), ("sampled tokens / 100", "learner/tokens")):
+        scale = 100 if "100" in label else 1
+        pairs = [(line["step"], line[name] / scale / line["time/step_s"]) for line in metrics if line.get("time/step_s")
+                 and name in line]  # fmt: skip
+        curves.append(PlotCurve(label, _points(pairs)))
+    about = "Finished per second of a whole step, waiting and publishing included."
+    return Plot("Throughput", "/s", about, [curve for curve in curves if curve.points])
+
+
+def _points(pairs: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    finite = [(step, value) for step, value in pairs if math.isfinite(value)]
+    size = math.ceil(len(finite) / _MOST_POINTS) or 1
+    bins = [finite[start : start + size] for start in range(0, len(finite), size)]
+    return [(statistics.mean(s for s, _ in pairs), statistics.mean(v for _, v in pairs)) for pairs in bins]
+
 
 _TEMPLATES = files("ergo_rl.jobs") / "templates"
 

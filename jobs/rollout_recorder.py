@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +14,9 @@ from PIL import Image, ImageDraw
 from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Score, Trajectory, Verdict, View
 from ergo_rl.jobs.advantage_estimator import GroupAdvantages
-from ergo_rl.jobs.run_paths import GROUP, TRAJECTORIES, VIEW, crop_name, step_folder
+from ergo_rl.jobs.run_paths import GROUP, TRAJECTORIES, VIEW, crop_name, replace_file, step_folder
+
+logger = logging.getLogger(__name__)
 
 _LONGEST = 1024
 """Longest side in pixels to which the image with boxes is enlarged, at most three times."""
@@ -30,7 +33,11 @@ class RolloutRecorder:
         return self._every > 0 and step % self._every == 0
 
     def record(self, step: int, group: Group, trajectories: Sequence[Trajectory], advantages: GroupAdvantages) -> None:
-        record_group(self._folder / step_folder(step), step, group, trajectories, advantages)
+        """Write the group; a disk that does not take it costs this sample alone."""
+        try:
+            record_group(self._folder / step_folder(step), step, group, trajectories, advantages)
+        except OSError as error:
+            logger.warning("the sample of step %d could not be written: %s", step, error)
 
 
 def record_group(
@@ -57,7 +64,7 @@ def record_group(
             if trajectory.crop is not None:
                 Image.fromarray(trajectory.crop.pixels).save(folder / crop_name(trajectory.sample))
             file.write(json.dumps(_readable(group, trajectory, score, earned)) + "\n")
-    (folder / GROUP).write_text(json.dumps(about) + "\n", encoding="utf-8")  # written last: now the folder is complete
+    replace_file(folder / GROUP, (json.dumps(about) + "\n").encode())  # written last: now the folder is complete
 
 
 def _readable(group: Group, trajectory: Trajectory, score: Verdict, advantages: Sequence[float]) -> dict[str, object]:

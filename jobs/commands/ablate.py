@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
+from ergo_rl.console import PlainConsole, progress_bar, text_column
 from ergo_rl.jobs.ablation import DEFAULT_PLAN, AblationRun, load_plan, run_all, runs_of, write_report
-from ergo_rl.jobs.cli_common import add_overrides, command, parse_with_overrides
+from ergo_rl.jobs.cli import add_overrides, command, parse_with_overrides
 from ergo_rl.jobs.config import load_config
 from ergo_rl.questions.prepare import prepare_embedded
 
@@ -31,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=1, help="runs at the same time (default: %(default)s)")
     parser.add_argument("--report-only", action="store_true", help="train nothing; report the finished runs")
     options = parse_with_overrides(parser, argv)
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = PlainConsole()
+    columns = (text_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     failed: list[AblationRun] = []
     plan = load_plan(Path(options.plan), options.overrides)
     runs = runs_of(plan, options.out)
     if not options.report_only:
         prepare_embedded(load_config(Path(plan.recipe), plan.overrides).embedded)
-        with Progress(*columns, console=console) as progress:
+        with progress_bar(*columns, console=console) as progress:
             failed = asyncio.run(run_all(runs, max(1, options.at_once), progress))
     curves = {row: [curve for run in runs if run.row == row and (curve := run.curve())] for row in plan.rows}
     command_line = " ".join(["ergo-rl ablate", options.plan, *options.overrides])

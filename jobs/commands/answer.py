@@ -11,9 +11,9 @@ from pathlib import Path
 from ergo_rl.actors.rollout_worker import EvalMode
 from ergo_rl.episodes import images
 from ergo_rl.episodes.types import Question
-from ergo_rl.jobs.answer import config_of_model, describe, write_images
-from ergo_rl.jobs.cli_common import add_endpoint, command
+from ergo_rl.jobs.cli import add_endpoint, command
 from ergo_rl.jobs.config import TrainConfig
+from ergo_rl.jobs.policy import config_of_model, describe, write_images
 from ergo_rl.jobs.policy_clients import endpoint_at, start_client
 from ergo_rl.jobs.run_paths import RECIPE
 

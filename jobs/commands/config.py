@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import MISSING as NO_VALUE
 from omegaconf import OmegaConf
 
-from ergo_rl.jobs.cli_common import add_recipe, command, parse_with_overrides, recipe_of
+from ergo_rl.jobs.cli import add_recipe, command, parse_with_overrides, recipe_of
 from ergo_rl.jobs.config import TrainConfig, load_config
 
 HEAD = """# Configuration

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ergo_rl.jobs.cli_common import command
+from ergo_rl.jobs.cli import command
 from ergo_rl.jobs.export import export
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
-
-from ergo_rl.jobs.cli_common import add_recipe, command, parse_with_overrides, recipe_of
+from ergo_rl.console import PlainConsole
+from ergo_rl.jobs.cli import add_recipe, command, parse_with_overrides, recipe_of
 from ergo_rl.jobs.config import load_config
 from ergo_rl.jobs.placement_plan import make_plan, show
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_recipe(parser)
     plan = make_plan(load_config(*recipe_of(parse_with_overrides(parser, argv))))
-    show(plan, Console(width=120, soft_wrap=True))
+    show(plan, PlainConsole(width=120, soft_wrap=True))
     return DOES_NOT_FIT if plan.problems else 0
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ergo_rl.jobs.cli_common import STOPPED_BY_HAND, command
+from ergo_rl.jobs.cli import STOPPED_BY_HAND, command
 from ergo_rl.jobs.report import build, follow
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from ergo_rl.jobs.cli_common import EXPECTED, add_recipe, explain, recipe_of
+from ergo_rl.jobs.cli import add_recipe, command, parse_with_overrides, recipe_of
 from ergo_rl.jobs.config import load_config
 from ergo_rl.jobs.shutdown import Stopped
 from ergo_rl.jobs.trainer import Trainer
 
 
+@command("train", stopped="stopped by hand before anything could be saved")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ergo-rl train",
@@ -22,18 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: ergo-rl train configs/panels.yaml total_steps=50 learner.optimizer.lr=1e-4",
     )
     add_recipe(parser)
-    recipe, overrides = recipe_of(parser.parse_intermixed_args(argv))
+    config = load_config(*recipe_of(parse_with_overrides(parser, argv)))
     try:
-        folder = Trainer(load_config(recipe, overrides)).fit(handle_signals=True, live_display=True)
+        folder = Trainer(config).fit(handle_signals=True, live_display=True)
     except Stopped as stopped:
-        print(f"ergo-rl train: {explain(stopped)}; the same command resumes the run", file=sys.stderr)
-        return 128 + stopped.number
-    except EXPECTED as error:
-        print(f"ergo-rl train: {type(error).__name__}: {explain(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ergo-rl train: stopped by hand before anything could be saved", file=sys.stderr)
-        return 130
+        stopped.add_note("the same command resumes the run")
+        raise
     print(
         f"Done. {folder}/ holds metrics.jsonl, samples/ and policy/; curves: tensorboard --logdir {folder}/tensorboard"
     )

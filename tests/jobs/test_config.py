@@ -39,6 +39,29 @@ def test_load_config_with_overrides_converts_their_types() -> None:
     assert config.reward.weights == {"accuracy": 1.0, "format": 0.5}
 
 
+PAPER = ROOT / "configs" / "ergo-7b.yaml"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "COSINE"])
+def test_falling_schedule_when_the_recipe_does_not_say_its_end_then_no_step_has_a_learning_rate_of_0(
+    schedule: str,
+) -> None:
+    for steps in (1, 50, 3000):
+        config = load_config(PAPER, [f"total_steps={steps}", f"learner.optimizer.schedule={schedule}"])
+        rates = [config.learner.optimizer.learning_rate(step) for step in range(steps)]
+        assert min(rates) > 0 and config.learner.optimizer.learning_rate(max(steps, 100)) == 0
+    wrong = ["total_steps=3000", f"learner.optimizer.schedule={schedule}", "learner.optimizer.total_steps=1000"]
+    with pytest.raises(
+        ConfigError, match=r"learner.optimizer.total_steps \(1000\) must be at least total_steps \(3000\)"
+    ):
+        load_config(PAPER, wrong)
+
+
+def test_constant_of_dr_grpo_when_not_given_then_it_is_the_sum_of_the_reply_limits() -> None:
+    assert load_config(PANELS).learner.loss.longest_reply == 64 + 48
+    assert load_config(PANELS, ["learner.loss.longest_reply=7"]).learner.loss.longest_reply == 7
+
+
 def test_load_config_with_an_objective_in_any_case_takes_it() -> None:
     for chosen in ("dr_grpo", "DR_GRPO", "Dr_Grpo"):
         config = load_config(PANELS, [f"learner.loss.objective={chosen}", "learner.advantages.normalisation=none"])
@@ -275,7 +298,7 @@ def test_load_config_with_enum_values_in_any_case_takes_them() -> None:
 
 def test_keys_that_may_change_are_those_that_do_not_decide_what_is_learned() -> None:
     keys = keys_that_may_change()
-    assert len(keys) == len(set(keys)) == 59
+    assert len(keys) == len(set(keys)) == 61
     for key in ("name", "total_steps", "weight_check", "alerts", "rollout.workers", "reward.hang_timeout_s",
                 "rollout.engine.threads", "reward.verifier.engine.threads", "reward.verifier.endpoint.url",
                 "episode.prompts.direct", "learner.zero_stage", "learner.micro_batch_tokens"):  # fmt: skip

@@ -15,7 +15,7 @@ from ergo_rl.jobs import export
 from ergo_rl.jobs.checkpoint_store import CheckpointStore, DamagedCheckpoint
 from ergo_rl.jobs.commands.export import main
 from ergo_rl.jobs.config import ConfigError, load_config
-from ergo_rl.jobs.report_data import NotARunFolder
+from ergo_rl.jobs.report import NotARunFolder
 from ergo_rl.learners.checkpoint import COUNTERS
 from ergo_rl.learners.model import PolicyModel
 from tests.conftest import ROOT

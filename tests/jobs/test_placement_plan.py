@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ergo_rl.cluster import weight_sender
 from ergo_rl.cluster.config import EngineConfig
+from ergo_rl.episodes.families import UnknownFamily, family_of
 from ergo_rl.jobs.commands.plan import DOES_NOT_FIT, main
 from ergo_rl.jobs.config import ConfigError, TrainConfig, load_config
-from ergo_rl.jobs.memory_model import (
+from ergo_rl.jobs.cost_model import (
     GIB,
+    PACKED_BUFFER,
     MemoryItem,
+    ModelSpec,
+    When,
+    at_rest,
+    engine_batch,
     engine_memory,
+    estimate_throughput,
     learner_host_parts,
     learner_parts,
+    model_spec,
+    received,
     total,
     trained,
     trajectory_tokens,
 )
-from ergo_rl.jobs.model_shapes import ModelSpec, model_spec
 from ergo_rl.jobs.placement_plan import Process, make_plan, phases, place
-from ergo_rl.jobs.throughput import estimate_throughput
 from ergo_rl.learners.config import Dtype, LoraConfig
 from tests.conftest import ROOT
 
@@ -31,7 +40,7 @@ BILLION = 10**9
 ROUND = ModelSpec(
     parameters=8 * BILLION, vision=BILLION, linear=(("q_proj", 1000, 1000), ("up_proj", 1000, 4000)), layers=10,
     hidden=1000, intermediate=4000, kv_width=500, kv_heads=4, vocabulary=100_000, vision_layers=20,
-    vision_hidden=100, vision_intermediate=400, patches_per_token=4,
+    vision_hidden=100, vision_intermediate=400, patches_per_token=4, largest=100_000_000,
 )  # fmt: skip
 
 
@@ -137,12 +146,48 @@ def test_learner_parts_activations_with_and_without_checkpointing() -> None:
 def test_learner_parts_logits_are_chunks_and_one_gradient() -> None:
     parts = sizes(learner_parts(ROUND, recipe(), on_gpu=True))
     assert parts["logits"] == 3 * 64 * 2**20 + 2 * 100_000 * 1000
-    assert parts["weights to be synced"] == 256 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "largest", "published", "received_bytes"),
+    [
+        # ZeRO-3 gathers a bucket of 256 MiB; NCCL has two packed buffers of 512 MiB and the tensors of the next
+        ([], 1, {"bucket to be published": 2**28, "buffers of NCCL": 3 * 2**29}, 2 * 2**29),
+        # a largest tensor of 2 x 1e9 bytes makes every bucket and buffer that large
+        ([], BILLION, {"bucket to be published": 2 * BILLION, "buffers of NCCL": 6 * BILLION}, 4 * BILLION),
+        (["learner.zero_stage=2"], 1, {"buffers of NCCL": 3 * 2**29}, 2 * 2**29),
+        (["learner.zero_stage=2", "weights.transport=object_store"], 1, {}, None),
+        (
+            ["learner.zero_stage=2", "learner.ranks=1", "learner.resources.gpus=0.6", "rollout.resources.gpus=0.4"],
+            10**8,
+            {"buffer of CUDA IPC": 2**29 + 2 * 10**8},
+            2**29,
+        ),
+    ],
+)
+def test_published_weights_cost_what_their_transport_needs(
+    overrides: list[str], largest: int, published: dict[str, int], received_bytes: int | None
+) -> None:
+    shape, config = replace(ROUND, largest=largest), recipe(*overrides)
+    parts = learner_parts(shape, config, on_gpu=True)
+    assert {part.name: part.bytes for part in parts if part.when is When.PUBLISHING} == published
+    item = received(shape, config)
+    assert (item and item.bytes) == received_bytes
+
+
+def test_packed_buffers_are_those_of_the_weight_sender() -> None:
+    assert PACKED_BUFFER == weight_sender.BUFFER_BYTES
 
 
 def test_total_counts_the_start_only_where_it_is_more() -> None:
-    parts = [MemoryItem("a", 3, ""), MemoryItem("b", 4, ""), MemoryItem("start", 6, "", held=False)]
-    assert total(parts) == 7 and total([*parts, MemoryItem("more", 2, "", held=False)]) == 8
+    parts = [MemoryItem("a", 3, ""), MemoryItem("b", 4, ""), MemoryItem("start", 6, "", When.START)]
+    assert total(parts) == 7 and total([*parts, MemoryItem("more", 2, "", When.START)]) == 8
+
+
+def test_total_counts_passes_or_publishing_because_they_follow_each_other() -> None:
+    parts = [MemoryItem("a", 3, ""), MemoryItem("pass", 5, "", When.WORKING), MemoryItem("b", 2, "", When.PUBLISHING)]
+    assert total(parts) == 3 + 5 and at_rest(parts) == 3 + 2
+    assert total([*parts, MemoryItem("c", 4, "", When.PUBLISHING)]) == 3 + 6
 
 
 def test_engine_memory_computes_the_kv_cache() -> None:
@@ -151,7 +196,7 @@ def test_engine_memory_computes_the_kv_cache() -> None:
     needs = engine_memory(ROUND, engine, tokens=100, gpu_memory=80 * BILLION)
     parts = sizes(list(needs.parts))
     assert parts["weights"] == 16 * BILLION and parts["KV cache, at least"] == 20_000_000
-    work = 8192 * (6 * 1000 + 3 * 4000) * 2 + 400 * (6 * 100 + 3 * 400) * 2 + 2 * 4 * 10 * 100_000
+    work = 2048 * (6 * 1000 + 3 * 4000) * 2 + 400 * (6 * 100 + 3 * 400) * 2 + 2 * 4 * 10 * 100_000
     assert parts["work"] == work
     assert needs.limit == 40 * BILLION and needs.cache == 40 * BILLION - 16 * BILLION - work - 2 * GIB
     assert needs.conversations == needs.cache / 20_000_000
@@ -160,6 +205,112 @@ def test_engine_memory_computes_the_kv_cache() -> None:
     assert sizes(list(spread.parts))["KV cache, at least"] == 5_000_000, "4 heads on 8 GPUs: one each, twice"
     on_cpu = engine_memory(ROUND, replace(engine, dtype="float32", kv_cache_gib=2), 100, None)
     assert sizes(list(on_cpu.parts)) == {"weights": 32 * BILLION, "KV cache": 2 * GIB, "processes": 3 * GIB}
+
+
+def test_engine_memory_reads_what_the_recipe_hands_to_vllm() -> None:
+    engine = EngineConfig("m", "bfloat16", max_model_len=1000, max_num_seqs=10, gpu_memory_utilization=0.5)
+    assert engine_batch(engine) == 2048 and engine_batch(replace(engine, max_num_seqs=2)) == 2000
+    wide = replace(engine, extra={"max_num_batched_tokens": 8192})
+    plain, large = (sizes(list(engine_memory(ROUND, each, 100, 80 * BILLION).parts)) for each in (engine, wide))
+    assert large["work"] - plain["work"] == (8192 - 2048) * 18_000 * 2
+    fixed = engine_memory(ROUND, replace(engine, extra={"kv_cache_memory_bytes": 10**9}), 100, 80 * BILLION)
+    assert fixed.cache == pytest.approx(10**9) and fixed.conversations == pytest.approx(50)
+    assert fixed.limit == pytest.approx(16 * BILLION + plain["work"] + 2 * GIB + 10**9)
+    half = engine_memory(ROUND, replace(engine, extra={"kv_cache_dtype": "fp8"}), 100, 80 * BILLION)
+    assert sizes(list(half.parts))["KV cache, at least"] == 10_000_000
+    with pytest.raises(ConfigError, match=r"engine\.extra\.max_num_batched_tokens is 'many'; it must be a number"):
+        engine_batch(replace(engine, extra={"max_num_batched_tokens": "many"}))
+
+
+def quantised(tmp_path: Path, settings: object) -> ModelSpec:
+    """A Qwen2.5-VL of 2 blocks: 7 linear layers each, 4 of 8 x 8 (keys and values 4 x 8) and 3 of 8 x 16."""
+    config = {
+        "model_type": "qwen2_5_vl", "tie_word_embeddings": False, "quantization_config": settings,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1]},
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl_vision", "depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2,
+            "out_hidden_size": 8, "patch_size": 14, "spatial_merge_size": 2,
+        },
+    }  # fmt: skip
+    folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return model_spec(str(folder))
+
+
+def test_model_spec_counts_quantised_weights(tmp_path: Path) -> None:
+    """A block: q and o 8 x 8, k and v 8 x 4, three of 8 x 16: 576 numbers. In groups of 4 inputs 144 scales of 2 bytes
+    and as many zero points of half a byte."""
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 4, "zero_point": True, "modules_to_not_convert": ["visual"]}
+    spec = quantised(tmp_path, awq)
+    assert (spec.quantised, spec.quantised_bytes) == (2 * 576, 2 * (576 / 2 + 144 * 2.5))
+    assert spec.weight_bytes(2) == 2 * (spec.parameters - 1152) + 1296
+    some = quantised(tmp_path, awq | {"modules_to_not_convert": ["visual", "mlp"]})
+    assert some.quantised == 2 * (64 + 64 + 32 + 32)
+    gptq = quantised(tmp_path, {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True})
+    outputs = 2 * (8 + 8 + 4 + 4 + 16 + 16 + 8)
+    assert (gptq.quantised, gptq.quantised_bytes) == (1152, 1152 + outputs * 3)
+    packed = {"num_bits": 4, "group_size": 4, "symmetric": True, "type": "int"}
+    compressed = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": packed}}}
+    tensors = quantised(tmp_path, compressed | {"ignore": ["re:.*visual.*", "lm_head"]})
+    assert (tensors.quantised, tensors.quantised_bytes) == (1152, 2 * (576 / 2 + 144 * 2))
+    fp8 = quantised(tmp_path, {"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert fp8.quantised > 1152 and fp8.quantised < fp8.parameters - 2 * 800, "the tower, too; not embeddings and head"
+    assert fp8.quantised <= fp8.quantised_bytes < 1.5 * fp8.quantised
+    unknown = quantised(tmp_path, {"quant_method": "of tomorrow", "bits": 3})
+    assert (unknown.quantised, unknown.how_quantised) == (0, "of tomorrow")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "awq"},
+        {"quant_method": "gptq", "bits": "four"},
+        {"quant_method": "compressed-tensors", "config_groups": {}},
+        {"quant_method": "compressed-tensors", "config_groups": {}, "ignore": ["re:("]},
+        {"quant_method": "fp8", "ignored_layers": 3},
+    ],
+)
+def test_model_spec_names_what_it_cannot_read(settings: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"quantization_config of .*model-0 cannot be read"):
+        quantised(tmp_path, settings)
+
+
+def test_plan_of_an_awq_judge_of_72b_fits_one_card(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a block q and o have 8192 x 8192 numbers, k and v 8192 x 1024, three others 8192 x 29,568; of 80 blocks.
+    Half a byte each and 2.5 bytes for each 128 of them, two bytes for all other numbers: 42.9 GB."""
+    judge = "Qwen/Qwen2.5-VL-72B-Instruct-AWQ"
+    spec = model_spec(judge)
+    blocks = 80 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 29_568)
+    assert spec.quantised == blocks and spec.parameters == 73_410_777_344
+    assert spec.weight_bytes(2) == blocks / 2 + blocks / 128 * 2.5 + 2 * (73_410_777_344 - blocks)
+    assert 42.8e9 < spec.weight_bytes(2) < 42.9e9
+    one = ["reward.resources.gpus=1", "reward.verifier.engine.tensor_parallel_size=1", "hardware.gpus_per_node=5"]
+    config = str(ROOT / "configs/ergo-7b-judge.yaml")
+    assert main([config, *one, f"reward.verifier.engine.model={judge}"]) == 0
+    capsys.readouterr()
+    assert main([config, *one]) == DOES_NOT_FIT
+    assert "a reward engine needs 1" in capsys.readouterr().out
+
+
+def test_plan_refuses_what_training_refuses_in_the_same_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5"}))
+    with pytest.raises(UnknownFamily) as refused:
+        family_of(str(tmp_path))
+    assert main([str(ROOT / "configs/ergo-7b.yaml"), f"model={tmp_path}"]) == 1
+    assert capsys.readouterr().err == f"ergo-rl plan: {refused.value}\n"
+    assert "'qwen3_5' model; known families: qwen2_5_vl, qwen3_vl" in str(refused.value)
+
+
+def test_plan_refuses_to_train_quantised_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(ROOT / "configs/ergo-7b.yaml"), "model=Qwen/Qwen2.5-VL-72B-Instruct-AWQ"]) == DOES_NOT_FIT
+    assert "is quantised (awq), and training needs whole weights" in capsys.readouterr().out
 
 
 def processes(*wanted: tuple[str, float]) -> list[Process]:
@@ -185,7 +336,7 @@ def test_phases_of_sleeping_engines_count_one_role_at_a_time() -> None:
 
 def test_plan_sleeping_engine_keeps_only_its_context_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """3B on one GPU: 0.7 of it for the engine is too much beside a learner at work, and not beside one that rests."""
-    large = ["rollout.engine.gpu_memory_utilization=0.7"]
+    large = ["rollout.engine.gpu_memory_utilization=0.7", "rollout.engine.extra.kv_cache_memory_bytes=null"]
     path = ROOT / "configs/ergo-3b.yaml"
     assert main([str(path), *large]) == DOES_NOT_FIT
     assert main([str(path), *large, "rollout.engine.sleep=true"]) == 0
@@ -195,7 +346,8 @@ def test_plan_sleeping_engine_keeps_only_its_context_on_the_gpu(capsys: pytest.C
     assert engine.resting == 2 * GIB, "its runtime"
     parts = sizes(list(learner.parts))
     passing = parts["activations, text"] + parts["activations, tower"] + parts["logits"]
-    assert learner.resting == pytest.approx(sum(part.bytes for part in learner.parts if part.held) - passing)
+    everything = sum(part.bytes for part in learner.parts if part.when is not When.START)
+    assert learner.resting == pytest.approx(everything - passing)
     weights = 2 * 3_754_622_976
     assert sizes(list(engine.host_parts))["weights of an engine that sleeps"] == weights, "in main memory meanwhile"
 
@@ -226,18 +378,20 @@ def test_plan_of_the_7b_recipe_adds_up(capsys: pytest.CaptureFixture[str]) -> No
     every = 8_292_166_656
     assert parts["weights"] == 2 * every / 3 and parts["gradients"] == 4 * every / 3
     assert parts["optimiser"] == 12 * every / 3
-    assert learner.bytes == sum(part.bytes for part in learner.parts if part.held)
-    assert f"│ at most              │   {learner.bytes / GIB:.1f} │" in said
+    assert learner.bytes == sum(part.bytes for part in learner.parts if part.when in (When.ALWAYS, When.WORKING))
+    assert f"│ {'at most':22} │   {learner.bytes / GIB:.1f} │" in said
     rollout = plan.gpus[0][0]
-    assert rollout.bytes == pytest.approx(sum(part.bytes for part in rollout.parts)) == pytest.approx(0.85 * 80 * GIB)
-    for text in ("15.4", "learner 2 (58.1)", "a step, a rough estimate", "main memory, all nodes"):
+    share, buffers = 0.85 * 80 * GIB, 2 * 2 * 152_064 * 3584
+    held = sum(part.bytes for part in rollout.parts)
+    assert rollout.bytes == pytest.approx(held) == pytest.approx(share + buffers)
+    for text in ("15.4", "learner 2 (57.9)", "a step, a rough estimate", "main memory, all nodes"):
         assert text in said
 
 
 def test_plan_refuses_four_gpus_of_24_gib(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(ROOT / "configs/ergo-7b.yaml"), "hardware.gpu_memory_gib=24"]) == DOES_NOT_FIT
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
-    assert said == ["does not fit: GPU 1, 2, 3: learner 58.1 = 58.1 GiB, and a GPU has 24"]
+    assert said == ["does not fit: GPU 1, 2, 3: learner 57.9 = 57.9 GiB, and a GPU has 24"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.jobs import report
 from ergo_rl.jobs.commands.report import main
-from ergo_rl.jobs.report_data import NotARunFolder, read_group, read_run
+from ergo_rl.jobs.report import NotARunFolder, read_group, read_run
 from ergo_rl.jobs.rollout_recorder import record_group
 from ergo_rl.jobs.run_paths import SAMPLES, step_folder
 from scripts.fetch_chromium import chromium
@@ -130,7 +130,7 @@ def test_report_refuses_a_folder_without_a_run(tmp_path: Path, capsys: pytest.Ca
     assert not list(tmp_path.iterdir()), "and nothing is left behind"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.recursive(st.text() | st.floats(allow_nan=False, allow_infinity=False) | st.none(), st.lists))
 def test_as_json_any_text_stays_in_the_script_element(value: Any) -> None:
     written = report.as_json({"value": value})
