@@ -20,6 +20,8 @@ from benchmarks.lives import LIVING
 
 STORIES = ("tests.system.test_chaos", "tests.examples.test_quickstart", "tests.system.test_resume")
 """In this order, one after the other: two runs and the tests do not fit into 24 GB."""
+WAITING = ("tests.system.test_schedulers",)
+"""Beside those: they wait for minutes of a scheduler's own and need no memory."""
 FEW = 200
 """Fewer quick tests than this end before a story does: then nothing is gained."""
 
@@ -30,9 +32,13 @@ class Background:
     def __init__(self, folder: Path, items: Sequence[pytest.Item]) -> None:
         modules = {getattr(item, "module", None).__name__ for item in items if getattr(item, "module", None)}  # type: ignore[union-attr]
         quick = sum(item.get_closest_marker("system") is None for item in items)
-        wanted = [name for name in STORIES if name in modules] if quick >= FEW else []
+        wanted = [name for name in (*WAITING, *STORIES) if name in modules] if quick >= FEW else []
         self._folder, self._threads = folder, ThreadPoolExecutor(1, "stories")
-        self._told = {name: self._threads.submit(self._tell, name) for name in wanted}
+        self._waiting = ThreadPoolExecutor(1, "waiting stories")
+        self._told = {name: self._start(name) for name in wanted}
+
+    def _start(self, name: str) -> Future[None]:
+        return (self._waiting if name in WAITING else self._threads).submit(self._tell, name)
 
     def _tell(self, name: str) -> None:
         folder = self._folder / name.rpartition(".")[2]
@@ -42,12 +48,13 @@ class Background:
 
     def result(self, name: str) -> None:
         """Returns when the story has been told to its end. Raises what the story raised; its folder is kept then."""
-        told: Future[None] = self._told.get(name) or self._threads.submit(self._tell, name)
+        told = self._told.get(name) or self._start(name)
         told.result()
 
     def close(self) -> None:
         """What is still being told ends: its processes are killed."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._waiting):
+            threads.shutdown(wait=False, cancel_futures=True)
         for process in list(LIVING):
             process.kill()
         with suppress(OSError):  # not empty: a story failed

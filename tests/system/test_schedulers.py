@@ -24,6 +24,7 @@ from ergo_rl.jobs.config import load_config
 from ergo_rl.jobs.submission import ManifestOptions, kuberay
 from ergo_rl.jobs.submission import slurm as slurm_script
 from tests.conftest import ROOT
+from tests.system.background import Background
 from tests.system.slurm import NoSlurm, free_port, slurm
 
 pytestmark = pytest.mark.system
@@ -100,30 +101,34 @@ class Jobs:
             time.sleep(0.2)
 
 
-@pytest.fixture(scope="module")
-def jobs() -> Iterator[Jobs]:
-    folder = Path(tempfile.mkdtemp(prefix="ergo-slurm-"))
+def story(folder: Path) -> None:
+    """Jobs that end, are cancelled, and reach their limit, in one Slurm. Raises NoSlurm where there is none."""
     (folder / "tools").mkdir()
     (folder / "tools" / "ray").write_text(RAY)
     (folder / "tools" / "ray").chmod(0o755)
+    with slurm(folder / "slurm") as environment:
+        path = f"{folder / 'tools'}:{Path(sys.executable).parent}:{environment['PATH']}"
+        jobs = Jobs(folder, {**environment, "PATH": path, "KEY": "sk-secret", "PYTHONPATH": str(ROOT)})
+        ends_completed_and_ray_has_token_and_settings(jobs)
+        scancel_saves_with_ray_alive_and_the_job_is_gone(jobs)
+        limit_saves_and_the_job_is_queued_again(jobs)
+
+
+def test_slurm_jobs_end_are_cancelled_and_come_back_at_their_limit(background: Background) -> None:
     try:
-        with slurm(folder / "slurm") as environment:
-            path = f"{folder / 'tools'}:{Path(sys.executable).parent}:{environment['PATH']}"
-            yield Jobs(folder, {**environment, "PATH": path, "KEY": "sk-secret", "PYTHONPATH": str(ROOT)})
+        background.result(__name__)
     except NoSlurm as reason:
         pytest.skip(f"no Slurm: {reason}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_slurm_job_ends_completed_and_ray_has_token_and_settings(jobs: Jobs) -> None:
+def ends_completed_and_ray_has_token_and_settings(jobs: Jobs) -> None:
     number, home = jobs.submit("whole", 1, "1:00:00")
     jobs.wait(number, home, lambda job: job["JobState"] == "COMPLETED", 30)
     assert (home / "step").read_text() == "token b sk-secret 64", "they reach srun's step, in spite of --export"
     assert not list((home / "runs").iterdir()), "the token is gone"
 
 
-def test_slurm_scancel_saves_with_ray_alive_and_the_job_is_gone(jobs: Jobs) -> None:
+def scancel_saves_with_ray_alive_and_the_job_is_gone(jobs: Jobs) -> None:
     number, home = jobs.submit("cancelled", 600, "1:00:00")
     jobs.wait(number, home, lambda _: (home / "up").exists(), 30)
     jobs.call("scancel", number)
@@ -135,7 +140,7 @@ def test_slurm_scancel_saves_with_ray_alive_and_the_job_is_gone(jobs: Jobs) -> N
     assert jobs.state(number)["Restarts"] == "0" and not jobs.call("squeue", "--noheader").strip()
 
 
-def test_slurm_limit_saves_and_the_job_is_queued_again(jobs: Jobs) -> None:
+def limit_saves_and_the_job_is_queued_again(jobs: Jobs) -> None:
     """Once it is up its limit is made ten minutes: the time before the limit at which Slurm warns."""
     number, home = jobs.submit("limited", 600, "1:00:00")
     jobs.wait(number, home, lambda _: (home / "up").exists(), 30)
