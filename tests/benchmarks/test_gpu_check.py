@@ -220,7 +220,8 @@ def test_pictures_differ_and_recipes_of_both_devices_are_read(tmp_path: Path) ->
     config = gpu_parts.recipe(gpu_models.CPU, tmp_path, "learner.loss.kl=0.1")
     assert config.learner.model == config.rollout.engine.model == str(tmp_path / "policy")
     assert config.learner.resources.gpus == 0 == config.hardware.gpus_per_node and config.learner.loss.kl == 0.1
-    assert config.rollout.engine.extra["kv_cache_memory_bytes"] is None, "a GPU's 12 GiB are not for a CPU"
+    extra = {"kv_cache_memory_bytes": None, "max_num_batched_tokens": 8192}
+    assert config.rollout.engine.extra == extra, "a GPU's 12 GiB are not for a CPU"
     assert config.episode.coarse_tokens == 16 and config.episode.prompts.system == ""
 
 
