@@ -22,7 +22,7 @@ from ergo_rl.episodes.config import EpisodeConfig
 from ergo_rl.episodes.episode import CoarseToFine, TurnRefused
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.images import UnreadableImage
-from ergo_rl.episodes.prompts import ReservedText, parse_answer
+from ergo_rl.episodes.prompts import ReservedText, answer_of
 from ergo_rl.episodes.types import Box, Outcome, Question, Trajectory, View
 
 
@@ -295,7 +295,7 @@ def summarize(trajectory: Trajectory) -> TrajectorySummary:
         engine_prompt_tokens=sum(turn.engine_prompt_length for turn in turns),
         cached_tokens=sum(turn.engine_cached_tokens for turn in turns),
         updates=sum(len(turn.updates) for turn in turns),
-        answer=parse_answer(turns[-1].text) if trajectory.outcome is Outcome.ANSWERED else None,
+        answer=answer_of(trajectory),
     )
 
 

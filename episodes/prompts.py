@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from ergo_rl.episodes.families import Corners, ModelFamily
-from ergo_rl.episodes.types import BoxOutcome, Question
+from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Trajectory
 from ergo_rl.errors import ErgoError
 
 LONGEST_TEXT = 500_000
@@ -106,3 +106,8 @@ def parse_answer(reply: str) -> str | None:
     before, closing, _ = reply.rpartition("</answer>")
     _, opening, answer = before.rpartition("<answer>")
     return (answer.strip() or None) if closing and opening else None
+
+
+def answer_of(trajectory: Trajectory) -> str | None:
+    """Return the answer of an episode that came to its end; None of one that was cut off or had no box."""
+    return parse_answer(trajectory.turns[-1].text) if trajectory.outcome is Outcome.ANSWERED else None

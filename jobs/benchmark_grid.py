@@ -19,8 +19,8 @@ from typing import Any
 
 from ergo_rl.actors.rollout_worker import EvalMode, SkippedQuestion
 from ergo_rl.episodes.images import UnreadableImage
-from ergo_rl.episodes.prompts import parse_answer
-from ergo_rl.episodes.types import Box, BoxOutcome, Outcome, Question
+from ergo_rl.episodes.prompts import answer_of
+from ergo_rl.episodes.types import Box, BoxOutcome, Question
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.jobs.evaluation import BoxSource, HeldOut, choose_box, for_each, wilson
 from ergo_rl.jobs.policy_clients import EpisodeError, EpisodeResult, PolicyClient
@@ -144,8 +144,7 @@ def score_episode(
     """The record of an episode. It is correct where the text of the last ``<answer>`` of the last turn matches; a reply
     that was cut off, or an episode without a usable box, has no answer."""
     trajectory, tokens = result.trajectory, result.visual_tokens(client.family)
-    answered = trajectory.outcome is Outcome.ANSWERED
-    said = parse_answer(trajectory.turns[-1].text) if answered else None
+    said = answer_of(trajectory)
     crop = trajectory.crop
     return Record(
         question=question.id,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from ergo_rl.episodes.plugins import import_class
-from ergo_rl.episodes.prompts import parse_answer
+from ergo_rl.episodes.prompts import answer_of, parse_answer
 from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Score, Trajectory, Unscored, Verdict, View
 from ergo_rl.rewards.config import RewardConfig
 from ergo_rl.rewards.matching import matches
@@ -133,9 +133,7 @@ class Accuracy(RewardTerm):
     0 for a reply that was cut off or has no tag: unlike the verifier, the policy is told to use it."""
 
     def __call__(self, question: Question, trajectory: Trajectory, reply: VerifierReply) -> float:
-        if trajectory.outcome is not Outcome.ANSWERED:
-            return 0.0
-        answer = parse_answer(trajectory.turns[-1].text)
+        answer = answer_of(trajectory)
         return float(answer is not None and matches(answer, question, self.config.number_tolerance))
 
     def by_turn(self, value: float, trajectory: Trajectory) -> tuple[float, float]:
