@@ -126,6 +126,15 @@ async def ranks(pool: RolloutPool) -> list[Any]:
     return [rank for _, rank in await pool._pool.call_all("state")]
 
 
+async def kill_only_worker(pool: RolloutPool) -> None:
+    """``ray.kill`` does not wait for the death, and until then the worker answers calls."""
+    (worker,) = pool.members()
+    ray.kill(worker)
+    with pytest.raises(ray.exceptions.RayActorError):
+        while True:
+            await worker.state.remote()
+
+
 def test_publish_keeps_the_connection_while_members_are_the_same(
     ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,11 +193,11 @@ def test_replaced_only_worker_gets_weights_whether_or_not_the_learner_moved_on(
 
     async def story(pool: RolloutPool, learner: Learner, channel: WeightChannel) -> None:
         await channel.publish(7)
-        ray.kill(pool.members()[0])
+        await kill_only_worker(pool)
         assert await pool._pool.call("state") == ((7, "after 0"), None)
         await channel.publish(8)
         learner.update()
-        ray.kill(pool.members()[0])
+        await kill_only_worker(pool)
         playing = asyncio.create_task(pool._pool.call("state"))
         while not pool.has_pending_workers:
             await asyncio.sleep(0.01)
