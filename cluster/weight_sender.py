@@ -95,6 +95,8 @@ class EngineClient:
         """engines: actors with the methods of ``RolloutWorker``; processes: of each engine, with a rank each."""
         self._transport, self._engines, self._processes, self._timeout_s = transport, engines, processes, timeout_s
         self._transfer = ""
+        self._asked: tuple[str, list[ray.ObjectRef]] = ("", [])
+        """Method and calls that have not been waited for."""
         self.failure = ""
         self.version = 0
         self.seconds = 0.0
@@ -107,15 +109,19 @@ class EngineClient:
             infos = [info | {"rank_offset": first + index * self._processes} for index, info in enumerate(infos)]
         self._call("init_weight_transfer", [(self._transport, info, self._timeout_s) for info in infos])
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, wait: bool = True) -> None:
         self._transfer = uuid.uuid4().hex
-        self._call("start_weight_update", [(self._transfer,)] * len(self._engines))
+        self._ask("start_weight_update", [(self._transfer,)] * len(self._engines))
+        if wait:
+            self.wait()
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, Any], wait: bool = True) -> None:
         # vLLM carries only plain types to its workers; CUDA IPC handles contain classes.
         payload = pickle.dumps(update_info) if self._transport == "ipc" else update_info
         update = {"transport": self._transport, "payload": payload}
-        self._call("update_weights", [(self._transfer, update)] * len(self._engines))
+        self._ask("update_weights", [(self._transfer, update)] * len(self._engines))
+        if wait:
+            self.wait()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         answers = self._call("finish_weight_update", [(self._transfer, self.version)] * len(self._engines))
@@ -127,9 +133,18 @@ class EngineClient:
             self.abort()
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        self._ask(method, arguments)
+        return self.wait()
+
+    def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         if self.failure:
-            return []
-        calls = [getattr(engine, method).remote(*args) for engine, args in zip(self._engines, arguments, strict=True)]
+            return
+        asked = zip(self._engines, arguments, strict=True)
+        self._asked = method, [getattr(engine, method).remote(*words) for engine, words in asked]
+
+    def wait(self) -> list[Any]:
+        """The engines' answers to the last call; none after a failure."""
+        (method, calls), self._asked = self._asked, ("", [])
         try:
             answers: list[Any] = ray.get(calls, timeout=self._timeout_s)
         except Exception as error:  # whatever an engine raises, or its death
@@ -171,21 +186,30 @@ class SharedMemoryEngine:
             client.init_weight_transfer_engine({})
 
     def send_weights(self) -> None:
+        """Each bucket is gathered and written while the engines load the one before."""
+        lent: SharedFile | None = None
         for index, bucket in enumerate(self._weights.weights()):
+            if self._is_sender and index == 0:  # generation pauses only now that there is something to load
+                self._client.start_weight_update(wait=False)
             file = self._file(bucket) if self._writes else None
+            self._release(lent)
+            lent = file
             paths = dict(entry for entry in _all_gather(file and (self._domain, str(file.path))) if entry)
             if self._is_sender:
-                if index == 0:  # generation pauses only now that there is something to load
-                    self._client.start_weight_update()
-                self._client.update_weights({"paths": paths, "spec": asdict(bucket.spec)})
-            _all_gather(None)  # the engines have opened the file when rank 0 has their answers
-            if file is not None:
-                self._files.release(file)
+                self._client.update_weights({"paths": paths, "spec": asdict(bucket.spec)}, wait=False)
+        self._release(lent)
         if self._is_sender:
             self._client.finish_weight_update()
 
     def shutdown(self) -> None:
         self._files.close()
+
+    def _release(self, file: SharedFile | None) -> None:
+        if self._is_sender:
+            self._client.wait()
+        _all_gather(None)  # the engines have opened the file when rank 0 has their answers
+        if file is not None:
+            self._files.release(file)
 
     def _file(self, bucket: Bucket) -> SharedFile | None:
         try:

@@ -52,8 +52,9 @@ def layer_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first, so that a failure shows early; inside a layer the order stays."""
-    items.sort(key=lambda item: LAYERS.index(layer_of(item)))
+    """Quick tests first, so that a failure shows early; inside a layer the order stays, but for the ends of stories in
+    the background, which are waited for last."""
+    items.sort(key=lambda item: (LAYERS.index(layer_of(item)), "background" in getattr(item, "fixturenames", ())))
     for item in items:
         item.user_properties.append(("layer", layer_of(item)))
 

@@ -58,7 +58,8 @@ EXPECTED = [described(tensors(seed)) for seed in (1, 2)]
 class Engine:
     """Has the methods of a rollout worker that a transfer calls. ``signal_itself``: after this many buckets."""
 
-    def __init__(self, domain: str = "a") -> None:
+    async def begin(self, domain: str) -> None:
+        """As if it had just started, in this memory."""
         self.domain, self.version = domain, -1
         self.received: list[Received] = []
         self.after, self.signal = -1, 0
@@ -97,9 +98,11 @@ class Engine:
 class Rank:
     """A learner rank whose weights are ``tensors`` of 1, 2, ..."""
 
-    def __init__(self, rank: int, ranks: int, store: str, domain: str = "a") -> None:
+    def begin(self, rank: int, ranks: int, store: str, domain: str = "a") -> None:
+        """As if it had just started."""
         self.rank, self.domain, self.buckets, self.gathered = rank, domain, 2, 0
-        self.pause_s = 0.0
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         if ranks > 1:
             torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
 
@@ -132,19 +135,45 @@ class Rank:
         return result, time.monotonic() - started, self.gathered
 
 
-@pytest.fixture
-def engines(ray_cluster: Cluster) -> Iterator[list[Any]]:
-    started = [Engine.remote() for _ in range(2)]  # type: ignore[attr-defined]
+@pytest.fixture(scope="module")
+def actors(ray_cluster: Cluster) -> Iterator[dict[str, list[Any]]]:
+    """Two engines and two ranks for all tests: a process takes seconds to start."""
+    started = {"engines": [Engine.remote() for _ in range(2)], "ranks": [Rank.remote() for _ in range(2)]}  # type: ignore[attr-defined]
     yield started
-    for engine in started:
-        ray.kill(engine)
+    for actor in (*started["engines"], *started["ranks"]):
+        ray.kill(actor)
+
+
+def begin_engines(actors: dict[str, list[Any]], domains: str) -> list[Any]:
+    """One that the last test killed is started anew."""
+    for place, domain in enumerate(domains):
+        try:
+            ray.get(actors["engines"][place].begin.remote(domain), timeout=PATIENT_S)
+        except ray.exceptions.RayActorError:
+            actors["engines"][place] = Engine.remote()  # type: ignore[attr-defined]
+            ray.get(actors["engines"][place].begin.remote(domain), timeout=PATIENT_S)
+    return list(actors["engines"])
+
+
+def begin_ranks(actors: dict[str, list[Any]], store: Any, domains: str) -> list[Any]:
+    ranks = actors["ranks"][: len(domains)]
+    begun = [
+        rank.begin.remote(number, len(domains), str(store), domain)
+        for number, (rank, domain) in enumerate(zip(ranks, domains, strict=True))
+    ]
+    ray.get(begun, timeout=PATIENT_S)
+    return ranks
 
 
 @pytest.fixture
-def learner(ray_cluster: Cluster) -> Iterator[Any]:
-    rank = Rank.remote(0, 1, "")  # type: ignore[attr-defined]
-    yield rank
-    ray.kill(rank)
+def engines(actors: dict[str, list[Any]]) -> list[Any]:
+    return begin_engines(actors, "aa")
+
+
+@pytest.fixture
+def learner(actors: dict[str, list[Any]]) -> Any:
+    (rank,) = begin_ranks(actors, "", "a")
+    return rank
 
 
 def states(engines: list[Any]) -> Any:
@@ -196,26 +225,22 @@ def test_connect_with_absent_engine_fails_in_time(engines: list[Any], learner: A
 
 
 @pytest.mark.parametrize("domains", ["abab", "aaaa", "abbb"])
-def test_send_with_two_ranks_reaches_engines_in_each_memory(domains: str, ray_cluster: Cluster, tmp_path: Any) -> None:
+def test_send_with_two_ranks_reaches_engines_in_each_memory(
+    domains: str, actors: dict[str, list[Any]], tmp_path: Any
+) -> None:
     """Two ranks and two engines, as on two machines, and on one, where only the lower rank writes."""
-    store = str(tmp_path / "store")
-    ranks = [Rank.remote(rank, 2, store, domains[rank]) for rank in range(2)]  # type: ignore[attr-defined]
-    engines = [Engine.remote(domain) for domain in domains[2:]]  # type: ignore[attr-defined]
+    ranks, engines = begin_ranks(actors, tmp_path / "store", domains[:2]), begin_engines(actors, domains[2:])
     assert ray.get([rank.connect.remote(engines, PATIENT_S) for rank in ranks], timeout=PATIENT_S) == ["", ""]
     results = ray.get([rank.send.remote(5) for rank in ranks], timeout=PATIENT_S)
     assert [result.failure for result, _, _ in results] == ["", ""]
     assert states(engines) == [(5, EXPECTED)] * 2
-    for actor in (*ranks, *engines):
-        ray.kill(actor)
 
 
-def test_send_to_engine_in_foreign_memory_names_it_and_both_ranks_end(ray_cluster: Cluster, tmp_path: Any) -> None:
-    store = str(tmp_path / "store")
-    ranks = [Rank.remote(rank, 2, store) for rank in range(2)]  # type: ignore[attr-defined]
-    engines = [Engine.remote(domain) for domain in "ab"]  # type: ignore[attr-defined]
+def test_send_to_engine_in_foreign_memory_names_it_and_both_ranks_end(
+    actors: dict[str, list[Any]], tmp_path: Any
+) -> None:
+    ranks, engines = begin_ranks(actors, tmp_path / "store", "aa"), begin_engines(actors, "ab")
     ray.get([rank.connect.remote(engines, PATIENT_S) for rank in ranks], timeout=PATIENT_S)
     (first, seconds, _), (other, _, gathered) = ray.get([rank.send.remote(5) for rank in ranks], timeout=PATIENT_S)
     assert "no learner rank shares the memory of b; ranks are on a" in first.failure and seconds < 20
     assert other.failure == "" and gathered == 2
-    for actor in (*ranks, *engines):
-        ray.kill(actor)

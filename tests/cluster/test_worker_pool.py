@@ -249,15 +249,15 @@ def test_hung_worker_is_replaced(ray_cluster: Cluster, tmp_path: Any) -> None:
 
 
 def test_slow_worker_is_not_replaced(ray_cluster: Cluster) -> None:
-    """Six seconds of work, but every two seconds some of it is done."""
+    """Six seconds of work, but every 1.5 seconds some of it is done."""
 
     async def story(pool: WorkerPool) -> None:
-        assert len(await asyncio.gather(*(pool.call("who", nap) for nap in (2.0, 4.0, 6.0)))) == 3
-        await asyncio.sleep(4)  # and without work nothing is expected
+        assert len(await asyncio.gather(*(pool.call("who", nap) for nap in (1.5, 3.0, 4.5, 6.0)))) == 4
+        await asyncio.sleep(5)  # and without work nothing is expected
         await pool.call("who")
         assert pool.restarts == 0
 
-    run(story, size=1, hang_timeout_s=3.5)
+    run(story, size=1, hang_timeout_s=4.5)
 
 
 def test_replacement_that_fails_to_start_is_retried_with_back_off(ray_cluster: Cluster) -> None:

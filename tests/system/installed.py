@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import threading
+from functools import cache
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -23,8 +27,19 @@ def dependencies_only(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def build_wheel(folder: Path) -> Path:
-    """Build the wheel from the tracked files alone, as a release does."""
+def build_wheel() -> Path:
+    """The wheel, built once, from the tracked files alone, as a release does."""
+    with _BUILDING:
+        return _built_wheel()
+
+
+_BUILDING = threading.Lock()
+
+
+@cache
+def _built_wheel() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="ergo-rl-wheel-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source = folder / "source"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.questions.dataset import write_questions
 from tests.conftest import ROOT
+from tests.system.background import Background
 
 pytestmark = pytest.mark.system
 TIMEOUT_S = 300
@@ -24,8 +25,12 @@ def ablate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
-@pytest.mark.timeout(TIMEOUT_S + 60)
-def test_ablate_trains_a_row_once_and_learning_rate_0_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.timeout(1500)
+def test_ablate_trains_a_row_once_and_learning_rate_0_changes_nothing(background: Background) -> None:
+    background.result(__name__)
+
+
+def story(tmp_path: Path) -> None:
     data, out = tmp_path / "questions.parquet", tmp_path / "out"
     write_questions(data, (question(PanelsConfig(), 0, Split.TRAIN, index) for index in range(8)))
     plan = tmp_path / "plan.yaml"

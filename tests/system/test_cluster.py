@@ -54,6 +54,7 @@ class TwoNodes:
     cwd: Path = ROOT
     """Where commands are called."""
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    started: int = 0
 
     def add(self, *arguments: str) -> None:
         """One more node with one CPU; returns when the cluster has it. Ray's raylet gives up where its agents take more
@@ -66,8 +67,9 @@ class TwoNodes:
             str(self.python), "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--num-gpus=0",
             f"--object-store-memory={500 * 2**20}", "--disable-usage-stats", *arguments,
         ]  # fmt: skip
-        wanted, log = len(self.nodes) + 1, self.folder / f"node-{len(self.nodes)}.log"
-        command += [f"--temp-dir={self.home / str(wanted)}"]
+        self.started += 1
+        wanted, log = len(self.nodes) + 1, self.folder / f"node-{self.started}.log"
+        command += [f"--temp-dir={self.home / str(self.started)}"]
         for _ in range(3):
             ports = [f"--{port}={free_port()}" for port in ("dashboard-agent-listen-port", "metrics-export-port")]
             with log.open("wb") as file:
@@ -82,6 +84,10 @@ class TwoNodes:
                 time.sleep(0.2)
             self.kill(self.nodes.pop())
         pytest.fail(f"a node did not start\n{log.read_text()[-4000:]}")
+
+    def join(self) -> None:
+        """A second node joins the head."""
+        self.add(f"--address={self.address}", '--resources={"second": 1}')
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """As a machine that goes off: everything on it at once."""
@@ -128,23 +134,24 @@ class TwoNodes:
                 process.wait()
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[TwoNodes]:
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     """On the nodes nothing of this project is installed: what they run is the checkout that travels with the job."""
-    with two_nodes(tmp_path, dependencies_only(tmp_path / "environment")) as nodes:
+    folder = tmp_path_factory.mktemp("cluster")
+    with two_nodes(folder, dependencies_only(folder / "environment")) as nodes:
         yield nodes
 
 
 @pytest.fixture
-def cluster_with_wheel(tmp_path: Path) -> Iterator[TwoNodes]:
-    """The wheel is installed on the nodes and where commands are called, a folder that holds a recipe only."""
-    python = dependencies_only(tmp_path / "environment")
-    install(python, build_wheel(tmp_path / "wheel"))
-    (mine := tmp_path / "mine").mkdir()
-    shutil.copyfile(ROOT / "configs" / "panels.yaml", mine / "mine.yaml")
-    with two_nodes(tmp_path, python) as nodes:
-        nodes.cwd = mine
-        yield nodes
+def cluster_with_wheel(cluster: TwoNodes, tmp_path: Path) -> TwoNodes:
+    """The same, and now the wheel is installed on the nodes and where commands are called, a folder that holds a recipe
+    only; with a second node again, where the first is gone."""
+    install(cluster.python, build_wheel())
+    shutil.copyfile(ROOT / "configs" / "panels.yaml", tmp_path / "mine.yaml")
+    cluster.cwd = tmp_path
+    if cluster.alive() < 2:
+        cluster.join()
+    return cluster
 
 
 @contextmanager
@@ -171,7 +178,7 @@ def two_nodes(folder: Path, python: Path) -> Iterator[TwoNodes]:
             "--include-dashboard=true", f"--dashboard-host={address}", f"--dashboard-port={dashboard}",
             f"--ray-client-server-port={free_port()}",
         )  # fmt: skip
-        nodes.add(f"--address={nodes.address}", '--resources={"second": 1}')
+        nodes.join()
         print(f"two nodes: {time.monotonic() - started:.1f} s")
         yield nodes
 
@@ -220,7 +227,7 @@ def test_a_job_survives_the_loss_of_a_node_and_resumes(cluster: TwoNodes, tmp_pa
         before = steps()
         wait_for("two steps of two workers", lambda: steps() >= before + 2, 300, said)
 
-        cluster.kill(cluster.nodes[1])
+        cluster.kill(cluster.nodes.pop())
         before = steps()
         wait_for("three steps after the node's death", lambda: steps() >= before + 3, 300, said)
         scaled = cluster.command("scale", "run", "--rollout-workers", "1", "--address", cluster.address)
@@ -269,4 +276,4 @@ def test_a_job_without_a_checkout_runs_where_the_wheel_is_installed(
     client: Any = JobSubmissionClient(cluster.server, headers=bearer)
     job = client.submit_job(entrypoint=where)
     wait_for("the answer of a job", lambda: client.get_job_status(job).is_terminal(), 60, str)
-    assert str(tmp_path / "environment") in client.get_job_logs(job), "the code was the wheel's"
+    assert str(cluster.python.parent.parent) in client.get_job_logs(job), "the code was the wheel's"

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.lives import lines_of, small_run
 from tests.conftest import ROOT
+from tests.system.background import Background
 from tests.system.installed import build_wheel, dependencies_only, install
 
 pytestmark = pytest.mark.system
@@ -22,12 +23,16 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
-@pytest.mark.timeout(TIMEOUT_S + 120)
-def test_train_works_where_a_project_has_folders_of_the_same_names(tmp_path: Path) -> None:
+@pytest.mark.timeout(1500)
+def test_train_works_where_a_project_has_folders_of_the_same_names(background: Background) -> None:
+    background.result(__name__)
+
+
+def story(tmp_path: Path) -> None:
     """Two steps on a real Ray, whose workers look into the working directory first; beside the package `cluster` of the
     index, which is a development dependency for this test alone."""
     python = dependencies_only(tmp_path / "environment")
-    install(python, build_wheel(tmp_path / "wheel"))
+    install(python, build_wheel())
     project = tmp_path / "project"
     for package in ("actors", "cluster", "episodes", "jobs", "learners", "rewards"):
         (project / package).mkdir(parents=True)
