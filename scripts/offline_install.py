@@ -144,7 +144,7 @@ def install(venv: Path, parts: Sequence[Path], wheels: Path, requirement: str) -
         run([sys.executable, "-m", "venv", "--without-pip", str(venv)], "The virtual environment could not be made")
     (pip,) = wheels.glob("pip-*.whl")
     find = ["--no-index", "--find-links", str(wheels), "--no-input", "--disable-pip-version-check", "--quiet"]
-    run([str(python), str(pip / "pip"), "--isolated", "install", *find, "pip", requirement], "pip failed")
+    run([str(python), "-I", str(pip / "pip"), "--isolated", "install", *find, "pip", requirement], "pip failed")
     repair(python)
 
 
@@ -165,7 +165,7 @@ def repair(python: Path) -> None:
 def is_broken(python: Path, package: str) -> bool:
     """Whether it is installed and cannot be imported."""
     code = f"import importlib.util; importlib.util.find_spec('{package}') and __import__('{package}')"
-    return subprocess.run([python, "-P", "-c", code], capture_output=True).returncode != 0
+    return subprocess.run([python, "-I", "-c", code], capture_output=True).returncode != 0
 
 
 def run(command: Sequence[str], failed: str) -> None:

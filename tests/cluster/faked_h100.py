@@ -96,7 +96,10 @@ def described(config: EngineConfig) -> dict[str, Any]:
         "cache": made.cache_config.kv_cache_memory_bytes,
         "images": model.multimodal_config.mm_processor_cache_gb,
         "ways": parallel.tensor_parallel_size,
-        "numbers a token": 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size(),
+        "numbers a token": 2
+        * model.get_num_layers(parallel)
+        * model.get_num_kv_heads(parallel)
+        * model.get_head_size(),
         "graphs": made.compilation_config.cudagraph_mode.name,
         "largest graph": max(made.compilation_config.cudagraph_capture_sizes, default=0),
         "attention": [text.get_name(), tower.name, version],

@@ -119,7 +119,7 @@ def test_bundle_when_installed_without_a_network_then_the_extra_imports(bundle: 
     done = install(bundle, str(tmp_path / "venv"))
     assert done.returncode == 0, done.stderr
     code = "import ergo_rl, torchvision, importlib.util as u; print(ergo_rl.answer, u.find_spec('torchcodec'))"
-    asked = [str(tmp_path / "venv" / "bin" / "python"), "-c", code]
+    asked = [str(tmp_path / "venv" / "bin" / "python"), "-I", "-c", code]
     assert subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout == "42 None\n"
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "venv"}, "no wheels are left"
 
@@ -152,8 +152,8 @@ def test_parts_when_missing_or_damaged_then_each_is_named_and_nothing_is_install
         (lambda lines: [lines[0], *lines[2:]], "lines are missing"),
         (lambda lines: [line for line in lines if not line.endswith("install.py")], "lines are missing"),
         (lambda lines: [], "lines are missing"),
-        (lambda lines: [*lines[:-1], lines[-1][:70]], "is no checksum of a part"),
-        (lambda lines: [*lines, f"{'0' * 64}  ../../etc/passwd"], "is no checksum of a part"),
+        (lambda lines: [lines[0][:70], *lines[1:]], "line 1 is no checksum of a part"),
+        (lambda lines: [f"{'0' * 64}  ../../etc/passwd", *lines], "line 1 is no checksum of a part"),
         (lambda lines: ["<html>not found</html>"], "line 1 is no checksum of a part"),
     ],
 )
@@ -161,7 +161,7 @@ def test_sums_when_damaged_then_the_bundle_is_refused(damage: object, said: str,
     sums = bundle / "SHA256SUMS"
     sums.write_text("\n".join(damage(sums.read_text().splitlines())))  # type: ignore[operator]
     done = install(bundle, "venv")
-    assert done.returncode == 1 and f"SHA256SUMS is damaged: {said}" in done.stderr.replace("line 9 ", "")
+    assert done.returncode == 1 and f"SHA256SUMS is damaged: {said}" in done.stderr
 
 
 def test_installer_when_the_folder_is_something_else_then_it_is_left_alone(bundle: Path, tmp_path: Path) -> None:
