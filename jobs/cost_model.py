@@ -203,6 +203,8 @@ CPU_PROCESSES = 3 * GIB
 ENGINE_BATCH = 2048
 """``max_num_batched_tokens`` of an engine whose recipe says nothing: vLLM's default for engines inside a program, also
 on large GPUs."""
+IMAGE_CACHE = 4.0
+"""``mm_processor_cache_gb`` of an engine whose recipe says nothing: vLLM's default."""
 PACKED_BUFFER = 1 << 29
 """Bytes of a buffer of vLLM's transfer engines (``BUFFER_BYTES`` of cluster/weight_sender.py, which loads Ray)."""
 TEXT_TOKENS = 256
@@ -373,6 +375,8 @@ class EngineMemory:
     """Bytes that are left for the KV cache."""
     conversations: float
     """Conversations of ``max_model_len`` that this cache holds."""
+    images: MemoryItem
+    """Main memory of the views that vLLM keeps ready."""
     fixed_cache: bool = False
     """The recipe says how large the cache is (``kv_cache_memory_bytes``)."""
 
@@ -391,14 +395,16 @@ def engine_memory(shape: ModelSpec, engine: EngineConfig, tokens: int, gpu_memor
         how = f"{how}; {shape.quantised / 1e9:.1f}e9 quantised by {shape.how_quantised}{unknown}"
     weights = MemoryItem("weights", shape.weight_bytes(width) / ways, how, when)
     how = f"2 x {shape.layers} layers x {shape.kv_width} x {kv_width} bytes a token"
+    images = _image_cache(engine)
     if gpu_memory is None:
         cache = float(engine.kv_cache_gib * GIB)
         parts = [
             weights,
             MemoryItem("KV cache", cache, "kv_cache_gib"),
+            images,
             MemoryItem("processes", CPU_PROCESSES, "measured"),
         ]
-        return EngineMemory(float("inf"), tuple(parts), cache, cache / conversation)
+        return EngineMemory(float("inf"), tuple(parts), cache, cache / conversation, images)
     batch = engine_batch(engine)
     text = batch * (6 * shape.hidden + 3 * shape.intermediate / ways) * width
     vision = tokens * shape.patches_per_token * (6 * shape.vision_hidden + 3 * shape.vision_intermediate) * width
@@ -411,7 +417,14 @@ def engine_memory(shape: ModelSpec, engine: EngineConfig, tokens: int, gpu_memor
     if (fixed := _extra(engine, "kv_cache_memory_bytes")) is not None:
         limit = beside + fixed  # vLLM then takes this for the cache, whatever the share of the GPU is
     cache = limit - beside
-    return EngineMemory(limit, (weights, work, runtime, least), cache, cache / conversation, fixed is not None)
+    return EngineMemory(limit, (weights, work, runtime, least), cache, cache / conversation, images, fixed is not None)
+
+
+def _image_cache(engine: EngineConfig) -> MemoryItem:
+    """What the core keeps of prepared views, until it is full. The front end keeps their names alone."""
+    size = _extra(engine, "mm_processor_cache_gb")
+    size = IMAGE_CACHE if size is None else size
+    return MemoryItem("prepared views", size * GIB, "engine.extra.mm_processor_cache_gb (vLLM: 4)")
 
 
 def engine_batch(engine: EngineConfig) -> int:

@@ -104,7 +104,7 @@ def _processes(
         if gpus:
             how = "kv_cache_memory_bytes" if needs.fixed_cache else "what gpu_memory_utilization leaves"
             cache = MemoryItem("KV cache", max(0.0, needs.cache), how, When.WORKING if asleep else When.ALWAYS)
-            parts, host = (*parts[:-1], cache), (_ENGINE_HOST,)
+            parts, host = (*parts[:-1], cache), (_ENGINE_HOST, needs.images)
             size = max(needs.limit, size)
             if beside is not None:
                 parts, size = (*parts, beside), size + beside.bytes

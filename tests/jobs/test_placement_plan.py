@@ -204,7 +204,8 @@ def test_engine_memory_computes_the_kv_cache() -> None:
     assert sizes(list(spread.parts))["weights"] == 2 * BILLION
     assert sizes(list(spread.parts))["KV cache, at least"] == 5_000_000, "4 heads on 8 GPUs: one each, twice"
     on_cpu = engine_memory(ROUND, replace(engine, dtype="float32", kv_cache_gib=2), 100, None)
-    assert sizes(list(on_cpu.parts)) == {"weights": 32 * BILLION, "KV cache": 2 * GIB, "processes": 3 * GIB}
+    assert sizes(list(on_cpu.parts)) == {
+        "weights": 32 * BILLION, "KV cache": 2 * GIB, "prepared views": 4 * GIB, "processes": 3 * GIB}  # fmt: skip
 
 
 def test_engine_memory_reads_what_the_recipe_hands_to_vllm() -> None:
