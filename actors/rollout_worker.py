@@ -23,6 +23,7 @@ from ergo_rl.episodes.episode import CoarseToFine, TurnRefused
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.images import UnreadableImage
 from ergo_rl.episodes.prompts import ReservedText, answer_of
+from ergo_rl.episodes.prompts import too_long as too_long
 from ergo_rl.episodes.types import Box, Outcome, Question, Trajectory, View
 
 
@@ -226,15 +227,6 @@ class RolloutWorker:
         """Return the seconds since ``start_weight_update``."""
         await self._engine.finish_weight_update(transfer, version)
         return time.monotonic() - self._transfer_began
-
-
-def too_long(question: Question, max_model_len: int) -> str:
-    """Why the text cannot fit the model; empty where it may. Asked before it is tokenized, which takes about 1 KB of
-    memory for each token."""
-    characters, limit = len(question.text) + sum(map(len, question.options)), 16 * max_model_len
-    if characters <= limit:  # no language has 16 characters a token on average
-        return ""
-    return f"the question has {characters} characters; at most {limit} could fit the model's {max_model_len} tokens"
 
 
 def _skipped(question: Question, error: Exception) -> SkippedQuestion:

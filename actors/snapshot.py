@@ -66,6 +66,7 @@ SCHEMAS = {
             "parts": pa.map_(pa.string(), pa.float64()),
             "by_turn": pa.list_(pa.float64(), 2),
             "unscored": pa.string(),
+            "unscored_kind": pa.string(),
         }
     ),
     "views": pa.schema({"box": _CORNERS, "width": pa.int32(), "height": pa.int32(), "pixels": pa.large_binary()}),
@@ -130,7 +131,7 @@ def _row(trajectory: Trajectory, views: list[int], score: Verdict) -> dict[str, 
             "by_turn": list(score.turns),
         }
     else:
-        earned = {"unscored": score.reason}
+        earned = {"unscored": score.reason, "unscored_kind": score.kind}
     return {
         "sample": trajectory.sample,
         "outcome": str(trajectory.outcome),
@@ -182,7 +183,8 @@ def _turn(cells: dict[str, Any]) -> Turn:
 
 def _verdict(row: dict[str, Any]) -> Verdict:
     if row["unscored"] is not None:
-        return Unscored(row["unscored"])
+        noted = filter(None, [row.get("unscored_kind")])  # none by older versions
+        return Unscored(row["unscored"], *noted)
     first, second = row["by_turn"]
     return Score(row["total"], dict(row["parts"]), (first, second))
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ergo_rl.cluster.config import EngineConfig
 from ergo_rl.cluster.weight_buckets import Bucket, SharedFile, SharedFiles, memory_domain
 from ergo_rl.cluster.worker_pool import WorkerDied
+from ergo_rl.model_names import engine_arguments
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,7 +137,7 @@ class Engine:
 
         args = AsyncEngineArgs(
             **{
-                "model": config.model,
+                **engine_arguments(config.model),
                 "dtype": config.dtype,
                 "max_model_len": config.max_model_len,
                 "max_num_seqs": config.max_num_seqs,

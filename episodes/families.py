@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Protocol, cast
 
 from ergo_rl.episodes.plugins import import_class
 from ergo_rl.episodes.types import Box, View
-from ergo_rl.errors import ErgoError
+from ergo_rl.errors import ErgoError, first_line
+from ergo_rl.model_names import pretrained, split_revision
 
 Corners = tuple[float, float, float, float]
 
@@ -208,12 +209,18 @@ class UnknownFamily(ErgoError, ValueError):
     """The model belongs to no known family, or to another one than the configuration says."""
 
 
+class ModelNotFound(ErgoError, OSError):
+    """There is no model of this name and revision, here or on the hub."""
+
+
 def family_of(model: str, own: str = "") -> ModelFamily:
-    """Return the family of a local folder or a hub name; ``own`` names a class of the user's, ``package.module:Class``.
+    """Return the family of a local folder or a hub name, ``org/name@revision``; ``own`` names a class of the user's,
+    ``package.module:Class``.
 
     Raises UnknownFamily for a model type that no known family, or not the user's, is for; OSError where there is no
     such model; ValueError where there is no such class."""
-    config = Path(model) / "config.json"
+    name, revision = split_revision(model)
+    config = Path(name) / "config.json"
     if config.is_file():
         model_type = json.loads(config.read_text())["model_type"]
     elif Path(model).parent.name and Path(model).parent.is_dir():  # `folder/name` of a folder that is here: no hub name
@@ -221,7 +228,11 @@ def family_of(model: str, own: str = "") -> ModelFamily:
     else:
         from transformers import AutoConfig
 
-        model_type = AutoConfig.from_pretrained(model).model_type
+        try:
+            model_type = AutoConfig.from_pretrained(**pretrained(model)).model_type
+        except OSError as error:
+            pinned = f" at revision {revision}" if revision else ""
+            raise ModelNotFound(f"the model {name}{pinned} cannot be loaded: {first_line(error)}") from error
     return family_of_type(model, model_type, own)
 
 
@@ -239,4 +250,4 @@ def family_of_type(model: str, model_type: str, own: str = "") -> ModelFamily:
 def load_tokenizer(model: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    return cast(Tokenizer, AutoTokenizer.from_pretrained(model))
+    return cast(Tokenizer, AutoTokenizer.from_pretrained(**pretrained(model)))

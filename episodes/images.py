@@ -74,7 +74,8 @@ def _orientation(opened: Image.Image) -> int:
     if opened.format == "TIFF":
         return 1  # Pillow itself turns it
     # Not the method of PNG, which decodes the whole image to look for EXIF; ``_says_more_behind_its_pixels`` knows.
-    return int(Image.Image.getexif(opened).get(_EXIF_ORIENTATION, 1))
+    turned = Image.Image.getexif(opened).get(_EXIF_ORIENTATION)
+    return turned if isinstance(turned, int) else 1
 
 
 def _says_more_behind_its_pixels(opened: Image.Image) -> bool:
@@ -99,6 +100,8 @@ _STRIP_PIXELS = 1 << 20
 
 def _rgb(opened: Image.Image) -> Pixels:
     """Return the pixels of a decoded image as RGB, transparency on white."""
+    if opened.mode == "P" and not (opened.palette and opened.palette.palette):
+        raise UnreadableImage("has no palette, and its pixels are colours of one")
     width, height = opened.size
     rows, white = max(1, _STRIP_PIXELS // max(1, width)), _white(opened)
     pixels = np.empty((height, width, 3), np.uint8)

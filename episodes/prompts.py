@@ -14,9 +14,12 @@ from ergo_rl.episodes.families import Corners, ModelFamily
 from ergo_rl.episodes.types import BoxOutcome, Outcome, Question, Trajectory
 from ergo_rl.errors import ErgoError
 
-LONGEST_TEXT = 500_000
-"""Characters of a question with its options: more than any model reads. It is refused before it is tokenized, which
-takes about 1 KB a token."""
+_CHARACTERS_PER_TOKEN = 16
+"""No language has so many on average."""
+LONGEST_CONTEXT = 32_768
+"""Tokens: what a model is taken to read where its own limit is not known."""
+LONGEST_TEXT = _CHARACTERS_PER_TOKEN * LONGEST_CONTEXT
+"""Characters of a text in a row."""
 _SLOT = re.compile(r"\{(question|options)\}")
 
 
@@ -44,15 +47,23 @@ def around_image(template: str, question: Question) -> tuple[str, str]:
     return before, after
 
 
+def too_long(question: Question, max_model_len: int = LONGEST_CONTEXT) -> str:
+    """Why the text cannot fit a model; empty where it may. Asked before it is tokenized, which takes about 1 KB of
+    memory for each token."""
+    characters, limit = len(question.text) + sum(map(len, question.options)), _CHARACTERS_PER_TOKEN * max_model_len
+    if characters <= limit:
+        return ""
+    return f"the question has {characters} characters; at most {limit} could fit the model's {max_model_len} tokens"
+
+
 def fill(template: str, question: Question, family: ModelFamily) -> str:
     """Return a template with the question's words in it. Its only special tokens are the template's own.
 
     Raises ReservedText when the question's text or options contain a special token or are too long, ValueError as
     ``around_image`` does."""
-    words = "\n".join((question.text, *question.options))
-    if len(words) > LONGEST_TEXT:
-        raise ReservedText(f"question {question.id!r} has {len(words)} characters, at most {LONGEST_TEXT}")
-    if (token := family.reserved_text(words)) is not None:
+    if reason := too_long(question):
+        raise ReservedText(f"question {question.id!r}: {reason}")
+    if (token := family.reserved_text("\n".join((question.text, *question.options)))) is not None:
         raise ReservedText(f"question {question.id!r} contains the special token {token}")
     before, after = around_image(template, question)
     return before + family.image_placeholder + after

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ergo_rl.actors.rollout_pool import RolloutPool
 from ergo_rl.cluster.placement import Cluster
@@ -96,20 +96,26 @@ async def run_benchmark(
     budgets = list(budgets) or [config.episode.coarse_tokens]
     with ExitStack() as stack:
         client: PolicyClient
+        how: dict[str, Any]
         if url:
             endpoint = await endpoint_at(url, served_model, config)
             client, policy = EndpointClient(config, endpoint, family_by_name(family)), endpoint.model
+            how = {"family": family, "request": endpoint.extra_body}
         else:
-            policy = config.rollout.engine.model
-            client = await _launch(config, budgets, stack, console)
+            engine = config.rollout.engine
+            client, policy = await _launch(config, budgets, stack, console), engine.model
+            how = {"family": config.episode.family, "dtype": engine.dtype, "engine arguments": engine.extra}
         settings = {
             "policy": policy,
             "at": url or "engines of this job",
             "questions": config.evaluation.paths,
             **of_evaluation(config),
+            **how,
             "hide_target": hide_target,
             "prompts": asdict(config.episode.prompts),
             "on_bad_box": str(config.episode.on_bad_box),
+            "box_notation": str(config.episode.box_notation),
+            "max_image_pixels": config.episode.max_image_pixels,
             "reply_limits": [config.rollout.sampling.coarse_max_tokens, config.rollout.sampling.fine_max_tokens],
             "oracle_margin": config.evaluation.oracle_margin,
             "number_tolerance": config.reward.number_tolerance,

@@ -10,7 +10,7 @@ import asyncio
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from itertools import product
@@ -23,6 +23,7 @@ from ergo_rl.episodes.prompts import answer_of
 from ergo_rl.episodes.types import Box, BoxOutcome, Question
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.jobs.evaluation import BoxSource, HeldOut, choose_box, for_each, wilson
+from ergo_rl.jobs.fingerprints import of_question
 from ergo_rl.jobs.policy_clients import EpisodeError, EpisodeResult, PolicyClient
 from ergo_rl.jobs.report import read_lines
 from ergo_rl.questions.dataset import DatasetError
@@ -66,6 +67,8 @@ class Record:
     replies: tuple[str, ...]
     failure: str = ""
     """Why the episode could not be run (it then counts as wrong); empty where it was."""
+    content: str = ""
+    """Fingerprint of the question as it was asked, picture included; empty for a row that is none."""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -84,12 +87,15 @@ async def run_grid(
 ) -> tuple[list[Record], int]:
     """Run what is missing of the grid; each record is appended to ``out/records.jsonl`` as soon as it is known. Every
     row of the held-out files has one record in each mode at each budget. Returns the records and how many of them an
-    earlier call had made.
+    earlier call had made: those of the same questions, pictures included.
 
     settings: what the records depend on; a folder of other settings is refused. Episodes that failed for a transient
     reason are not written, so that the next call tries them again. progress: called with (episodes done, all of them).
     Raises ConfigError, OSError."""
     done = {record.key: record for record in _load_records(out, settings)}
+    if done:
+        contents = await _contents(questions, config.evaluation.in_flight)
+        done = {key: record for key, record in done.items() if record.content == contents.get(record.question)}
     wanted = [(name, mode, budget) for mode in modes for budget in budgets for name in questions.names]
     before, unanswered = sum(key in done for key in wanted), dict[tuple[str, str, int], Record]()
     with (out / RECORDS).open("a", encoding="utf-8", buffering=1) as file:
@@ -104,6 +110,7 @@ async def run_grid(
                 if error.transient:
                     unanswered[record.key] = record
                     return
+            record = replace(record, content=await asyncio.to_thread(of_question, question))
             done[record.key] = record
             file.write(json.dumps(asdict(record)) + "\n")
             progress(len(done) + len(unanswered), len(wanted))
@@ -113,6 +120,17 @@ async def run_grid(
                 await for_each(questions, config.evaluation.in_flight, partial(run, mode, budget))
     records = done | unanswered
     return [records[key] for key in wanted], before
+
+
+async def _contents(questions: HeldOut, at_once: int) -> dict[str, str]:
+    """The fingerprint of every row, by its name."""
+    found: dict[str, str] = {}
+
+    async def note(number: int, question: Question | SkippedQuestion) -> None:
+        found[questions.names[number]] = await asyncio.to_thread(of_question, question)
+
+    await for_each(questions, at_once, note)
+    return found
 
 
 async def run_one(
@@ -192,14 +210,18 @@ def _load_records(out: Path, settings: Mapping[str, Any]) -> list[Record]:
     lines = read_lines(out / RECORDS)
     # A last line without its end was cut off; drop it, or the next record would be glued to it.
     (out / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return [_record(line) for line in lines]
+    return [record for line in lines if (record := _record(line)) is not None]
 
 
-def _record(line: dict[str, Any]) -> Record:
-    coarse, crop = line["visual_tokens"]
-    return Record(
-        **{**line, "mode": Mode(line["mode"]), "visual_tokens": (coarse, crop), "replies": tuple(line["replies"])}
-    )
+def _record(line: Any) -> Record | None:
+    """None for a line that is no record: its question is asked again."""
+    try:
+        coarse, crop = line["visual_tokens"]
+        return Record(
+            **{**line, "mode": Mode(line["mode"]), "visual_tokens": (coarse, crop), "replies": tuple(line["replies"])}
+        )
+    except (LookupError, TypeError, ValueError):
+        return None
 
 
 EVERY = "all"

@@ -236,7 +236,8 @@ class TrainConfig(ConfigSection):
     """Seed of the run."""
     model: str = ""
     """The policy: local folder or hub name of a vision-language model of a known family, for learner.model and
-    rollout.engine.model."""
+    rollout.engine.model. ``org/name@revision`` pins a hub name to a branch, tag or commit, here and wherever a model is
+    named."""
     family: str = ""
     """``package.module:Class`` of your own model family (docs/extending.md), for learner.family and episode.family;
     empty: one of ours, by the model's type."""

@@ -24,6 +24,7 @@ from ergo_rl.episodes.families import UnknownFamily, family_of, family_of_type
 from ergo_rl.jobs.config import ConfigError, TrainConfig
 from ergo_rl.learners.config import Dtype, LearnerConfig
 from ergo_rl.learners.model import CHUNK_LOGITS
+from ergo_rl.model_names import pretrained, split_revision
 from ergo_rl.rewards.config import Backend
 
 KNOWN = Path(__file__).with_name("model_shapes.json")
@@ -115,10 +116,10 @@ def _config_of(model: str, own_family: str) -> Any:
 
     known = json.loads(KNOWN.read_text())
     try:
-        if model not in known:
+        if (name := split_revision(model)[0]) not in known:
             family_of(model, own_family)
-            return AutoConfig.from_pretrained(model)
-        cells = known[model]
+            return AutoConfig.from_pretrained(**pretrained(model))
+        cells = known[name]
         cells = known.get(cells.get("like"), {}) | {key: value for key, value in cells.items() if key != "like"}
         family_of_type(model, cells["model_type"], own_family)
         return AutoConfig.for_model(**cells)

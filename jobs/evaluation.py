@@ -6,15 +6,10 @@ import asyncio
 import math
 import random
 import statistics
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ergo_rl.actors.config import SamplingConfig
 from ergo_rl.actors.rollout_pool import RolloutPool
@@ -23,12 +18,11 @@ from ergo_rl.actors.trajectory_store import Group
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.worker_pool import gather_or_cancel
 from ergo_rl.episodes import images
-from ergo_rl.episodes.config import OnBadRow
 from ergo_rl.episodes.families import family_of
 from ergo_rl.episodes.types import Box, Question, Score
 from ergo_rl.jobs.config import EvaluationConfig, MetricsConfig
 from ergo_rl.jobs.metrics import Metrics, covered_and_paid, reward_metrics, rollout_metrics
-from ergo_rl.questions.dataset import BadRow, DatasetError, QuestionStream, expand_paths
+from ergo_rl.questions.dataset import BadRow, DatasetError, QuestionStream
 from ergo_rl.rewards.config import Backend
 from ergo_rl.rewards.endpoint import api_key
 from ergo_rl.rewards.matching import matches
@@ -191,74 +185,42 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
 class HeldOut:
     """The rows of an evaluation, in the order of their files, read anew at each iteration.
 
-    A row that is no question comes as a ``SkippedQuestion``. An id that several rows have gets their file and row, so
-    that no question is taken for another."""
+    A row that is no question comes as a ``SkippedQuestion``. An id that several rows have gets their file and row in
+    front, so that no question is taken for another."""
 
     def __init__(self, config: TrainConfig, hide_target: bool = False) -> None:
         """hide_target: black out every target, so that only the context still tells where it is.
 
         Raises DatasetError."""
         self._hide_target = hide_target
-        self._config = replace(
-            config.questions, paths=config.evaluation.paths, shuffle=False, on_bad_row=OnBadRow.ERROR
-        )
+        self._stream: QuestionStream | None = None
         self.names: tuple[str, ...] = ()
-        if not config.evaluation.paths:
-            return
-        QuestionStream(self._config)  # the files are checked before anything starts
-        self._files = expand_paths([Path(path) for path in config.evaluation.paths], (".parquet",))
-        places = [place for path in self._files for place in _places(path)]
-        times = Counter(name for name, _ in places)
-        names = [name if name and times[name] == 1 else f"{name} ({where})".strip() for name, where in places]
-        self.names = tuple(names[: config.evaluation.questions or None])
+        if config.evaluation.paths:
+            self._stream = QuestionStream(replace(config.questions, paths=config.evaluation.paths))
+            self.names = self._stream.names[: config.evaluation.questions or None]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def require(self, boxes: bool = False) -> HeldOut:
         """Return self. Raises DatasetError where there are no rows or, with ``boxes``, none that names its target."""
-        if not self.names:
+        if self._stream is None:
             raise DatasetError("evaluation.paths is empty; name at least one Parquet file of held-out questions")
-        if boxes and not any(map(_has_boxes, self._files)):
+        if boxes and not self._stream.has_boxes():
             raise DatasetError("no held-out question says where its target is (column boxes); leave oracle and "
                                "--hide-target out")  # fmt: skip
         return self
 
     def __iter__(self) -> Iterator[Question | SkippedQuestion]:
-        stream = QuestionStream(self._config) if self.names else iter(())
-        for name in self.names:  # so many rows and no more: a stream would go on with its next epoch
-            yield self._read(stream, name)
+        rows = self._stream.rows() if self._stream else iter(())
+        for name, row in zip(self.names, rows, strict=False):
+            yield SkippedQuestion(name, str(row)) if isinstance(row, BadRow) else self._shown(row)
 
-    def _read(self, stream: Iterator[Question], name: str) -> Question | SkippedQuestion:
+    def _shown(self, question: Question) -> Question | SkippedQuestion:
         try:
-            question = replace(next(stream), id=name)
             return hide_targets(question) if self._hide_target else question
         except (BadRow, images.UnreadableImage) as error:
-            return SkippedQuestion(name, str(error))
-
-
-def _places(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the id of every row (empty where it cannot be read) and where the row is."""
-    file, number = pq.ParquetFile(path), 0
-    for index in range(file.metadata.num_row_groups):
-        for name in _ids(file, index):
-            yield name, f"{path.name}, row {number}"
-            number += 1
-
-
-def _ids(file: pq.ParquetFile, index: int) -> list[str]:
-    try:
-        cells = file.read_row_group(index, columns=["id"]).column("id")
-        return ["" if cell.as_py() is None else str(cell.as_py()) for cell in cells]
-    except (pa.ArrowException, OSError, ValueError):  # damaged, or text that is not UTF-8
-        return [""] * file.metadata.row_group(index).num_rows
-
-
-def _has_boxes(path: Path) -> bool:
-    file = pq.ParquetFile(path)
-    if "boxes" not in file.schema_arrow.names:
-        return False
-    return any(len(cell.as_py() or ()) for cell in file.read(columns=["boxes"]).column("boxes"))
+            return SkippedQuestion(question.id, str(error))
 
 
 def hide_targets(question: Question) -> Question:

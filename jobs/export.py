@@ -21,6 +21,7 @@ from ergo_rl.jobs.metrics import Metrics
 from ergo_rl.jobs.report import NotARunFolder, read_lines
 from ergo_rl.jobs.run_paths import CHECKPOINTS, CONFIG, EVALUATIONS, POLICY, RECIPE
 from ergo_rl.learners.checkpoint import export_state
+from ergo_rl.model_names import split_revision
 
 _SCORES = (
     ("target coverage", "coverage", False),
@@ -91,8 +92,9 @@ def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -
         "pipeline_tag": "image-text-to-text",
         "tags": ["ergo", "visual-grounding", "reinforcement-learning", "grpo"],
     }
-    if not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        front["base_model"] = base  # only hub names: a hub refuses a path
+    hub_name, _ = split_revision(base)
+    if not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", hub_name):
+        front["base_model"] = hub_name  # only hub names: a hub refuses a path
     before = next((line for line in evaluations if line["step"] == 0), {})
     after = next((line for line in evaluations if line["step"] == step), {})
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -108,7 +110,7 @@ def model_card(config: TrainConfig, step: int, evaluations: Sequence[Metrics]) -
         questions=config.questions.paths,
         heldout=config.evaluation.paths,
         verifier=verifier.engine.model if verifier.backend == "engine" else verifier.endpoint.model,
-        cases=int(after.get("eval/trajectories", 0)),
+        cases=int(after.get("eval/questions", after.get("eval/trajectories", 0))),
         scores=_scores(before, after),
         max_model_len=config.rollout.engine.max_model_len,
         dtype=config.rollout.engine.dtype,
@@ -131,8 +133,9 @@ def _scores(before: Metrics, after: Metrics) -> list[tuple[str, str, str]]:
 def _figure(metrics: Metrics, name: str, share: bool) -> str:
     if name not in metrics:
         return "-"
-    unscored = metrics.get("eval/unscored", 0.0) if name == "eval/accuracy" else 0.0
-    count = int(metrics["eval/trajectories"] - unscored)
+    played = count = int(metrics["eval/trajectories"])
+    if name == "eval/accuracy":  # of all rows; older versions counted what was scored
+        count = int(metrics.get("eval/questions", played - metrics.get("eval/unscored", 0.0)))
     low, high = wilson(metrics[name] * count, count)
     return f"{metrics[name]:.1%}" + (f" ({low:.1%} to {high:.1%})" if share else "")
 

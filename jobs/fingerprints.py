@@ -4,7 +4,8 @@ a run is not resumed with other content behind the same paths.
 Of a file its size and a digest: of all its bytes up to ``WHOLE_BYTES``, else of ``PIECES`` pieces, spread evenly from
 its first to its last byte (in a Parquet file the last ones list every column chunk with its place, size and statistics;
 in a safetensors file the first ones list every tensor). Of a local model the files that transformers and vLLM load; of
-a model from the hub the commit in the cache. Pictures that rows name by path are not covered.
+a model from the hub the commit in the cache. Pictures that rows name by path are covered for evaluations alone
+(``of_question``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ergo_rl.actors.rollout_worker import SkippedQuestion
+from ergo_rl.episodes.types import Question
 from ergo_rl.jobs.config import TrainConfig
+from ergo_rl.model_names import split_revision
 from ergo_rl.questions.dataset import DatasetError, expand_paths
 from ergo_rl.rewards.config import Backend
 
@@ -40,6 +44,16 @@ def of_evaluation(config: TrainConfig) -> dict[str, str]:
     """Return the fingerprints of the held-out files, together, and of the policy: what the answers depend on."""
     files = " ".join(map(_of_rows, config.evaluation.paths))
     return {"content of the questions": files, "content of the policy": _of_model(config.rollout.engine.model)}
+
+
+def of_question(question: Question | SkippedQuestion) -> str:
+    """Return the fingerprint of all that an answer to a question depends on, its picture included; empty for a row that
+    is none."""
+    if isinstance(question, SkippedQuestion):
+        return ""
+    picture = question.image if isinstance(question.image, bytes) else _of_file(question.image).encode()
+    words = repr((question.text, question.options, question.answer, question.boxes, question.source))
+    return hashlib.blake2b(words.encode() + b"\n" + picture, digest_size=16).hexdigest()
 
 
 def other_content(before: Mapping[str, str], now: Mapping[str, str], config: TrainConfig) -> dict[str, str]:
@@ -93,8 +107,9 @@ def _of_hub(name: str) -> str:
     """The commit of a model in the hub's cache; empty where this machine has not loaded it."""
     from huggingface_hub import try_to_load_from_cache
 
+    repository, revision = split_revision(name)
     try:
-        path = try_to_load_from_cache(name, "config.json")
+        path = try_to_load_from_cache(repository, "config.json", revision=revision)
     except ValueError:  # no name of the hub: whoever loads it says so
         return ""
     return Path(path).parent.name if isinstance(path, str) else ""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ergo_rl.learners.config import Dtype, LearnerConfig
+from ergo_rl.model_names import pretrained
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = "counters"
@@ -26,7 +27,7 @@ def export(vlm: Any, weights: Mapping[str, Tensor], source: str, path: Path) -> 
     from transformers import AutoProcessor
 
     vlm.save_pretrained(path, state_dict=dict(weights))
-    AutoProcessor.from_pretrained(source).save_pretrained(path)
+    AutoProcessor.from_pretrained(**pretrained(source)).save_pretrained(path)
 
 
 def export_state(config: LearnerConfig, files: Iterable[Path], path: Path) -> None:

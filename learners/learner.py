@@ -28,6 +28,7 @@ from ergo_rl.learners.lora import Weight, named_weights
 from ergo_rl.learners.losses import TokenBatch, objective_named, policy_loss
 from ergo_rl.learners.metrics import TURNS, TokenSums, UpdateReport
 from ergo_rl.learners.model import PolicyModel
+from ergo_rl.model_names import pretrained
 
 SKIPPED_IN_A_ROW = 3
 """Updates without a step, one after the other, that are an error."""
@@ -318,7 +319,7 @@ def _image_processor(model: str) -> Any:
     repair_torchvision()
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(model)
+    return AutoImageProcessor.from_pretrained(**pretrained(model))
 
 
 def _reference(config: LearnerConfig, device: torch.device) -> PolicyModel | None:

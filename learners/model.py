@@ -22,6 +22,7 @@ from ergo_rl.errors import ErgoError
 from ergo_rl.learners.batch import MicroBatch
 from ergo_rl.learners.config import Attention, LearnerConfig, Packing
 from ergo_rl.learners.lora import add_adapters
+from ergo_rl.model_names import pretrained
 
 SDPA_VARLEN, TOWER_VARLEN = "sdpa_varlen", "varlen_flash"
 """The names under which ``sdpa_varlen`` is registered with transformers, for the language model and the vision tower.
@@ -47,7 +48,7 @@ class PolicyModel(nn.Module):
         from transformers import AutoModelForImageTextToText
 
         self.vlm: Any = AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=torch.float32, attn_implementation=attn_implementation(config)
+            **pretrained(config.model), dtype=torch.float32, attn_implementation=attn_implementation(config)
         )
         require_encoded_images(self.vlm.model.forward)
         self.packing = config.packing

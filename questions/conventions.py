@@ -11,7 +11,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -113,6 +113,8 @@ _INSTRUCTION = re.compile(
     r"the (?:choices|options) are listed below:?",
     re.IGNORECASE,
 )
+_INLINE = re.compile(r"(?<!\w)\(?([A-Z])\)\s*(?=\S)")
+_ASKS_FOR_A_LETTER = re.compile(r"[.\n]\s*(?=(?:please )?(?:answer|respond|select|choose)\b)|\n", re.IGNORECASE)
 _LONGEST_LIST = 100_000
 """Characters of a list that is written as text."""
 
@@ -129,8 +131,27 @@ def lettered(text: str) -> tuple[str, str, str] | None:
 
 def split_options(text: str) -> tuple[str, list[str]]:
     """Split a text with lines ``(A) ...``, ``(B) ...`` (or ``A. ...``) into the question without them, and the options
-    without their letters. A line that asks to answer with a letter is left out: prompts say that in words of their own.
-    Lines that do not count up from A are no options."""
+    without their letters; also lines ``a) ...``, ``b) ...``, and options in one line, ``(A) ... (B) ...``. A line that
+    asks to answer with a letter is left out: prompts say that in words of their own. What does not count up from A is
+    no option."""
+    stem, options = _split_lines(text, lettered)
+    if not options:
+        stem, options = _split_lines(text, lambda line: lettered(line.strip()[:3].upper() + line.strip()[3:]))
+    return (stem, options) if options else _split_inline(text)
+
+
+def _split_inline(text: str) -> tuple[str, list[str]]:
+    marks = list(_INLINE.finditer(text))
+    if not 2 <= len(marks) <= 26 or [mark[1] for mark in marks] != list(LETTERS[: len(marks)]):
+        return text.strip(), []
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    options = [text[mark.end() : end].strip(" ,;\n") for mark, end in zip(marks, ends, strict=True)]
+    options[-1] = _ASKS_FOR_A_LETTER.split(options[-1])[0].strip()
+    stem = text[: marks[0].start()].strip()
+    return (stem, options) if stem and all(options) else (text.strip(), [])
+
+
+def _split_lines(text: str, lettered: Callable[[str], tuple[str, str, str] | None]) -> tuple[str, list[str]]:
     stem, options = list[str](), list[str]()
     for line in text.splitlines():
         found = lettered(line)
@@ -172,7 +193,7 @@ def _from_cell(given: Any) -> Options:
             raise BadCell("options", f"is no list of options: {shorten(given)}")
         return Options(tuple(map(Option, LETTERS, lines)), labelled=True)
     if isinstance(value, Mapping):
-        pairs = [(str(key).strip(), text) for key, text in value.items() if text is not None]
+        pairs = [(_label(key), text) for key, text in value.items() if text is not None]
         # Arrow gives a struct all keys that any row has; the letters among them are put in order.
         pairs.sort(key=lambda pair: LETTERS.find(pair[0].upper()) if len(pair[0]) == 1 else -1)
         return Options(tuple(Option(key, _option_text(text)) for key, text in pairs), labelled=True)
@@ -181,6 +202,11 @@ def _from_cell(given: Any) -> Options:
     if value and all(isinstance(item, Mapping) for item in value):
         return Options(tuple(_keyed(item, place) for place, item in enumerate(value)), labelled=True)
     return Options(tuple(Option(_letter(place), _option_text(item)) for place, item in enumerate(value)))
+
+
+def _label(key: object) -> str:
+    name = str(key).strip()
+    return bare[1] if (bare := _BARE_LETTER.fullmatch(name)) else name
 
 
 def _letter(place: int) -> str:
@@ -207,7 +233,7 @@ def _parsed(text: str) -> Any:
 
 def _option_text(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        value = None if value != value else str(value)
     return read_text("options", value).strip()
 
 
@@ -245,7 +271,7 @@ def row_options(options: Options, conventions: Conventions) -> tuple[Option, ...
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
-_BARE_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
+_BARE_LETTER = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? )?[(\[]?([A-Za-z])[)\]]?[.:]?")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _WRAPPED = re.compile(r"\$*\\boxed\{(.*)\}\$*\.?", re.DOTALL)
 _PLAIN = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
@@ -256,6 +282,8 @@ def answer_text(value: Any) -> str:
 
     Raises BadCell."""
     if isinstance(value, list):
+        if len(set(map(str, value))) > 1 and all(_BARE_LETTER.fullmatch(str(one).strip()) for one in value):
+            raise BadCell("answer", f"names several options: {shorten(value)}")
         value = value[0] if value else None
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
@@ -366,6 +394,9 @@ class Survey:
             self._see_box(numbers)
         if options.items:
             self._see_options(options, answer_text(answer), cells)
+        else:
+            self.counts["open"] += 1
+            self.counts["open letters"] += bool(re.fullmatch(r"[(\[]?[A-H][)\]]?\.?", answer_text(answer)))
 
     def _see_box(self, numbers: Any) -> None:
         corners = four_numbers(numbers)
@@ -416,6 +447,13 @@ class Survey:
 
     def decide(self) -> Conventions:
         """Return what holds for all rows. Raises DatasetError where the rows do not decide it."""
+        letters_of_nothing, open_rows = self.counts["open letters"], self.counts["open"]
+        if letters_of_nothing > 0.5 * open_rows and self.told.answers is None:
+            raise DatasetError(
+                f"the answers of {letters_of_nothing} of {open_rows} rows without options are letters of options: name "
+                "the column that has the options, --map options=COLUMN, or say that these letters are the answers, "
+                "--answers text"
+            )
         letters = self.told.letters or self._letters()
         return Conventions(
             self._corners(), self._unit(), letters, self.told.answers or self._answers(letters.value), self._none()

@@ -11,11 +11,12 @@ import fcntl
 import glob
 import logging
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +53,8 @@ _SHARING = 4
 """So many times the bytes of its images a row group may be in memory, where rows share them (HR-Bench: four rows)."""
 READ_BUFFER = 1 << 20
 """Bytes of a file that are read ahead; without it Parquet reads a whole column of a row group at once."""
+_PLACE = re.compile(r"(\d+)/([^/]+)/\d+(?:: |\Z)")
+"""How ids begin that rows got because several had the same one: number and name of the file."""
 
 
 class DatasetError(ErgoError, ValueError):
@@ -86,6 +89,10 @@ class _RowGroup:
     number: int = 0
     """Of the file among those of the stream."""
 
+    def place(self, row: int) -> str:
+        """Where a row of this group is: no other row of the stream has that."""
+        return f"{self.number}/{self.path.name}/{self.first_row + row}"
+
 
 class QuestionStream(Iterator[Question]):
     """Endless questions: epoch after epoch, each a permutation of the rows.
@@ -114,14 +121,38 @@ class QuestionStream(Iterator[Question]):
         paths = expand_paths([Path(path) for path in config.paths], (".parquet",))
         self._groups = [group for number, path in enumerate(paths, 1) for group in _open(path, number)]
         self._rows = sum(group.rows for group in self._groups)
-        if shared := _shared_ids(self._groups):
-            logger.warning("%d ids stand for several rows each: these are told apart by file and row", len(shared))
-        self._shared = shared
+        met = Counter(identity for _, identity in _ids(self._groups) if identity)
+        self._shared = frozenset(identity for identity, times in met.items() if times > 1)
+        if self._shared:
+            logger.warning(
+                "%d ids stand for several rows each: these are told apart by file and row", len(self._shared)
+            )
         self.restore(Cursor())
 
     def __len__(self) -> int:
         """Rows of one epoch, bad ones included."""
         return self._rows
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The ids of all rows in the order of the files, no two the same; a row without a readable one has its place
+        alone."""
+        return tuple(self._name(place, identity) for place, identity in _ids(self._groups))
+
+    def rows(self) -> Iterator[Question | BadRow]:
+        """Yield every row once in the order of the files, whatever the cursor, and why where it is no question."""
+        for group in self._groups:
+            table = _table(group)
+            for row in range(group.rows):
+                try:
+                    yield self._read(group, table, row)
+                except BadCell as bad:
+                    yield BadRow(_message(bad, group, table, row))
+
+    def has_boxes(self) -> bool:
+        """Whether a row says where its target is; one that cannot be read does not."""
+        whole = (group for group in self._groups if not group.before and "boxes" in _columns(group.file))
+        return any(cell for group in whole for cell in _column_of(group, "boxes"))
 
     @property
     def cursor(self) -> Cursor:
@@ -148,7 +179,7 @@ class QuestionStream(Iterator[Question]):
             try:
                 question = self._read(group, table, row)
             except BadCell as bad:
-                self._skip(bad, f"{group.path}, row {group.first_row + row} (id {_identity(table, row)})")
+                self._skip(bad, _message(bad, group, table, row))
                 continue
             self._usable = True
             return question
@@ -188,13 +219,17 @@ class QuestionStream(Iterator[Question]):
             cells: Cells = {name: _cell(table, name, row) for name in table.column_names}
             root = Path(self.config.image_root) if self.config.image_root else group.path.parent
             question = read_question(cells, partial(_image_below, root), max_pixels=self.config.max_image_pixels)
-        if question.id in self._shared:
-            apart = f"{group.number}/{group.path.name}/{group.first_row + row}: {question.id}"
-            question = replace(question, id=apart)
-        return question
+        return replace(question, id=self._name(group.place(row), question.id))
 
-    def _skip(self, bad: BadCell, where: str) -> None:
-        message = f"{where}, column {bad.column!r}: {bad.reason}"
+    def _name(self, place: str, identity: str) -> str:
+        """The id of a row; one that several rows have, or that looks like a place, gets its place in front."""
+        if not identity:
+            return place
+        like = _PLACE.match(identity)
+        as_ours = like and any(like.groups() == (str(group.number), group.path.name) for group in self._groups)
+        return f"{place}: {identity}" if identity in self._shared or as_ours else identity
+
+    def _skip(self, bad: BadCell, message: str) -> None:
         if self.config.on_bad_row is OnBadRow.ERROR:
             raise BadRow(message) from bad
         self.skipped[bad.column] += 1
@@ -324,18 +359,39 @@ def _open(path: Path, number: int = 0) -> list[_RowGroup]:
     return groups
 
 
-def _shared_ids(groups: Sequence[_RowGroup]) -> frozenset[str]:
-    """Return the ids that several rows have. What cannot be read is left out: rows say so when it is their turn."""
-    met, twice = set[str](), set[str]()
+def _ids(groups: Sequence[_RowGroup]) -> Iterator[tuple[str, str]]:
+    """Yield the place and the id of every row; an empty one where there is none, or none that can be read: the row says
+    so when it is its turn."""
     for group in (group for group in groups if not group.before):
-        try:
-            for batch in group.file.iter_batches(batch_size=1 << 16, row_groups=[group.index], columns=["id"]):
-                for value in batch.column(0).to_pylist():
-                    identity = str(value)
-                    (twice if identity in met else met).add(identity)
-        except Exception as error:
-            logger.warning("%s: the ids of row group %d cannot be compared: %s", group.path, group.index, error)
-    return frozenset(twice - {"None"})
+        cells = _column_of(group, "id")
+        for row in range(group.file.metadata.row_group(group.index).num_rows):
+            identity = next(cells, None)
+            known = isinstance(identity, str | int) and not isinstance(identity, bool) and str(identity).strip()
+            yield group.place(row), str(identity) if known else ""
+
+
+def _column_of(group: _RowGroup, column: str) -> Iterator[Any]:
+    """Yield the cells of a column of the whole row group, None for one that cannot be read; fewer where it is
+    damaged."""
+    try:
+        for batch in group.file.iter_batches(batch_size=1 << 16, row_groups=[group.index], columns=[column]):
+            yield from _values(batch.column(0))
+    except Exception as error:
+        logger.warning("%s: the column %s of row group %d is damaged: %s", group.path, column, group.index, error)
+
+
+def _values(cells: pa.Array) -> Iterator[Any]:
+    try:
+        yield from cells.to_pylist()
+    except Exception:  # one that is no UTF-8 among them
+        yield from map(_value, cells)
+
+
+def _value(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except Exception:
+        return None
 
 
 def _table(group: _RowGroup) -> pa.Table | BadCell:
@@ -369,6 +425,11 @@ def _part(group: _RowGroup) -> pa.Table:
 def _cell(table: pa.Table, name: str, row: int) -> Any:
     with element(name):  # text that is not UTF-8, a day in the year 10^11
         return table.column(name)[row].as_py()
+
+
+def _message(bad: BadCell, group: _RowGroup, table: pa.Table | BadCell, row: int) -> str:
+    where = f"{group.path}, row {group.first_row + row} (id {_identity(table, row)})"
+    return f"{where}, column {bad.column!r}: {bad.reason}"
 
 
 def _identity(table: pa.Table | BadCell, row: int) -> str:

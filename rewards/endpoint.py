@@ -36,6 +36,14 @@ _GREEDY = {"temperature": 0.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency
 """Sent with every request: a server has defaults of its own (``generation_config.json``), which are not greedy."""
 
 
+_FINISHED = frozenset(("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls", "function_call"))
+"""Reasons with which a reply has come to its end (not all servers give one). Any other, and it was cut: by a length, or
+because the server gave the request up."""
+_FILTERED = frozenset(("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "refusal"))
+_BESIDE_CONTENT = ("reasoning_content", "reasoning", "tool_calls", "function_call")
+"""Parts of a message beside which it may have no content."""
+
+
 class VerifierUnavailable(ErgoError, RuntimeError):
     """The verifier gave no reply to this question; the message says why. Never scored as 0."""
 
@@ -59,7 +67,7 @@ class ReplyTooLarge(ErgoError, RuntimeError):
 class ChatReply:
     text: str
     finished: bool
-    """False where the length limit cut the reply."""
+    """False where the reply was cut, most often by the length limit."""
     prompt_tokens: int
     """As the endpoint reports it; 0 where it does not."""
     reply_tokens: int
@@ -182,18 +190,31 @@ def _read(response: httpx.Response) -> ChatReply:
     try:
         completion = json.loads(response.content, parse_constant=_refuse_constant)
         choice = completion["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
-        text, usage = message.get("content"), completion.get("usage")
-        filtered = finish == "content_filter" or bool(message.get("refusal"))
-        thinks = message.get("reasoning_content") or message.get("reasoning")
+        message, finish = choice["message"], str(choice.get("finish_reason") or "").lower()
+        text, usage = _joined(message.get("content")), completion.get("usage")
+        refused = isinstance(text, _Refusal) or bool(message.get("refusal"))
+        filtered, finished = refused or finish in _FILTERED, finish in _FINISHED or finish in _FILTERED
+        says_nothing = filtered or not finished or any(message.get(name) for name in _BESIDE_CONTENT)
         prompt_tokens, reply_tokens = (_tokens(usage, name) for name in ("prompt_tokens", "completion_tokens"))
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         raise NotAReply(f"not a chat completion: {response.content[:400].decode('utf-8', 'replace')}") from None
-    if text is None and (filtered or finish == "length" or thinks):
+    if text is None and says_nothing:
         text = ""
     if not isinstance(text, str):
         raise NotAReply(f"a reply without text: {str(message)[:400]}")
-    return ChatReply(text, finish != "length", prompt_tokens, reply_tokens, filtered)
+    return ChatReply(text, finished, prompt_tokens, reply_tokens, filtered)
+
+
+class _Refusal(str):
+    """The text of parts of which one is a refusal."""
+
+
+def _joined(content: Any) -> Any:
+    """Return the text of a content that comes in parts, thoughts among them left out; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    text = "".join(part["text"] for part in content if part["type"] in ("text", "output_text"))
+    return _Refusal(text) if any(part["type"] == "refusal" for part in content) else text
 
 
 def _refuse_constant(name: str) -> float:

@@ -31,7 +31,7 @@ _NO_ANSWERS = re.compile(
 
 _ANSWER_IS = re.compile(
     r"(?:\b(?:so|thus|therefore|hence|and|the|my|final|correct|right|best) ){0,4}\b(?:answer|choice|option)\"?"
-    r"(?: (?:is|would be|should be|must be)\b:?|:| =)\s*"
+    r"(?: (?:is|would be|should be|must be)\b:?|'s\b|:| =)\s*"
     r"|(?:正确|最终|最后)?的?(?:答案|选项)(?:应该|应|就)?(?:是|为|选|:)+\s*",
     re.IGNORECASE,
 )
@@ -156,7 +156,7 @@ def _choice(text: str, options: Sequence[str]) -> int | None:
         return None
     masked = mentions.mask_letters(masked, letters)
     commitment, reasons = mentions.first_commitment(masked)
-    if mentions.DECLINES.search(commitment) or mentions.conflict(commitment):
+    if mentions.DECLINES.search(commitment) or mentions.CORRECTS.search(masked) or mentions.conflict(commitment):
         return None
     if any(kind is not None for kind in polarities):
         return _yes_or_no(f"{commitment} {reasons}", polarities, words)
@@ -286,7 +286,7 @@ def _same_quantity(text: str, expected: Quantity, tolerance: float) -> bool:
         pieces += [text[past : found.start], met if equal else mentions.NUMBER]
         past = found.end
     masked = "".join([*pieces, text[past:]])
-    if mentions.DECLINES.search(masked) or mentions.RETRACTS.search(masked):
+    if any(pattern.search(masked) for pattern in (mentions.DECLINES, mentions.RETRACTS, mentions.CORRECTS)):
         return False
     return mentions.asserted(mentions.first_commitment(masked)[0]) == {met}
 

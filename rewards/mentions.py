@@ -213,6 +213,10 @@ _OR = re.compile(
 )
 
 
+CORRECTS = re.compile(rf"{MENTION}\s?(?:[,;:.-] ?)+no,? {MENTION}", re.IGNORECASE)
+"""A reply that takes back what it has just said: "B, no C"."""
+
+
 def first_commitment(masked: str) -> tuple[str, str]:
     """Return the mention that a text begins with and the first sentence of its reasons: "B. The car is not red."
 

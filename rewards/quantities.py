@@ -134,6 +134,8 @@ def quantities(text: str) -> Iterator[Found]:
         place = past  # always beyond the number
 
 
+_DECADE = re.compile(r"(?:1[0-9]|20)[0-9]0")
+"""With an s behind it: the 1990s are no 1990."""
 _WORD = re.compile(r"[^\s\u4e00-\u9fff]+|[\u4e00-\u9fff]+")
 _Words = list[tuple[str, int]]
 """Words of a text without the punctuation behind them, and where each begins."""
@@ -158,6 +160,8 @@ def _read_digits(token: str, words: _Words, place: int) -> _Read:
     if match is None or value is None:
         return None, "", place + 1
     unit, rest = _unit(match["currency"] or ""), match["rest"]
+    if rest == "s" and _DECADE.fullmatch(match["number"]):
+        return None, "", place + 1
     if scale := _SCALES.get(rest, _MONEY.get(rest) if unit else None):
         value *= scale
     elif rest:

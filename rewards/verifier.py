@@ -5,6 +5,7 @@ It runs in a vLLM engine of this job (``EngineVerifier``) or behind a URL (``End
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -21,6 +22,17 @@ from ergo_rl.episodes.prompts import ReservedText, around_image, fill
 from ergo_rl.episodes.types import Box, Question, View
 from ergo_rl.rewards.config import Backend, VerifierConfig
 from ergo_rl.rewards.endpoint import ChatEndpoint, NoVerdict, VerifierUnavailable, png_url
+
+_THOUGHTS = re.compile(r"<(?:think(?:ing)?|thoughts?|reasoning)>|\u25c1think\u25b7", re.IGNORECASE)
+_THOUGHTS_END = re.compile(r"</(?:think(?:ing)?|thoughts?|reasoning)>|\u25c1/think\u25b7", re.IGNORECASE)
+"""Tags of thoughts in the open models' chat templates."""
+_REFUSAL = re.compile(
+    r"\b(?:can(?:no|')?t|can not|unable to|not able to|won't|will not)\s+(?:assist|help|comply|fulfil+|engage)\b"
+    r"(?:\s+you)?(?:\s+with\b(?:\s+(?:this|that|the|your|such|these|those|requests?|images?|questions?))*)?\s*(?:[.!]|$)|"
+    r"(?:无法|不能)(?:协助|帮助|满足|提供帮助)",
+    re.IGNORECASE,
+)
+"""To refuse is not to find nothing in the crop: "I cannot tell the colour" is an answer, and a wrong one."""
 
 
 class VerifierDied(WorkerDied):
@@ -124,13 +136,15 @@ def verdict(text: str, finished: bool, max_tokens: int) -> str:
         raise NoVerdict(
             f"the verifier's reply was cut at {max_tokens} tokens (reward.verifier.max_tokens): {text[-80:]!r}", "cut"
         )
-    _, closed, behind = text.rpartition("</think>")
-    answer = behind if closed else text
-    if not closed and "<think>" in text:
+    thoughts = [closed.end() for closed in _THOUGHTS_END.finditer(text)]
+    answer = text[thoughts[-1] :].strip() if thoughts else text
+    if _THOUGHTS.search(answer):
         raise NoVerdict(f"the verifier's reply is thoughts without an answer: {text[-80:]!r}", "thoughts")
     if not answer.strip():
-        raise NoVerdict(f"the verifier's reply is empty: {text[-80:]!r}", "thoughts" if closed else "empty")
-    return answer.strip() if closed else answer
+        raise NoVerdict(f"the verifier's reply is empty: {text[-80:]!r}", "thoughts" if thoughts else "empty")
+    if _REFUSAL.search(answer):
+        raise NoVerdict(f"the verifier refuses to answer: {answer[:80]!r}", "filtered")
+    return answer
 
 
 def family_of_verifier(config: VerifierConfig) -> ModelFamily:

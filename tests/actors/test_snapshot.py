@@ -36,7 +36,7 @@ def group(number: int) -> Group:
     found = replace(found, turns=(turn, found.turns[1]))
     question = Question(f"q{number}", b"", "Which “mark”?", "B", ("ring", "bar"), (Box(1, 2, 3, 4),), "panels")
     played = GroupResult(question.id, (summarize(found), summarize(lost)))
-    scores = (Score(2.5, {"region": 1.0, "box": 0.0}, (1.5, 1.0)), Unscored("http://host/v1: status 503"))
+    scores = (Score(2.5, {"region": 1.0, "box": 0.0}, (1.5, 1.0)), Unscored("the reply was cut", "cut"))
     trajectories: Any = (found, lost)
     return Group(number, question, played, scores, trajectories)
 
@@ -87,3 +87,14 @@ def test_snapshot_truncated_stream_raises() -> None:
     files["views"] = io.BytesIO(files["views"].getvalue()[:400])
     with pytest.raises((pa.ArrowInvalid, OSError, ValueError)):
         list(read_groups(files, put=unchanged))  # type: ignore[arg-type]
+
+
+def test_snapshot_of_an_older_version_has_no_kind_and_loads() -> None:
+    files = written([group(1)])
+    table = pa.ipc.open_stream(files["trajectories"]).read_all().drop_columns(["unscored_kind"])
+    files["trajectories"] = io.BytesIO()
+    with pa.ipc.new_stream(files["trajectories"], table.schema) as writer:
+        writer.write_table(table)
+    files["trajectories"].seek(0)
+    (found,) = read_groups(files, put=unchanged)  # type: ignore[arg-type]
+    assert found.scores[1] == Unscored("the reply was cut"), "it is asked once more"

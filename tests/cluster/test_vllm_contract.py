@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import yaml
 
+from ergo_rl.model_names import engine_arguments
 from tests.cluster.vllm_code import Code, Parameters, calls_of, uses
 from tests.cluster.wheel import InstalledSources, WheelSources
 from tests.conftest import ROOT
@@ -91,7 +92,7 @@ def test_engine_args_when_made_from_our_settings_then_every_field_exists(vllm: C
     call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node) == "AsyncEngineArgs")
     settings = call.keywords[0].value
     assert isinstance(settings, ast.Dict)
-    ours = {key.value for key in settings.keys if isinstance(key, ast.Constant)} | extras()
+    ours = {key.value for key in settings.keys if isinstance(key, ast.Constant)} | {*engine_arguments("m")} | extras()
     parameters = vllm.parameters("vllm", "AsyncEngineArgs")
     assert parameters is not None and len(ours) > 15
     assert not ours - set(parameters.names)

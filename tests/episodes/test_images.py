@@ -142,6 +142,22 @@ def test_decode_turns_every_mode_into_rgb(mode: str, tmp_path: Path) -> None:
     assert (decode(tmp_path / "image") == pixels).all()
 
 
+def test_decode_refuses_colours_of_a_palette_that_is_not_there() -> None:
+    """Without its chunk PLTE (entries with length, name and checksum) Pillow would show the image as black."""
+    blob = encoded(Image.new("P", (5, 3), 7), "PNG")
+    at = blob.index(b"PLTE") - 4
+    end = at + 12 + int.from_bytes(blob[at : at + 4])
+    with pytest.raises(UnreadableImage, match="has no palette"):
+        decode(blob[:at] + blob[end:])
+
+
+def test_orientation_that_is_no_number_is_none() -> None:
+    """An EXIF block with one entry: orientation, as the text "x"."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x02x\0\0\0\0\0\0\0"
+    blob = encoded(Image.new("RGB", (5, 3)), "JPEG", exif=exif)
+    assert images.size(blob) == (5, 3) and decode(blob).shape == (3, 5, 3)
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP"])
 def test_decode_refuses_a_truncated_file(format: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -25,14 +27,17 @@ from tests.jobs.conftest import Server, question
 def run(server: Server, config: TrainConfig, questions: list[Question], out: Path, **settings: Any) -> list[Record]:
     write_questions(out / "held.parquet", iter(questions))
     evaluation = replace(config.evaluation, paths=[str(out / "held.parquet")], questions=0)
-    rows = HeldOut(replace(config, evaluation=evaluation))
+    return run_rows(server, HeldOut(replace(config, evaluation=evaluation)), config, out, **settings)[0]
 
-    async def run_all() -> list[Record]:
+
+def run_rows(
+    server: Server, rows: HeldOut, config: TrainConfig, out: Path, **settings: Any
+) -> tuple[list[Record], int]:
+    async def run_all() -> tuple[list[Record], int]:
         client = EndpointClient(config, await endpoint_at(server.url, "", config), FAMILY)
         try:
             modes = [Mode.DIRECT, Mode.TWO_STAGE, Mode.ORACLE]
-            found = await run_grid(rows, client, config, modes, [16, 36], out, settings, lambda done, wanted: None)
-            return found[0]
+            return await run_grid(rows, client, config, modes, [16, 36], out, settings, lambda done, wanted: None)
         finally:
             await client.close()
 
@@ -68,6 +73,40 @@ def test_grid_counts_failures_as_wrong_and_continues_where_it_stopped(
     assert len(server.bodies) <= 4, "two records were missing"
     with pytest.raises(ConfigError, match="holds an evaluation with another policy; name another folder"):
         run(server, config, questions, tmp_path, policy="another")
+
+
+def test_grid_asks_again_where_a_picture_is_another_one(server: Server, config: TrainConfig, tmp_path: Path) -> None:
+    """Two rows that name their pictures by path; one is replaced. 3 modes x 2 budgets."""
+    rows = []
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(question().image)  # type: ignore[arg-type]
+        rows.append(replace(question(name), image=f"{name}.png".encode()))
+    write_questions(tmp_path / "bytes.parquet", iter(rows))
+    table = pq.read_table(tmp_path / "bytes.parquet")
+    names = pa.array(["a.png", "b.png"])
+
+    def ask() -> int:
+        server.bodies.clear()
+        pq.write_table(table.set_column(1, "image", names), tmp_path / "held.parquet")
+        evaluation = replace(config.evaluation, paths=[str(tmp_path / "held.parquet")], questions=0)
+        return run_rows(server, HeldOut(replace(config, evaluation=evaluation)), config, tmp_path)[1]
+
+    assert ask() == 0 and len(server.bodies) == 2 * 2 * (1 + 2 + 2)
+    assert ask() == 12 and not server.bodies, "all are those of the call before"
+    Image.new("RGB", (672, 672)).save(tmp_path / "b.png")
+    assert ask() == 6, "those of the other row"
+
+
+def test_grid_drops_lines_that_are_no_record(server: Server, config: TrainConfig, tmp_path: Path) -> None:
+    run(server, config, [question()], tmp_path)
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    (tmp_path / "records.jsonl").write_text(
+        "\n".join(["7", "{}", *lines[:-1], lines[-1].replace('"mode"', '"mood"')]) + "\n"
+    )
+    server.bodies.clear()
+    assert len(run(server, config, [question()], tmp_path)) == 6 and len(server.bodies) == 2, (
+        "one record was made again"
+    )
 
 
 def test_grid_asks_again_after_a_transient_failure(server: Server, config: TrainConfig, tmp_path: Path) -> None:
@@ -151,7 +190,7 @@ def test_evaluate_has_each_row_once_in_every_mode(server: Server, config: TrainC
     evaluation = replace(config.evaluation, paths=paths, questions=0)
     config = replace(config, evaluation=evaluation, embedded=replace(config.embedded, panels=None))
     result = evaluate(config, budgets=[16], modes=["two-stage", "oracle"], url=server.url, out=tmp_path / "out")
-    names = ["0 (4k.parquet, row 0)", "b", "c", "0 (8k.parquet, row 0)"]
+    names = ["1/4k.parquet/0: 0", "b", "c", "2/8k.parquet/0: 0"]
     assert [record.question for record in result.records] == names * 2
     assert [line["questions"] for line in result.figures] == [4, 4]
     assert [(line["accuracy"], line["failures"]) for line in result.figures] == [(0.75, 1), (0.5, 2)]

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
@@ -120,16 +122,43 @@ def test_held_out_gives_each_row_once_bad_ones_with_their_reason(tmp_path: Path)
     config = held_out(tmp_path, [question("a"), bad, question("b"), bad, question("c")])
     rows = list(HeldOut(config))
     assert [type(row) for row in rows] == [Question, SkippedQuestion, Question, SkippedQuestion, Question]
-    assert isinstance(rows[1], SkippedQuestion) and rows[1].question_id == "bad (0.parquet, row 1)"
+    assert isinstance(rows[1], SkippedQuestion) and rows[1].question_id == "1/0.parquet/1: bad"
     assert "0.parquet, row 1 (id 'bad'), column 'image'" in rows[1].reason
     assert len(list(HeldOut(replace(config, evaluation=replace(config.evaluation, questions=2))))) == 2
 
 
 def test_held_out_equal_ids_are_kept_apart(tmp_path: Path) -> None:
-    config = held_out(tmp_path, [question("0"), question("1")], [question("0")])
-    assert [row.id for row in HeldOut(config) if isinstance(row, Question)] == [
-        "0 (0.parquet, row 0)", "1", "0 (1.parquet, row 0)",
-    ]  # fmt: skip
+    """Also where an id looks like the name that another row gets, and where the files have one name in two folders."""
+    config = held_out(tmp_path, [question("0"), question("1"), question("2/1.parquet/0: 0")], [question("0")])
+    rows = HeldOut(config)
+    wanted = ["1/0.parquet/0: 0", "1", "1/0.parquet/2: 2/1.parquet/0: 0", "2/1.parquet/0: 0"]
+    assert [row.id for row in rows if isinstance(row, Question)] == [*rows.names]
+    assert [*rows.names[:2], rows.names[3]] == [*wanted[:2], wanted[3]] and len(set(rows.names)) == 4
+    folders = [tmp_path / "4k", tmp_path / "8k"]
+    for folder in folders:
+        folder.mkdir()
+        write_questions(folder / "test.parquet", iter([question("0")]))
+    rows = HeldOut(replace(config, evaluation=replace(config.evaluation, paths=list(map(str, folders)))))
+    assert rows.names == ("1/test.parquet/0: 0", "2/test.parquet/0: 0")
+
+
+def test_held_out_ids_that_are_missing_or_unreadable_have_their_place(tmp_path: Path) -> None:
+    """One id that is no UTF-8, an empty one, a missing one, a number and its text: five rows, five names."""
+    written = held_out(tmp_path, [question(name) for name in ("7", "x", "y", "z", "w")]).evaluation.paths[0]
+    table = pq.read_table(written)
+    raw = pa.array([b"7", b"\xff", b" ", None, b"w"], pa.binary())
+    ids = pa.StringArray.from_buffers(5, raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
+    pq.write_table(table.set_column(0, "id", ids), tmp_path / "a.parquet")
+    pq.write_table(table.set_column(0, "id", pa.array([7, 8, 9, 10, 11])), tmp_path / "b.parquet")
+    config = load_config(
+        ROOT / "configs" / "panels.yaml", [f"evaluation.paths=[{tmp_path}/a.parquet,{tmp_path}/b.parquet]"]
+    )
+    rows = HeldOut(replace(config, evaluation=replace(config.evaluation, questions=0)))
+    assert rows.names == (
+        "1/a.parquet/0: 7", "1/a.parquet/1", "1/a.parquet/2", "1/a.parquet/3", "w",
+        "2/b.parquet/0: 7", "8", "9", "10", "11",
+    )  # fmt: skip
+    assert [isinstance(row, Question) for row in rows] == [True, False, False, False, True, *[True] * 5]
 
 
 def test_held_out_takes_a_folder_or_a_pattern(tmp_path: Path) -> None:

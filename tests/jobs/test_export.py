@@ -15,6 +15,7 @@ from ergo_rl.jobs import export
 from ergo_rl.jobs.checkpoint_store import CheckpointStore, DamagedCheckpoint
 from ergo_rl.jobs.commands.export import main
 from ergo_rl.jobs.config import ConfigError, load_config
+from ergo_rl.jobs.evaluation import wilson
 from ergo_rl.jobs.report import NotARunFolder
 from ergo_rl.learners.checkpoint import COUNTERS
 from ergo_rl.learners.model import PolicyModel
@@ -37,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(settings)
     lines = [
         {"step": n, "eval/trajectories": 100.0, "eval/accuracy": 0.5 + n / 100, "eval/unscored": 20.0 * (n == 10),
-         "eval/coverage": 0.25} for n in (0, 10)
+         "eval/coverage": 0.25} | ({"eval/questions": 110.0} if n == 10 else {}) for n in (0, 10)
     ]  # fmt: skip
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     trained = {name: one.data for name, one in PolicyModel(config.learner).vlm.named_parameters() if one.requires_grad}
@@ -87,7 +88,8 @@ def test_model_card_describes_policy_scores_and_prompts(run: Path, tmp_path: Pat
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == "transformers" and "base_model" not in front, "a folder is no hub name"
     assert "license" not in front and "trained for | 10 of 40 steps of 64 trajectories |" in card
-    assert "| accuracy | 50.0% (40.4% to 59.6%) | 60.0% (49.0% to 70.0%) |" in card, "80 of 100 were scored after"
+    low, high = wilson(66, 110)
+    assert f"| accuracy | 50.0% (40.4% to 59.6%) | 60.0% ({low:.1%} to {high:.1%}) |" in card, "of all 110 rows after"
     assert "| target coverage | 25.0% | 25.0% |" in card
     assert "with ```` {image}{question} | ``` `code`\\n---\\nlicense: none ````" in card, "on one line, in code"
     recipe = load_config(tmp_path / "out" / "ergo-rl.yaml")
@@ -95,6 +97,9 @@ def test_model_card_describes_policy_scores_and_prompts(run: Path, tmp_path: Pat
     config = recipe
     config.learner.model = "Qwen/Qwen2.5-VL-7B-Instruct"
     assert "\nbase_model: Qwen/Qwen2.5-VL-7B-Instruct\n" in export.model_card(config, 10, [])
+    config.learner.model += "@v1.0"
+    pinned = export.model_card(config, 10, [])
+    assert "\nbase_model: Qwen/Qwen2.5-VL-7B-Instruct\n" in pinned and "`Qwen/Qwen2.5-VL-7B-Instruct@v1.0` |" in pinned
     assert "The run has no evaluation of step 10." in export.model_card(config, 10, [])
 
 

@@ -18,7 +18,8 @@ def prepared(folder: Path, rows: list[dict[str, Any]], *more: str, kind: str = "
     """(options..., text of the answer) of each row."""
     put(folder / "a.png", png(0))  # 300 x 200
     path = jsonl(
-        folder / "rows.jsonl", [{"image": "a.png", "question": "Which?", "answer": "A", **row} for row in rows]
+        folder / "rows.jsonl",
+        [{"image": "a.png", "question": "Which?", "answer": "A" if "options" in row else "red", **row} for row in rows],
     )
     assert main([kind, str(path), "--out", str(folder / "out.parquet"), *more]) == 0
     found = read(folder / "out.parquet")
@@ -55,11 +56,38 @@ def options(*texts: str, answer: str = "A") -> dict[str, Any]:
         (options("red", "None", answer="None"), ("red", "None", "None")),
         (options("1", "2", "3", answer="2"), ("1", "2", "3", "2")),
         (options("red", "blue", answer="\\boxed{\\text{B}}"), ("red", "blue", "blue")),
+        (options("red", "blue", answer="Option B"), ("red", "blue", "blue")),
+        ({"options": {"(B)": "blue", "(A)": "red"}, "answer": "B"}, ("red", "blue", "blue")),
+        ({"question": "Which? (A) red (B) blue", "answer": "B"}, ("red", "blue", "blue")),
+        ({"question": "Which?\n(A) red (B) blue. Answer with the letter.", "answer": "B"}, ("red", "blue", "blue")),
+        ({"question": "Which?\na) red\nb) blue", "answer": "b"}, ("red", "blue", "blue")),
+        ({"question": "Is it type (A) or (C)?", "answer": "neither"}, ("neither",)),
         (options("red", "blue", answer="<think>so</think><answer> B </answer>"), ("red", "blue", "blue")),
     ],
 )  # fmt: skip
 def test_options_and_answers_are_read_as_they_are_meant(tmp_path: Path, row: dict[str, Any], found: Any) -> None:
     assert prepared(tmp_path, [row]) == [found]
+
+
+def test_letters_of_options_that_are_not_there_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three open questions of which two have letters as answers: perhaps their options are in another column."""
+    rows: list[dict[str, Any]] = [{"answer": "B"}, {"answer": "(C)"}, {"answer": "red"}]
+    assert "of 2 of 3 rows without options are letters of options: name the column" in refused(tmp_path, rows, capsys)
+    assert prepared(tmp_path, rows, "--answers", "text") == [("B",), ("(C)",), ("red",)]
+    assert prepared(tmp_path, [{"answer": "B"}, {"answer": "red"}]) == [("B",), ("red",)]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (options("x", "y", "z") | {"answer": ["A", "B"]}, "answer: names several options: ['A', 'B']"),
+        ({"options": ["red", float("nan"), "blue"], "answer": "blue"}, "options: is missing"),
+    ],
+)
+def test_row_that_names_no_option_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], why: str
+) -> None:
+    assert why in refused(tmp_path, [row], capsys)
 
 
 def test_letters_are_taken_off_by_the_column_and_not_by_the_row(tmp_path: Path) -> None:

@@ -282,6 +282,10 @@ def test_worker_raises_other_errors(endpoint: Endpoint) -> None:
         ("It could be A, but it is B.</think>\n\nB", True, "B"),
         ("<think>one</think> A <think>two</think> B", True, "B"),
         ("hm <answer>B</answer> ", True, "hm <answer>B</answer> "),
+        ("<thinking>A?</thinking>B", True, "B"),
+        ("\u25c1think\u25b7A?\u25c1/think\u25b7B", True, "B"),
+        ("I cannot tell the colour from this crop.", True, "I cannot tell the colour from this crop."),
+        ("He can't help laughing.", True, "He can't help laughing."),
     ],
 )
 def test_verdict_is_what_stands_behind_the_thoughts(text: str, finished: bool, answer: str) -> None:
@@ -298,6 +302,13 @@ def test_verdict_is_what_stands_behind_the_thoughts(text: str, finished: bool, a
         (" \n", True, "empty"),
         ("<think>It is B.", True, "thoughts"),
         ("<think>It is B.</think>\n", True, "thoughts"),
+        ("<think>It is B.</think> A <think>or", True, "thoughts"),
+        ("<Thinking>It is B.", True, "thoughts"),
+        ("<reasoning>It is B.</reasoning>", True, "thoughts"),
+        ("I'm sorry, but I can't assist with that.", True, "filtered"),
+        ("I am unable to help you with this request.", True, "filtered"),
+        ("<think>hm</think> I cannot comply.", True, "filtered"),
+        ("抱歉,我无法协助。", True, "filtered"),
     ],
 )
 def test_reply_without_an_answer_is_no_verdict(text: str, finished: bool, kind: str) -> None:
@@ -306,7 +317,7 @@ def test_reply_without_an_answer_is_no_verdict(text: str, finished: bool, kind: 
     assert caught.value.kind == kind
 
 
-def finishes(text: str | None, reason: str, **message: str) -> Any:
+def finishes(text: Any, reason: str | None, **message: Any) -> Any:
     said = {"role": "assistant", "content": text, **message}
     return 200, json.dumps({"choices": [{"message": said, "finish_reason": reason}]}).encode(), {}
 
@@ -321,6 +332,14 @@ def finishes(text: str | None, reason: str, **message: str) -> Any:
         (finishes(None, "stop", refusal="I cannot look at people"), "filtered"),
         (finishes(None, "stop", reasoning_content="It is B."), "empty"),
         (finishes("<think>It is B.", "stop"), "thoughts"),
+        (finishes("The mark is a", "abort"), "cut"),
+        (finishes("The mark is a", "MAX_TOKENS"), "cut"),
+        (finishes("I'm sorry, I can't help with that.", "stop"), "filtered"),
+        (finishes("", "SAFETY"), "filtered"),
+        (finishes(None, "tool_calls", tool_calls=[{"function": {"name": "zoom", "arguments": "{}"}}]), "empty"),
+        (finishes([{"type": "refusal", "refusal": "I cannot look at people"}], "stop"), "filtered"),
+        (finishes([{"type": "thinking", "thinking": "It is B."}], "stop"), "empty"),
+        (finishes([], "stop"), "empty"),
         (fails(400), "refused"),
         (fails(500), "unavailable"),
     ],
@@ -330,6 +349,14 @@ def test_trajectory_without_a_verdict_is_unscored_and_never_zero(endpoint: Endpo
     endpoint.answer = lambda body: reply
     (found,) = score(endpoint.url, played(), retries=0)
     assert isinstance(found, Unscored) and found.kind == kind and found.may_pass == (kind == "unavailable")
+
+
+@pytest.mark.parametrize("reason", ["stop", None, "eos", "end_turn"])
+@pytest.mark.parametrize("content", ["B", [{"type": "thinking", "thinking": "A?"}, {"type": "text", "text": "B"}]])
+def test_reply_that_came_to_its_end_is_scored(endpoint: Endpoint, content: Any, reason: str | None) -> None:
+    endpoint.script = [says("grey"), finishes(content, reason)]
+    (found,) = score(endpoint.url, played(), retries=0)
+    assert isinstance(found, Score) and found.parts["region"] == 1
 
 
 def test_worker_starts_with_a_verifier_whose_first_reply_is_cut(endpoint: Endpoint) -> None:
