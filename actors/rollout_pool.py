@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -16,6 +16,7 @@ from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.weight_sync import WeightSnapshot
 from ergo_rl.cluster.worker_pool import Faults, WorkerPool
 from ergo_rl.episodes.config import EpisodeConfig
+from ergo_rl.episodes.probe import Replacement, Replay
 from ergo_rl.episodes.types import Box, Question, Trajectory
 
 ROLE = "rollout"
@@ -95,6 +96,20 @@ class RolloutPool:
             "rollout", question, tuple(count), seed, sampling, box, mode, num_returns=2
         )
         return result if isinstance(result, SkippedQuestion) else Rollout(result, reference)
+
+    async def replay(
+        self, question: Question, played: ray.ObjectRef, other: ray.ObjectRef | None, target: Box | None
+    ) -> dict[Replacement, Replay] | SkippedQuestion:
+        """Play turn 2 again, greedily, with its crop replaced (``episodes.probe.replay_each``).
+
+        played: to a ``tuple[Trajectory, ...]`` whose first has a crop; other: the same, of another image; target: the
+        oracle's box."""
+        await self._settled.wait()
+        greedy = replace(self.config.sampling, temperature=0.0)
+        found: dict[Replacement, Replay] | SkippedQuestion = await self._pool.call(
+            "replay", question, played, other, target, greedy
+        )
+        return found
 
     async def rollout_everywhere(self, question: Question, seed: int, samples: int) -> list[tuple[Trajectory, ...]]:
         """Do the same rollout on every worker, to check what weights they hold. Raises ValueError if the question

@@ -19,9 +19,10 @@ from ergo_rl.cluster.devices import require_gpu
 from ergo_rl.cluster.engine import Completion, Engine, EngineImage, EngineRefused, Sampling
 from ergo_rl.cluster.weight_buckets import Bucket
 from ergo_rl.episodes.config import EpisodeConfig
-from ergo_rl.episodes.episode import CoarseToFine, TurnRefused
+from ergo_rl.episodes.episode import CoarseToFine, Generate, PreparedQuestion, TurnRefused
 from ergo_rl.episodes.families import family_of, load_tokenizer
 from ergo_rl.episodes.images import UnreadableImage
+from ergo_rl.episodes.probe import Replacement, Replay, replay_each
 from ergo_rl.episodes.prompts import ReservedText, answer_of
 from ergo_rl.episodes.prompts import too_long as too_long
 from ergo_rl.episodes.types import Box, Outcome, Question, Trajectory, View
@@ -49,6 +50,8 @@ class TrajectorySummary:
     """How often the weights changed while a turn was being sampled."""
     answer: str | None = None
     """Text of the last ``<answer>`` of an answered episode."""
+    visual_tokens: int = 0
+    """Of all views together, as the engine counted them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,33 +164,14 @@ class RolloutWorker:
         if direct:
             limits = (sampling.fine_max_tokens,) * 2
         episodes = self._episodes if mode is None else mode.episodes(self._episodes)
-        if reason := too_long(question, self._config.engine.max_model_len):
-            return SkippedQuestion(question.id, reason), ()
+        prepared = await self._prepare(episodes, question)
+        if isinstance(prepared, SkippedQuestion):
+            return prepared, ()
+        scene, coarse = prepared
         try:
-            scene = await asyncio.to_thread(episodes.prepare, question)
-            coarse = await asyncio.to_thread(EngineImage.of, scene.coarse.pixels)
-        except Exception as error:  # whatever a library raises on one image or text costs that question alone
-            return _skipped(question, error), ()
-        try:
-
-            async def image_of(view: View) -> EngineImage:
-                return coarse if view is scene.coarse else await asyncio.to_thread(EngineImage.of, view.pixels)
 
             async def episode(sample: int) -> Trajectory:
-                async def generate(token_ids: Sequence[int], views: Sequence[View], turn: int) -> Completion:
-                    settings = Sampling(
-                        max_tokens=limits[turn],
-                        temperature=sampling.temperature,
-                        seed=derive_seed(seed, question.id, sample, turn),
-                        stop_ids=self._stop_ids,
-                        banned_ids=self._banned_ids,
-                    )
-                    pixels = [await image_of(view) for view in views]
-                    try:
-                        return await self._engine.generate(token_ids, pixels, settings)
-                    except EngineRefused as error:
-                        raise TurnRefused(str(error)) from error
-
+                generate = self._generate(scene, coarse, sampling, limits, (seed, question.id, sample))
                 if direct:
                     return await episodes.run_single_turn(scene, sample, generate)
                 return await episodes.run(scene, sample, generate, box)
@@ -198,6 +182,66 @@ class RolloutWorker:
         except (UnreadableImage, ReservedText, TurnRefused) as error:
             return _skipped(question, error), ()
         return GroupResult(question.id, tuple(map(summarize, trajectories)), seconds), trajectories
+
+    async def replay(
+        self,
+        question: Question,
+        played: tuple[Trajectory, ...],
+        other: tuple[Trajectory, ...] | None,
+        target: Box | None,
+        sampling: SamplingConfig,
+    ) -> dict[Replacement, Replay] | SkippedQuestion:
+        """Play turn 2 of the first trajectory again with its crop replaced (``episodes.probe.replay_each``).
+
+        Raises EngineDied."""
+        async with self._capacity.acquire(len(Replacement)):
+            prepared = await self._prepare(self._episodes, question)
+            if isinstance(prepared, SkippedQuestion):
+                return prepared
+            limits = (sampling.coarse_max_tokens, sampling.fine_max_tokens)
+            generate = self._generate(*prepared, sampling, limits, (0, question.id, 0))
+            donor = other[0] if other else None
+            return await replay_each(self._episodes, prepared[0], played[0], donor, target, generate)
+
+    async def _prepare(
+        self, episodes: CoarseToFine, question: Question
+    ) -> tuple[PreparedQuestion, EngineImage] | SkippedQuestion:
+        if reason := too_long(question, self._config.engine.max_model_len):
+            return SkippedQuestion(question.id, reason)
+        try:
+            scene = await asyncio.to_thread(episodes.prepare, question)
+            return scene, await asyncio.to_thread(EngineImage.of, scene.coarse.pixels)
+        except Exception as error:  # whatever a library raises on one image or text costs that question alone
+            return _skipped(question, error)
+
+    def _generate(
+        self,
+        scene: PreparedQuestion,
+        coarse: EngineImage,
+        sampling: SamplingConfig,
+        limits: tuple[int, int],
+        seed: tuple[object, ...],
+    ) -> Generate:
+        """Ask the engine, with ``limits`` on the tokens of turns 1 and 2 and the draws of (``seed``, turn)."""
+
+        async def image_of(view: View) -> EngineImage:
+            return coarse if view is scene.coarse else await asyncio.to_thread(EngineImage.of, view.pixels)
+
+        async def generate(token_ids: Sequence[int], views: Sequence[View], turn: int) -> Completion:
+            settings = Sampling(
+                max_tokens=limits[turn],
+                temperature=sampling.temperature,
+                seed=derive_seed(*seed, turn),
+                stop_ids=self._stop_ids,
+                banned_ids=self._banned_ids,
+            )
+            pixels = [await image_of(view) for view in views]
+            try:
+                return await self._engine.generate(token_ids, pixels, settings)
+            except EngineRefused as error:
+                raise TurnRefused(str(error)) from error
+
+        return generate
 
     def close(self) -> None:
         self._engine.close()
@@ -276,18 +320,21 @@ def derive_seed(*parts: object) -> int:
 
 def summarize(trajectory: Trajectory) -> TrajectorySummary:
     turns = trajectory.turns
+    prompt_tokens = turns[-1].engine_prompt_length - sum(len(turn.completion_ids) for turn in turns[:-1])
     return TrajectorySummary(
         outcome=trajectory.outcome,
         box_outcome=trajectory.box_outcome,
         crop=None if trajectory.crop is None else trajectory.crop.box,
         area_ratio=trajectory.area_ratio,
-        prompt_tokens=turns[-1].engine_prompt_length - sum(len(turn.completion_ids) for turn in turns[:-1]),
+        prompt_tokens=prompt_tokens,
         reply_tokens=tuple(len(turn.completion_ids) for turn in turns),
         policy_versions=tuple(turn.policy_version for turn in turns),
         engine_prompt_tokens=sum(turn.engine_prompt_length for turn in turns),
         cached_tokens=sum(turn.engine_cached_tokens for turn in turns),
         updates=sum(len(turn.updates) for turn in turns),
         answer=answer_of(trajectory),
+        # the engine puts a view's tokens in the place of one id
+        visual_tokens=prompt_tokens - sum(len(turn.prompt_ids) for turn in turns) + len(trajectory.views),
     )
 
 

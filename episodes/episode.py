@@ -12,7 +12,7 @@ import numpy as np
 from ergo_rl.episodes import images
 from ergo_rl.episodes.config import BoxNotation, EpisodeConfig, OnBadBox
 from ergo_rl.episodes.families import ModelFamily, Tokenizer
-from ergo_rl.episodes.prompts import fill, parse_box, parse_zoom
+from ergo_rl.episodes.prompts import fill, parse_answer, parse_box, parse_zoom
 from ergo_rl.episodes.types import (
     Box,
     BoxOutcome,
@@ -73,8 +73,7 @@ class CoarseToFine:
         except ValueError as error:  # too thin for the family
             raise images.UnreadableImage(str(error)) from error
         first = self.family.first_prompt(config.prompts.system, fill(config.prompts.coarse, question, self.family))
-        second = self.family.next_prompt(fill(config.prompts.fine, question, self.family))
-        return PreparedQuestion(question, pixels, coarse, self._encode(first), self._encode(second))
+        return PreparedQuestion(question, pixels, coarse, self._encode(first), self._fine_prompt(question))
 
     async def run(
         self, prepared: PreparedQuestion, sample: int, generate: Generate, box: Box | None = None
@@ -101,10 +100,7 @@ class CoarseToFine:
         if box is None:
             return Trajectory(question_id, sample, (coarse,), (first,), Outcome.BAD_BOX, box_outcome)
 
-        try:
-            crop = await asyncio.to_thread(images.view, prepared.pixels, box, self.family, self.config.fine_tokens)
-        except ValueError as error:  # a baseline's box: the policy's own was checked when it was read
-            raise images.UnreadableImage(f"the box {box} cannot be shown: {error}") from error
+        crop = await asyncio.to_thread(self.crop, prepared, box)
         # The sampled ids, not the text encoded again: the engine's prefix cache and the learner see the same tokens.
         conversation = (*prepared.coarse_prompt, *reply.token_ids, *prepared.fine_prompt)
         try:
@@ -114,6 +110,28 @@ class CoarseToFine:
         second = _turn(prepared.fine_prompt, reply)
         outcome = Outcome.ANSWERED if reply.stopped else Outcome.TRUNCATED
         return Trajectory(question_id, sample, (coarse, crop), (first, second), outcome, box_outcome)
+
+    async def replay(
+        self, prepared: PreparedQuestion, played: Trajectory, views: Sequence[View], generate: Generate
+    ) -> str | None:
+        """Play turn 2 again, behind turn 1 as it was ``played``, with ``views`` in place of those that the policy
+        looked at; without any, turn 2 comes as text alone. Returns the answer that ``answer_of`` gives of an episode:
+        None where there is none, or where the reply was cut off or refused."""
+        fine = prepared.fine_prompt if views else self._fine_prompt(prepared.question, image=False)
+        conversation = (*prepared.coarse_prompt, *played.turns[0].completion_ids.tolist(), *fine)
+        try:
+            reply = await generate(conversation, [prepared.coarse, *views], 1)
+        except TurnRefused:
+            return None
+        return parse_answer(reply.text) if reply.stopped else None
+
+    def crop(self, prepared: PreparedQuestion, box: Box) -> View:
+        """Cut ``box`` out of the original. Raises UnreadableImage for a box that cannot be shown; the policy's own was
+        checked when it was read."""
+        try:
+            return images.view(prepared.pixels, box, self.family, self.config.fine_tokens)
+        except ValueError as error:
+            raise images.UnreadableImage(f"the box {box} cannot be shown: {error}") from error
 
     async def run_single_turn(self, prepared: PreparedQuestion, sample: int, generate: Generate) -> Trajectory:
         """Run a baseline: the answer from the coarse view alone, in one turn, by the template ``direct``.
@@ -133,6 +151,12 @@ class CoarseToFine:
         text = f"{thought}<zoom>[{corners}]</zoom>"
         ids = self._encode(text + self.family.turn_end)
         return ForcedCompletion(ids, text, reply.prompt_length, reply.weight_version, reply.cached_tokens)
+
+    def _fine_prompt(self, question: Question, image: bool = True) -> tuple[int, ...]:
+        words = fill(self.config.prompts.fine, question, self.family)
+        # No word of the question can be the placeholder: ``fill`` refuses special tokens.
+        shown = words if image else words.replace(self.family.image_placeholder, "")
+        return self._encode(self.family.next_prompt(shown))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))

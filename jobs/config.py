@@ -147,6 +147,9 @@ class EvaluationConfig(ConfigSection):
     """How many of them, from the first; 0: all."""
     every: Annotated[int, Ge(0)] = 0
     """Evaluate before the first step, after every so many steps, and after the last; 0: never."""
+    probe: Annotated[int, Ge(0)] = 0
+    """Probe whether the crop is used with every so many evaluations, the first and the last among them: the crop is
+    replaced by noise, by another question's, by the oracle's, by none; 0: never."""
     in_flight: Annotated[int, Ge(1)] = 64
     """Questions in progress at once."""
     oracle_margin: Annotated[float, Ge(0)] = 1.0
@@ -157,6 +160,10 @@ class EvaluationConfig(ConfigSection):
     def due(self, step: int, total_steps: int) -> bool:
         """Tell whether to evaluate before step 0, 1, ... and, as step ``total_steps``, after the last."""
         return bool(self.paths) and self.every > 0 and (step % self.every == 0 or step == total_steps)
+
+    def probe_due(self, step: int, total_steps: int) -> bool:
+        """Tell whether an evaluation that is due comes with a probe."""
+        return self.probe > 0 and (step % (self.every * self.probe) == 0 or step == total_steps)
 
 
 class ExporterName(StrEnum):

@@ -19,7 +19,7 @@ from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.worker_pool import gather_or_cancel
 from ergo_rl.episodes import images
 from ergo_rl.episodes.families import family_of
-from ergo_rl.episodes.types import Box, Question, Score
+from ergo_rl.episodes.types import Box, Question, Score, Unscored
 from ergo_rl.jobs.config import EvaluationConfig, MetricsConfig
 from ergo_rl.jobs.metrics import Metrics, covered_and_paid, reward_metrics, rollout_metrics
 from ergo_rl.questions.dataset import BadRow, DatasetError, QuestionStream
@@ -32,6 +32,7 @@ from ergo_rl.rewards.terms import TermSource
 if TYPE_CHECKING:
     from ergo_rl.console import PlainConsole
     from ergo_rl.jobs.config import TrainConfig
+    from ergo_rl.jobs.policy_clients import EndpointRollouts
 
 T = TypeVar("T")
 Z = 1.959964
@@ -90,16 +91,29 @@ class Evaluation:
             bounds["eval/area_ratio"] = (mean - half, mean + half)
         return bounds
 
+    def costs(self) -> Metrics:
+        """What a question that was played costs: mean visual tokens and looks, and its time from the first request to
+        the last reply, with ``evaluation.in_flight`` questions in flight."""
+        if not self.groups:
+            return {}
+        facts = [group.result.summaries[0] for group in self.groups]
+        return {
+            "eval/visual_tokens": statistics.mean(float(fact.visual_tokens) for fact in facts),
+            "eval/looks": statistics.mean(float(fact.crop is not None) for fact in facts),
+            "eval/seconds_median": statistics.median(group.result.seconds for group in self.groups),
+        }
+
 
 async def evaluate(
     questions: Iterable[Question | SkippedQuestion],
-    rollouts: RolloutPool,
-    rewards: RewardPool,
+    rollouts: RolloutPool | EndpointRollouts,
+    rewards: RewardPool | None,
     config: EvaluationConfig,
     tolerance: float,
     source: BoxSource = BoxSource.POLICY,
 ) -> Evaluation:
     """Run one greedy episode of every question and score it; at most ``in_flight`` questions are read and held at once.
+    Without ``rewards`` nothing is scored.
 
     tolerance: of numbers in answers (``reward.number_tolerance``)."""
     greedy: SamplingConfig = replace(rollouts.config.sampling, temperature=0.0)
@@ -116,7 +130,7 @@ async def evaluate(
         if isinstance(rollout, SkippedQuestion):
             return rollout
         seen = without_image(question)
-        scores = await rewards.score(seen, rollout.trajectories)
+        scores = (Unscored("no verifier"),) if rewards is None else await rewards.score(seen, rollout.trajectories)
         return Group(number, seen, rollout.result, scores, rollout.trajectories)
 
     async def record(number: int, row: Question | SkippedQuestion) -> None:
@@ -180,6 +194,12 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
     centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
     half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def ends(intervals: Mapping[str, tuple[float, float]]) -> Metrics:
+    """Intervals as ``NAME_low`` and ``NAME_high``."""
+    return {f"{name}_{end}": value for name, (low, high) in intervals.items() for end, value in
+            (("low", low), ("high", high))}  # fmt: skip
 
 
 class HeldOut:
@@ -265,8 +285,6 @@ async def compare_boxes(
                 )
             for failed in evaluation.failed:
                 console.say(f"failed: {failed.question_id}: {failed.reason}")
-            bounds = evaluation.intervals(config.metrics)
-            lows = {f"{name}_low": low for name, (low, _) in bounds.items()}
-            highs = {f"{name}_high": high for name, (_, high) in bounds.items()}
-            results[source] = evaluation.metrics(config.metrics) | lows | highs
+            bounds = ends(evaluation.intervals(config.metrics))
+            results[source] = evaluation.metrics(config.metrics) | evaluation.costs() | bounds
     return results

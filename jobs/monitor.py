@@ -17,6 +17,7 @@ from ergo_rl.jobs.config import AlertsConfig, MetricsConfig
 from ergo_rl.jobs.console_display import ConsoleDisplay
 from ergo_rl.jobs.evaluation import Evaluation
 from ergo_rl.jobs.metrics import Alerts, Metrics
+from ergo_rl.jobs.probe import Probe
 from ergo_rl.jobs.run_paths import EVALUATIONS, METRICS, QUESTIONS, RECORDS
 from ergo_rl.jobs.trackers import Tracker, open_trackers
 
@@ -120,12 +121,18 @@ class Monitor:
         self._publish(step, report.metrics)
         self.console.show(step, report.metrics)
 
-    def record_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Record an evaluation of the policy after ``step`` updates."""
-        metrics = evaluation.metrics(self._metrics_config)
+    def record_evaluation(self, step: int, evaluation: Evaluation, probe: Probe | None = None) -> None:
+        """Record an evaluation of the policy after ``step`` updates. Intervals, which a probe has, are in the file
+        only."""
+        metrics, intervals = evaluation.metrics(self._metrics_config), Metrics()
         for failed in evaluation.failed:
             logger.warning("held-out question %r failed: %s", failed.question_id, failed.reason)
-        self._record(EVALUATIONS, {"step": step, **metrics})
+        if probe is not None:
+            metrics |= evaluation.costs() | probe.metrics()
+            intervals = probe.intervals()
+            for failure in probe.failures():
+                logger.warning("held-out question %s", failure)
+        self._record(EVALUATIONS, {"step": step, **metrics, **intervals})
         self._publish(step, metrics)
         self.console.show_evaluation(step, metrics)
         self.evaluations.append({"step": step, **metrics})

@@ -16,17 +16,21 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Protocol
 
+import numpy as np
+
 from ergo_rl.actors.config import SamplingConfig
-from ergo_rl.actors.rollout_pool import RolloutPool
-from ergo_rl.actors.rollout_worker import EvalMode, RolloutWorker, SkippedQuestion
+from ergo_rl.actors.rollout_pool import Rollout, RolloutPool
+from ergo_rl.actors.rollout_worker import EvalMode, GroupResult, RolloutWorker, SkippedQuestion, summarize
 from ergo_rl.cluster.config import Resources
 from ergo_rl.cluster.engine import EngineDied
-from ergo_rl.episodes.episode import CoarseToFine
+from ergo_rl.episodes.episode import CoarseToFine, Generate, PreparedQuestion
 from ergo_rl.episodes.families import FAMILIES, ModelFamily, family_of
 from ergo_rl.episodes.images import UnreadableImage
 from ergo_rl.episodes.plugins import import_class
+from ergo_rl.episodes.probe import Replacement, Replay, replay_each
 from ergo_rl.episodes.prompts import ReservedText, around_image, fill
 from ergo_rl.episodes.types import Box, Question, Trajectory, View
 from ergo_rl.errors import ErgoError
@@ -133,30 +137,9 @@ class EndpointClient:
         self._episodes = CoarseToFine(family, CodepointTokenizer(), config.episode)
 
     async def run_episode(self, question: Question, manner: EvalMode, box: Box | None = None) -> EpisodeResult:
-        episodes = manner.episodes(self._episodes)
-        prompts, sampling, replies = self._config.episode.prompts, self._config.rollout.sampling, list[ChatReply]()
-        texts = [around_image(prompts.direct if manner.direct else prompts.coarse, question)]
-        texts.append(around_image(prompts.fine, question))
-        try:
-            scene = await asyncio.to_thread(episodes.prepare, question)
-            fill(prompts.direct, question, self.family)
-        except (UnreadableImage, ReservedText, ValueError) as error:
-            raise EpisodeError(f"{type(error).__name__}: {error}") from error
-
-        async def generate(prompt: Sequence[int], views: Sequence[View], turn: int) -> EndpointCompletion:
-            messages: list[dict[str, Any]] = [{"role": "system", "content": prompts.system}] if prompts.system else []
-            for number, view in enumerate(views):
-                messages.append({"role": "user", "content": await asyncio.to_thread(_content, *texts[number], view)})
-                if number < turn:
-                    # The reply of turn 1, which a baseline's box may have replaced, is only in the prompt of turn 2.
-                    reply = prompt[len(scene.coarse_prompt) : -len(scene.fine_prompt)]
-                    content = "".join(map(chr, reply)).removesuffix(self.family.turn_end)
-                    messages.append({"role": "assistant", "content": content})
-            limit = sampling.coarse_max_tokens if turn == 0 and not manner.direct else sampling.fine_max_tokens
-            body = {"model": self._model, "messages": messages, "max_tokens": limit, "temperature": 0.0}
-            replies.append(await self._chat.complete(body))
-            return EndpointCompletion(replies[-1], self.family)
-
+        episodes, replies = manner.episodes(self._episodes), list[ChatReply]()
+        scene = await self._prepare(episodes, question)
+        generate = self._generate(scene, manner, replies)
         started = time.monotonic()
         try:
             if manner.direct:
@@ -167,8 +150,83 @@ class EndpointClient:
             raise EpisodeError(str(error), transient=error.kind == "unavailable") from error
         return EpisodeResult(trajectory, time.monotonic() - started, sum(reply.reply_tokens for reply in replies))
 
+    async def replay(
+        self, question: Question, played: Trajectory, other: Trajectory | None, target: Box | None
+    ) -> dict[Replacement, Replay]:
+        """Play turn 2 of an episode again with its crop replaced (``episodes.probe.replay_each``). Raises
+        EpisodeError."""
+        scene = await self._prepare(self._episodes, question)
+        usual = EvalMode.usual(self._config.episode)
+        generate = self._generate(scene, usual, [], played.turns[0].text)
+        return await replay_each(self._episodes, scene, played, other, target, generate, (VerifierUnavailable,))
+
+    async def _prepare(self, episodes: CoarseToFine, question: Question) -> PreparedQuestion:
+        try:
+            scene = await asyncio.to_thread(episodes.prepare, question)
+            fill(self._config.episode.prompts.direct, question, self.family)
+        except (UnreadableImage, ReservedText, ValueError) as error:
+            raise EpisodeError(f"{type(error).__name__}: {error}") from error
+        return scene
+
+    def _generate(
+        self, scene: PreparedQuestion, manner: EvalMode, replies: list[ChatReply], look: str | None = None
+    ) -> Generate:
+        """Ask the endpoint; what it says is added to ``replies``. look: the reply of turn 1, where it is known."""
+        prompts, sampling, question = self._config.episode.prompts, self._config.rollout.sampling, scene.question
+        texts = [around_image(prompts.direct if manner.direct else prompts.coarse, question)]
+        texts.append(around_image(prompts.fine, question))
+
+        async def generate(prompt: Sequence[int], views: Sequence[View], turn: int) -> EndpointCompletion:
+            messages: list[dict[str, Any]] = [{"role": "system", "content": prompts.system}] if prompts.system else []
+            for number, view in zip_longest(range(turn + 1), views):  # turn 2 of a probe may come without a view
+                messages.append({"role": "user", "content": await asyncio.to_thread(_content, *texts[number], view)})
+                if number < turn:
+                    # The reply of turn 1, which a baseline's box may have replaced, is only in the prompt of turn 2.
+                    reply = prompt[len(scene.coarse_prompt) : -len(scene.fine_prompt)]
+                    content = "".join(map(chr, reply)).removesuffix(self.family.turn_end) if look is None else look
+                    messages.append({"role": "assistant", "content": content})
+            limit = sampling.coarse_max_tokens if turn == 0 and not manner.direct else sampling.fine_max_tokens
+            body = {"model": self._model, "messages": messages, "max_tokens": limit, "temperature": 0.0}
+            replies.append(await self._chat.complete(body))
+            return EndpointCompletion(replies[-1], self.family)
+
+        return generate
+
     async def close(self) -> None:
         await self._chat.close()
+
+
+class EndpointRollouts:
+    """An endpoint in the place of rollout workers, for an evaluation on the recipe's own budgets."""
+
+    def __init__(self, client: EndpointClient, config: TrainConfig, keep: Sequence[str]) -> None:
+        """keep: ids of the questions whose crops are kept; of the others only the box, or memory would grow with the
+        number of questions."""
+        self._client, self._config, self._keep, self.config = client, config, frozenset(keep), config.rollout
+
+    async def rollout(self, question: Question, *, box: Box | None = None, **_: Any) -> Rollout | SkippedQuestion:
+        try:
+            result = await self._client.run_episode(question, EvalMode.usual(self._config.episode), box)
+        except EpisodeError as error:
+            return SkippedQuestion(question.id, str(error))
+        whole, keep = result.trajectory, question.id in self._keep
+        views = tuple(view if keep and number else _without_pixels(view) for number, view in enumerate(whole.views))
+        tokens = sum(result.visual_tokens(self._client.family))  # what an endpoint counts is not split up
+        facts = replace(summarize(whole), visual_tokens=tokens)
+        kept: Any = (replace(whole, views=views),)  # in this process, where a job has a reference
+        return Rollout(GroupResult(question.id, (facts,), result.seconds), kept)
+
+    async def replay(
+        self, question: Question, played: Any, other: Any, target: Box | None
+    ) -> dict[Replacement, Replay] | SkippedQuestion:
+        try:
+            return await self._client.replay(question, played[0], other and other[0], target)
+        except EpisodeError as error:
+            return SkippedQuestion(question.id, str(error))
+
+
+def _without_pixels(view: View) -> View:
+    return View(view.box, np.empty((0, 0, 3), np.uint8))
 
 
 class CodepointTokenizer:
@@ -241,10 +299,8 @@ def family_by_name(name: str) -> ModelFamily:
         raise ConfigError(f"--family: known are {', '.join(FAMILIES)}, or a class of your own: {error}") from error
 
 
-def _content(before: str, after: str, view: View) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [
-        {"type": "text", "text": before},
-        {"type": "image_url", "image_url": {"url": png_url(view)}},
-        {"type": "text", "text": after},
-    ]
+def _content(before: str, after: str, view: View | None) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": before}, {"type": "text", "text": after}]
+    if view is not None:
+        parts.insert(1, {"type": "image_url", "image_url": {"url": png_url(view)}})
     return [part for part in parts if part.get("text", "an image")]

@@ -27,6 +27,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
+from ergo_rl.episodes.probe import Replacement
 from ergo_rl.errors import ErgoError
 from ergo_rl.jobs.run_paths import CONFIG, ENDED, EVALUATIONS, GROUP, METRICS, SAMPLES, TRAJECTORIES, VIEW, crop_name
 
@@ -102,6 +103,16 @@ class GroupReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeTable:
+    """Whether the crop is used: a row per figure, a column per replacement of the crop."""
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     name: str
     state: str
@@ -110,6 +121,8 @@ class RunReport:
     figures: Sequence[tuple[str, str]]
     """(name, value) in the head of the page."""
     plots: Sequence[Plot]
+    probe: ProbeTable | None
+    """Of the last evaluation that has one."""
     groups: Sequence[GroupReport]
     """At most as many as asked for, spread evenly over the run."""
     groups_there: int
@@ -132,6 +145,7 @@ def read_run(folder: Path, most_groups: int) -> RunReport:
         total_steps=int(settings.get("total_steps", len(metrics))),
         figures=_figures(metrics, evaluations),
         plots=_plots(metrics, evaluations),
+        probe=_last_probe(evaluations),
         groups=[group for path in _spread(groups, most_groups) if (group := read_group(path)) is not None],
         groups_there=len(groups),
         config=config,
@@ -280,6 +294,20 @@ _PLOTS: tuple[tuple[str, str, str, bool, tuple[tuple[str, str], ...]], ...] = (
         (("precision", "reward/region_precision"), ("recall", "reward/region_recall")),
     ),
     (
+        "Is the crop used?",
+        "%",
+        "Held out. Gain: wrong without the crop, right with it; harm: the other way round. Reliance: answers that "
+        "change when it is replaced.",
+        False,
+        (
+            ("gain", "eval/probe_none_gain"),
+            ("harm", "eval/probe_none_harm"),
+            ("reliance, by noise", "eval/probe_noise_reliance"),
+            ("reliance, by another's", "eval/probe_other_reliance"),
+            ("accuracy without", "eval/probe_none_accuracy"),
+        ),
+    ),
+    (
         "Area",
         "%",
         "Mean area of the crop as a share of the image; dots: held out.",
@@ -345,6 +373,62 @@ _PLOTS: tuple[tuple[str, str, str, bool, tuple[tuple[str, str], ...]], ...] = (
         (("equal groups", "reward/equal_groups"),),
     ),
 )
+
+_REPLACEMENTS = {
+    Replacement.NOISE: "noise",
+    Replacement.OTHER: "another question's",
+    Replacement.ORACLE: "the oracle's",
+    Replacement.NONE: "none",
+}
+_SHARES = ("accuracy", "gain", "harm", "reliance")
+_COUNTS = {"replaced": "crops replaced", "failed": "failed (counted as wrong)", "left_out": "left out"}
+COSTS = {
+    "visual_tokens": ("visual tokens a question", ".1f"),
+    "looks": ("looks a question", ".2f"),
+    "seconds_median": ("latency (median), s", ".2f"),
+}
+"""Figure -> (title, format)."""
+_PROBE_NOTE = (
+    "Turn 2 again, with the policy's crop replaced. Gain: wrong so, right with its own crop; harm: right so, wrong "
+    "with its own. Reliance: answers that change, of the crops replaced. Left out: no target box is known, no other "
+    "image."
+)
+
+
+def probe_table(metrics: Metrics, title: str) -> ProbeTable:
+    """The figures of a probe (``jobs.probe``), each with its interval where ``metrics`` has it; what a question costs
+    is of the policy's own crop."""
+    names = [f"eval/probe_{how}" for how in _REPLACEMENTS]
+    own = {"accuracy": share(metrics, "eval/accuracy"), "failed": number(metrics, "eval/failed")}
+    shares = [[figure, own.get(figure, ""), *(share(metrics, f"{name}_{figure}") for name in names)]
+              for figure in _SHARES]  # fmt: skip
+    counts = [[title, own.get(figure, ""), *(number(metrics, f"{name}_{figure}") for name in names)]
+              for figure, title in _COUNTS.items()]  # fmt: skip
+    costs = [[title, number(metrics, f"eval/{figure}", form), *([""] * len(names))]
+             for figure, (title, form) in COSTS.items()]  # fmt: skip
+    rows = [*shares, *counts, *costs]
+    return ProbeTable(title, _PROBE_NOTE, ["crop", "its own", *_REPLACEMENTS.values()], rows)
+
+
+def share(metrics: Metrics, name: str) -> str:
+    """A share with its interval, where there is one; a dash where there is none of that name."""
+    if name not in metrics:
+        return "-"
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return f"{metrics[name]:.1%}" + ("" if low is None or high is None else f" [{low:.1%} - {high:.1%}]")
+
+
+def number(metrics: Metrics, name: str, form: str = ".0f") -> str:
+    return format(metrics[name], form) if name in metrics else "-"
+
+
+def _last_probe(evaluations: Sequence[Metrics]) -> ProbeTable | None:
+    probed = [line for line in evaluations if any(name.startswith("eval/probe_") for name in line)]
+    if not probed:
+        return None
+    last = probed[-1]
+    count = number(last, "eval/questions")
+    return probe_table(last, f"{count} held-out questions after {last['step']} steps; with 95 % intervals")
 
 
 def _plots(metrics: Sequence[Metrics], evaluations: Sequence[Metrics]) -> list[Plot]:

@@ -52,6 +52,7 @@ from ergo_rl.jobs.console_display import ConsoleDisplay
 from ergo_rl.jobs.evaluation import HeldOut, evaluate
 from ergo_rl.jobs.metrics import reward_metrics, rollout_metrics, staleness_metrics
 from ergo_rl.jobs.monitor import Callback, Monitor
+from ergo_rl.jobs.probe import probe
 from ergo_rl.jobs.rollout_recorder import RolloutRecorder
 from ergo_rl.jobs.rollout_scheduler import RolloutScheduler, retry_unscored, unscored_share
 from ergo_rl.jobs.run_folder import RunFolder
@@ -235,18 +236,11 @@ class Trainer:
         def wanted(group: Group) -> bool:  # whether an unscored group has a signal is not known yet
             return estimator.has_signal(group) or unscored_share([group]) > config.reward.unscored_tolerance
 
-        async def evaluate_if_due(step: int) -> None:
-            if config.evaluation.due(step, config.total_steps) and not monitor.was_evaluated(step):
-                found = await evaluate(
-                    session.held_out, rollouts, rewards, config.evaluation, config.reward.number_tolerance
-                )
-                monitor.record_evaluation(step, found)
-
         await weights.publish(version=state.step)
         weight_check = await self._backend.prepare_weight_check(rollouts, learners, probes, config.weight_check)
         await weight_check.measure(version=state.step)
         async with scheduler, checkpoints.save_on_error(), autoscaling(rollouts, monitor.console) as autoscaler:
-            await evaluate_if_due(state.step)
+            await self._evaluate_if_due(session, workers, state.step)
             step = state.step
             while step < config.total_steps:
                 with monitor.step(step) as report:
@@ -281,10 +275,21 @@ class Trainer:
                 if session.recorder.is_due(step):
                     session.recorder.record(step, groups[0], await groups[0].trajectories, batch[0].advantages)
                 step = done
-                await evaluate_if_due(step)
+                await self._evaluate_if_due(session, workers, step)
                 if config.checkpoint.due(step, config.total_steps):
                     await checkpoints.save()
                 shutdown.raise_if_requested()
+
+    async def _evaluate_if_due(self, session: _Session, workers: Workers, step: int) -> None:
+        config, monitor, total = self.config.evaluation, session.monitor, self.config.total_steps
+        if not config.due(step, total) or monitor.was_evaluated(step):
+            return
+        questions, tolerance = session.held_out, self.config.reward.number_tolerance
+        found = await evaluate(questions, workers.rollouts, workers.rewards, config, tolerance)
+        probed = None
+        if config.probe_due(step, total):
+            probed = await probe(questions, found, workers.rollouts, config, tolerance)
+        monitor.record_evaluation(step, found, probed)
 
 
 def _importable(choice: type | str, what: str) -> str:

@@ -24,6 +24,7 @@ from ergo_rl.actors.config import RolloutConfig
 from ergo_rl.actors.rollout_pool import Rollout
 from ergo_rl.actors.rollout_worker import GroupResult, SkippedQuestion, summarize
 from ergo_rl.cluster.placement import Cluster
+from ergo_rl.episodes.probe import Replacement, Replay
 from ergo_rl.episodes.types import Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.jobs.checkpoint_store import FileSystem
 from ergo_rl.jobs.config import TrainConfig
@@ -196,6 +197,11 @@ class Rollouts:
         played = tuple(trajectory(question.id, n, seed=salt, version=self.version) for n in range(2))
         facts = tuple(map(summarize, played))
         return Rollout(GroupResult(question.id, facts), Reference(played))  # type: ignore[arg-type]
+
+    async def replay(self, question: Question, played: Any, other: Any, target: Any) -> dict[Replacement, Replay]:
+        assert self.version >= 0 and not self.asleep
+        there = {Replacement.OTHER: other is not None, Replacement.ORACLE: target is not None}
+        return {how: Replay(question.answer) for how in Replacement if there.get(how, True)}
 
 
 @dataclass

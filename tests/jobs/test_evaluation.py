@@ -210,6 +210,12 @@ def test_evaluation_is_due_at_its_interval() -> None:
     assert not any(EvaluationConfig(every=4).due(step, 10) for step in range(11))
 
 
+def test_probe_is_due_with_every_so_many_evaluations_and_the_last() -> None:
+    config = EvaluationConfig(paths=["heldout.parquet"], every=2, probe=2)
+    assert [step for step in range(0, 11, 2) if config.probe_due(step, 10)] == [0, 4, 8, 10]
+    assert not any(EvaluationConfig(paths=["heldout.parquet"], every=2).probe_due(step, 10) for step in range(11))
+
+
 def test_api_key_that_is_not_set_is_said_before_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VERIFIER_KEY", raising=False)
     model = Path(__file__).parents[2] / "models" / "panels-policy"

@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from ergo_rl.actors.rollout_worker import GroupResult, summarize
 from ergo_rl.actors.trajectory_store import Group
+from ergo_rl.episodes.probe import Replacement
 from ergo_rl.episodes.types import Box, Question, Score, Trajectory, Unscored, Verdict
 from ergo_rl.jobs import report
 from ergo_rl.jobs.commands.report import main
@@ -51,6 +52,12 @@ def write_run(folder: Path) -> Path:
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in steps) + '{"step": 30, "rew')
     held = [{"step": n, "eval/coverage": 0.25 + n / 100, "eval/accuracy": 0.5} for n in (0, 15, 30)]
+    for one in (held[0], held[2]):
+        figures = {"accuracy": 0.25, "gain": one["step"] / 40, "harm": 0.0, "reliance": 0.5, "replaced": 6.0,
+                   "failed": 1.0, "left_out": 1.0}  # fmt: skip
+        one |= {f"eval/probe_{how}_{name}": value for how in Replacement for name, value in figures.items()}
+        one |= {"eval/questions": 8.0, "eval/failed": 1.0, "eval/visual_tokens": 43.5, "eval/probe_none_gain_low": 0.4}
+        one |= {"eval/probe_none_gain_high": 0.93}
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in held))
     for step in range(0, 75, 5):
         played = attempts(f"q{step}")
@@ -88,6 +95,20 @@ def test_read_run_reads_figures_plots_and_groups(run_folder: Path) -> None:
     learn = next(curve for curve in plots["Times"].curves if curve.name == "learn")
     assert len(learn.points) == 29, "not a number is no point"
     assert plots["Coverage"].curves[1].points == [(0, 0.25), (15, 0.4), (30, 0.55)] and plots["Coverage"].curves[1].dots
+    probed = plots["Is the crop used?"].curves
+    assert probed[0].name == "gain" and probed[0].points == [(0, 0), (30, 0.75)] and probed[0].dots
+
+
+def test_read_run_has_the_last_probe_as_a_table(run_folder: Path, tmp_path: Path) -> None:
+    table = read_run(run_folder, most_groups=1).probe
+    assert table is not None and table.title == "8 held-out questions after 30 steps; with 95 % intervals"
+    rows = {row[0]: list(row[1:]) for row in table.rows}
+    assert len(table.columns) == 6 and all(len(row) == 6 for row in table.rows)
+    assert rows["gain"] == ["", "75.0%", "75.0%", "75.0%", "75.0% [40.0% - 93.0%]"]
+    assert rows["accuracy"] == ["50.0%", *(["25.0%"] * 4)] and rows["left out"] == ["", "1", "1", "1", "1"]
+    assert rows["visual tokens a question"][0] == "43.5" and rows["looks a question"][0] == "-", "an older line"
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert read_run(tmp_path, 1).probe is None and 'id="probe"' not in report.page(read_run(tmp_path, 1))
 
 
 def test_read_group_reads_trajectories(run_folder: Path) -> None:
@@ -193,12 +214,13 @@ def page(browser: Browser, html: Path) -> Iterator[Page]:
 
 
 def test_page_draws_every_plot_and_loads_every_image(page: Page, tmp_path: Path) -> None:
-    titles = ["Reward", "Reward parts", "Coverage", "Area", "Mismatch", "Times", "Throughput"]
+    titles = ["Reward", "Reward parts", "Coverage", "Is the crop used?", "Area", "Mismatch", "Times", "Throughput"]
     assert page.locator(".plot").count() == len(titles)
     for title, plot in zip(titles, page.locator(".plot").all(), strict=True):
         assert plot.locator("figcaption").inner_text().startswith(title)
         assert all(len(str(path.get_attribute("d"))) > 15 for path in plot.locator("path").all())
         assert plot.locator("path").count() > 0 and "NaN" not in plot.inner_html()
+    assert page.locator("#probe tr").count() == 11 and "75.0% [40.0% - 93.0%]" in page.locator("#probe").inner_text()
     while page.locator("#more").is_visible():
         page.locator("#more").click()
     assert page.locator("#groups .group").count() == 15 and page.locator("#groups .attempt img").count() == 30

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from ergo_rl.cluster.placement import Cluster
+from ergo_rl.episodes.probe import Replacement
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs import rollout_scheduler
 from ergo_rl.jobs.checkpoint_store import FileSystem
 from ergo_rl.jobs.config import CheckpointConfig, ConfigError, RecoveryConfig, TrainConfig, load_config
+from ergo_rl.jobs.evaluation import wilson
 from ergo_rl.jobs.rollout_scheduler import RewardsUnavailable
 from ergo_rl.jobs.run_folder import RunFolder
 from ergo_rl.jobs.shutdown import Stopped
@@ -87,6 +89,24 @@ def whole(config: TrainConfig, backend: MemoryBackend, tmp_path: Path) -> Path:
     folder = fit(replace(config, runs_dir=str(tmp_path / "undisturbed")), backend)
     assert numbers(folder) == list(range(3 * STEPS)) and backend.learner_starts == 1
     return folder
+
+
+def test_run_with_probes_learns_the_same(
+    config: TrainConfig, backend: MemoryBackend, whole: Path, data: Path, tmp_path: Path
+) -> None:
+    """Evaluations after 0, 2, 4, 6 and 7 steps, every second and the last with a probe of four questions. No episode in
+    memory has an answer and every replay is right: all harm."""
+    held = replace(config.evaluation, paths=[str(data)], questions=4, every=2, probe=2)
+    folder = fit(replace(config, evaluation=held, runs_dir=str(tmp_path / "probed")), backend)
+    assert digest(folder) == digest(whole) and losses(folder) == losses(whole)
+    lines = records(folder, "evaluations.jsonl")
+    probed = [line for line in lines if "eval/probe_none_harm" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 7] and [line["step"] for line in probed] == [0, 4, 7]
+    for line in probed:
+        assert line["eval/accuracy"] == 0 and line["eval/visual_tokens"] == 14 and line["eval/looks"] == 1
+        for how in Replacement:
+            assert line[f"eval/probe_{how}_harm"] == line[f"eval/probe_{how}_reliance"] == 1, how
+        assert line["eval/probe_none_harm_low"] == wilson(4, 4)[0]
 
 
 def test_run_killed_at_any_operation_of_a_save_resumes_to_the_same_end(

@@ -13,6 +13,7 @@ import pytest
 from ergo_rl.actors.rollout_pool import Rollout
 from ergo_rl.actors.rollout_worker import SkippedQuestion
 from ergo_rl.episodes.families import family_of, load_tokenizer
+from ergo_rl.episodes.probe import Replacement
 from ergo_rl.episodes.types import Question, Trajectory
 from ergo_rl.jobs.config import TrainConfig
 from tests.system.conftest import Everything, Stack, differences
@@ -78,6 +79,24 @@ def test_rollout_same_seed_is_reproducible_and_another_differs(
         assert ids[0] == ids[1]
         assert ids[0] != ids[2]
         assert len({tuple(one) for one in ids[0]}) > 1, "samples of one group are seeded apart"
+
+    runner.run(story())
+
+
+def test_replay_with_its_own_crop_gives_the_same_answer(
+    untied: Stack, runner: asyncio.Runner, recipe: TrainConfig, questions: list[Question]
+) -> None:
+    """The crop in place of itself, as if it were another question's: turn 2 is what it was."""
+
+    async def story() -> None:
+        greedy = replace(recipe.rollout.sampling, temperature=0.0)
+        for one in questions[:4]:
+            played = await untied.rollouts.rollout(one, 0, 1, greedy)
+            assert isinstance(played, Rollout) and played.result.summaries[0].crop is not None
+            found = await untied.rollouts.replay(one, played.trajectories, played.trajectories, one.boxes[0])
+            assert isinstance(found, dict) and set(found) == set(Replacement), found
+            assert not any(replay.failure for replay in found.values())
+            assert found[Replacement.OTHER].answer == played.result.summaries[0].answer is not None
 
     runner.run(story())
 

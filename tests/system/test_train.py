@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.lives import descendants
+from ergo_rl.episodes.probe import Replacement
 from ergo_rl.examples.panels.scenes import PanelsConfig, Split, question
 from ergo_rl.jobs.trackers import gauge_name
 from ergo_rl.questions.dataset import write_questions
@@ -103,6 +104,7 @@ def test_train_with_bad_rows_skips_and_counts_them(tmp_path: Path) -> None:
             "name=bad-rows", f"runs_dir={tmp_path}", f"questions.paths=[{tmp_path / 'questions.parquet'}]",
             "total_steps=3", "groups_per_step=4", "rollout.group_size=3", "samples_every=2", "weight_check.every=1",
             f"evaluation.paths=[{tmp_path / 'questions.parquet'}]", "evaluation.questions=4", "evaluation.every=2",
+            "evaluation.probe=1",
             "learner.ranks=2", "learner.zero_stage=3", "learner.threads=1",
             "metrics.exporters=[tensorboard,prometheus]", prefix=named_elsewhere(tmp_path),
         )  # fmt: skip
@@ -126,6 +128,9 @@ def test_train_with_bad_rows_skips_and_counts_them(tmp_path: Path) -> None:
     # of the first four rows, in the order of the file, the last is the one that is cut off
     assert all(one["eval/trajectories"] == 3 and one["eval/failed"] == 1 for one in evaluations)
     assert all(0 <= one["eval/coverage"] <= 1 for one in evaluations)
+    for one in evaluations:  # and in each column of the probe it fails once
+        assert {one[f"eval/probe_{how}_failed"] for how in Replacement} == {1} and one["eval/visual_tokens"] >= 36
+        assert one["eval/probe_none_replaced"] <= 3 and "eval/probe_none_gain_low" in one
     assert "Held-out questions, before -> after: target coverage" in done.stdout
 
     figures = {name for one in (*steps, *evaluations) for name in one}
