@@ -266,11 +266,11 @@ def test_a_job_without_a_checkout_runs_where_the_wheel_is_installed(
     cluster = cluster_with_wheel
     models = [f"{key}={ROOT / 'models' / 'panels-policy'}" for key in ("learner.model", "rollout.engine.model")]
     models.append(f"reward.verifier.engine.model={ROOT / 'models' / 'panels-reward'}")
-    overrides = small_run(tmp_path, 2, **{"rollout.resources.cpus": 0.5})
+    overrides = small_run(tmp_path, 2, **{"name": "wheel", "rollout.resources.cpus": 0.5})
     done = cluster.command("submit", "mine.yaml", *overrides, *models, "--address", cluster.server)
-    assert done.returncode == 0 and "run-1: SUCCEEDED" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "wheel-1: SUCCEEDED" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
     assert "No checkout travels with this job" in done.stdout
-    assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    assert [line["step"] for line in lines_of(tmp_path / "wheel" / "metrics.jsonl")] == [0, 1]
     where = 'python -c "import ergo_rl.jobs.cli as cli; print(cli.__file__)"'
     bearer = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
     client: Any = JobSubmissionClient(cluster.server, headers=bearer)
