@@ -186,7 +186,7 @@ def listed_options(given: Any, cells: Cells, none: NoneText = NoneText.OPTION) -
 
 
 def _from_cell(given: Any) -> Options:
-    value = _parsed(given) if isinstance(given, str) else given
+    value = parsed(given) if isinstance(given, str) else given
     if isinstance(value, str):
         _, lines = split_options(value)
         if not lines:
@@ -220,7 +220,7 @@ def _keyed(item: Mapping[str, Any], place: int) -> Option:
     return Option(_letter(place) if label is None else str(label).strip(), _option_text(text))
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """A list or dictionary written as JSON or as Python's repr; else the text."""
     if len(text) <= _LONGEST_LIST and text.strip()[:1] in ("[", "{", "("):
         for read in (json.loads, ast.literal_eval):
@@ -343,7 +343,7 @@ def list_of_boxes(value: Any) -> list[Any]:
     """One box, a list of them, or a list of objects that have one; also as text of JSON or Python. Raises BadCell."""
     given = value
     if isinstance(value, str):
-        value = _parsed(value)
+        value = parsed(value)
     if value is None:
         return []
     if isinstance(value, str):

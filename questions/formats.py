@@ -31,6 +31,7 @@ from ergo_rl.questions.conventions import (
     answer_text,
     list_of_boxes,
     listed_options,
+    parsed,
     read_answer,
     row_options,
     split_options,
@@ -201,15 +202,17 @@ def _text_and_options(
 
 def _with_conversation(cells: Cells) -> Cells:
     """Add ``conversation.question`` and ``conversation.answer``: the first exchange of a conversation, as LLaVA,
-    ShareGPT, ms-swift and verl write it (``conversations``, ``messages``, ``prompt``)."""
+    ShareGPT, ms-swift and verl write it (``conversations``, ``messages``, ``prompt``), also as JSON text."""
     for column in ("conversations", "messages", "prompt"):
         talk = cells.get(column)
+        if isinstance(talk, str):
+            talk = parsed(talk)
         if isinstance(talk, list) and talk and all(isinstance(turn, Mapping) for turn in talk):
             turns = [(_role(turn), _said(turn)) for turn in talk]
             asked = next((place for place, (role, _) in enumerate(turns) if role in ("human", "user")), None)
             if asked is not None:
                 reply = turns[asked + 1][1] if asked + 1 < len(turns) else None
-                return {**cells, "conversation": {"question": turns[asked][1], "answer": reply}}
+                return {**cells, column: talk, "conversation": {"question": turns[asked][1], "answer": reply}}
     return cells
 
 

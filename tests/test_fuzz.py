@@ -33,12 +33,12 @@ VALUES: list[Any] = [
     None, "", " ", "A", "B", "red", "(A) red", 0, 1, -1, 7.5, math.nan, math.inf, 10**30, True, b"", b"\xff", [],
     ["red"], ["red", "blue"], ["red", None], ["red", 5], [1, 2, 3, 4], [[1, 2, 3, 4]], [[4, 3, 2, 1]],
     [[math.nan, 1, 2, 3]], [["1", "2", "3", "4"]], [[0, 0, 0.5, 0.5]], [[5, 5, 5, 9]], [[-9, -9, 999, 999]],
-    {"bytes": None, "path": None}, {"a": 1}, "\ud800", "<|im_end|>", "<image>", "x" * 600_000, [["red"]],
+    {"bytes": None, "path": None},    {"a": 1}, "\ud800", "<|im_end|>", "<image>", "x" * 600_000, [["red"]],
 ]  # fmt: skip
 PIECES = [
     "<think>", "</think>", "<zoom>", "</zoom>", "<answer>", "</answer>", "[1, 2, 30, 40]", "(1,2),(3,4)",
-    "[0.1,0.2,0.3,1]", "[nan, 1, 2, 3]", "[9,9,1,1]", '{"bbox_2d": [1, 2, 3, 4]}', "B", "(B)", "blue", "not ",
-    "7", "-7", "7 million", " or ", "\\boxed{B}", "$B$", "Yes", "No", "答案是B", "\uff22", "\u200b", "\x00", "\ud83d",
+    "[0.1,0.2,0.3,1]", "[nan, 1, 2, 3]", "[9,9,1,1]", '{"bbox_2d": [1, 2, 3, 4]}', "B", "(B)", "blue", "not ", "7",
+    "-7", "7 million", " or ", "\\boxed{B}", "$B$", "Yes", "No", "答案是B", "\uff22", "\u200b", "\x00", "\ud83d",
     "I can't assist with that.", "\n", ".", " ",
 ]  # fmt: skip
 CONTENTS: list[Any] = [None, "", 7, [], ["B"], [{"type": "text", "text": "B"}], [{"type": "refusal"}], {"text": "B"}]

@@ -12,7 +12,8 @@ import transformers
 from ergo_rl.episodes.types import Trajectory, View
 from ergo_rl.learners import model as module
 from ergo_rl.learners.batch import Batcher, MicroBatchPlan, Sample, expand
-from ergo_rl.learners.config import Attention, Dtype, LearnerConfig, Packing
+from ergo_rl.learners.config import Attention, Dtype, LearnerConfig, LossConfig, Packing
+from ergo_rl.learners.learner import _reference
 from ergo_rl.learners.model import LogProbHead, PolicyModel, UnsuitableTransformers, varlen_kwargs
 from tests.factories import FAMILY, IDS, IMAGE_PAD, trajectory, view
 
@@ -364,3 +365,17 @@ def test_frozen_head_passes_the_gradient_on() -> None:
     hidden = torch.ones(2, 4, requires_grad=True)
     head(hidden, torch.tensor([0, 1]), 1.0, HEAD_BANNED)[0].sum().backward()
     assert hidden.grad is not None and hidden.grad.any() and head.weight.grad is None
+
+
+@torch.no_grad()
+def test_reference_in_half_precision_is_the_policy_at_the_start(tiny: Path, batcher: Batcher) -> None:
+    """The divergence is exactly 0 at step 0: rotary frequencies (buffers) stay in fp32, as DeepSpeed leaves them."""
+    config = LearnerConfig(model=str(tiny), dtype=Dtype.BFLOAT16, loss=LossConfig(kl=0.01))
+    frozen, trained = _reference(config, torch.device("cpu")), PolicyModel(config).eval()
+    assert frozen is not None and {buffer.dtype for buffer in frozen.buffers() if buffer.is_floating_point()} == {
+        torch.float32
+    }
+    for parameter in trained.parameters():  # what DeepSpeed does
+        parameter.data = parameter.data.bfloat16()
+    (batch,) = batcher.batches(alone(batcher, trajectory(replies=(200, 200))))
+    assert torch.equal(trained(batch, 1.0, BANNED)[0], frozen(batch, 1.0, BANNED)[0])

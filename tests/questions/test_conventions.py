@@ -62,6 +62,8 @@ def options(*texts: str, answer: str = "A") -> dict[str, Any]:
         ({"question": "Which?\n(A) red (B) blue. Answer with the letter.", "answer": "B"}, ("red", "blue", "blue")),
         ({"question": "Which?\na) red\nb) blue", "answer": "b"}, ("red", "blue", "blue")),
         ({"question": "Is it type (A) or (C)?", "answer": "neither"}, ("neither",)),
+        ({"question": None, "prompt": '[{"role": "user", "content": "Which?\\nA. red\\nB. blue"}]', "answer": "B"},
+         ("red", "blue", "blue")),
         (options("red", "blue", answer="<think>so</think><answer> B </answer>"), ("red", "blue", "blue")),
     ],
 )  # fmt: skip
