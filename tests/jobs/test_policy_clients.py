@@ -11,10 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ergo_rl.actors.rollout_worker import EvalMode
+from ergo_rl.actors.rollout_pool import Rollout
+from ergo_rl.actors.rollout_worker import EvalMode, SkippedQuestion
+from ergo_rl.episodes.probe import Replacement, Replay
 from ergo_rl.episodes.types import Box
 from ergo_rl.jobs.config import ConfigError, TrainConfig
-from ergo_rl.jobs.policy_clients import EndpointClient, EpisodeError, EpisodeResult, endpoint_at
+from ergo_rl.jobs.policy_clients import (
+    EndpointClient,
+    EndpointRollouts,
+    EpisodeError,
+    EpisodeResult,
+    endpoint_at,
+)
 from tests.factories import FAMILY
 from tests.jobs.conftest import LOOK, READ, Server, question
 
@@ -64,6 +72,27 @@ def test_endpoint_client_replaces_the_box_or_answers_directly(server: Server, co
     direct = run_episode(server, config, EvalMode(16, direct=True))
     assert len(direct.trajectory.turns) == 1 and direct.visual_tokens(FAMILY) == (16,)
     assert len(server.bodies) == 3 and server.bodies[2]["max_tokens"] == 48
+
+
+def test_endpoint_rollouts_keep_the_crops_of_a_few_and_replay_all(server: Server, config: TrainConfig) -> None:
+    """Of "b" only the box is kept; its noise is as large as its crop was."""
+
+    async def story() -> None:
+        client = EndpointClient(config, await endpoint_at(server.url, "", config), FAMILY)
+        rollouts = EndpointRollouts(client, config, keep=["a"])
+        kept = [await rollouts.rollout(question(name)) for name in ("a", "b")]
+        bad = await rollouts.rollout(question("bad", image=b"no picture"))
+        assert isinstance(bad, SkippedQuestion) and "not a readable image" in bad.reason
+        (a,), (b,) = [one.trajectories for one in kept if isinstance(one, Rollout)]
+        sizes = [[view.pixels.shape[:2] for view in played.views] for played in (a, b)]
+        assert sizes == [[(0, 0), (168, 168)], [(0, 0), (0, 0)]] and a.crop.box == b.crop.box
+        found = await rollouts.replay(question("b"), (b,), (a,), Box(0, 0, 336, 336))
+        assert found == dict.fromkeys(Replacement, Replay("ring"))
+        second = [images[1] for body in server.bodies if len(images := sent_images(body)) == 2]
+        assert [image.shape for image in second[-3:]] == [(168, 168, 3)] * 3
+        await client.close()
+
+    asyncio.run(story())
 
 
 def test_endpoint_failures_are_named_and_marked_transient(server: Server, config: TrainConfig) -> None:
