@@ -326,11 +326,11 @@ def address() -> Iterator[tuple[str, int]]:
     config: TrainConfig = load_config(ROOT / "configs" / "panels.yaml")
     with pytest.MonkeyPatch.context() as patch, chat_endpoint(patch) as endpoint:
         patch.setattr(chat_server, "_BODY_S", BODY_S)
-        with listening(config, endpoint) as at:
+        with Listening(config, endpoint) as at:
             yield at
 
 
-class listening:
+class Listening:
     """A real server of the chat application, in a thread."""
 
     def __init__(self, config: TrainConfig, endpoint: Server, **settings: Any) -> None:
