@@ -18,9 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from ergo_rl.episodes.config import QuestionsConfig
 from ergo_rl.jobs.commands.prepare import main
 from ergo_rl.questions import image_store
+from ergo_rl.questions.dataset import QuestionStream
 from ergo_rl.questions.formats import FORMATS
 from ergo_rl.questions.image_store import ImageNotFound, open_image_store
 from ergo_rl.questions.prepare import Conversion, ConversionReport, convert_dataset
@@ -287,3 +290,21 @@ def test_damaged_row_group_of_training_data_costs_its_rows(tmp_path: Path) -> No
     while stream.cursor.position < 30:
         found.append(next(stream).id)
     assert found == [str(number) for number in (*range(10), *range(20, 30))] and stream.skipped == {"row group": 10}
+
+
+def test_training_file_with_a_column_twice_is_refused_by_its_name(tmp_path: Path) -> None:
+    plain = pa.table({"id": ["a"], "text": ["Which?"], "answer": ["red"], "image": [PNG], "options": [["red", "blue"]]})
+    for name in plain.column_names:
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(plain.append_column(name, plain.column(name)), path)
+        with pytest.raises(image_store.DatasetError, match=rf"{name}\.parquet has several columns '{name}'"):
+            QuestionStream(QuestionsConfig([str(path)]))
+
+
+def test_picture_that_several_rows_share_is_written_once(tmp_path: Path) -> None:
+    """As HR-Bench has each of its pictures four times."""
+    noise = io.BytesIO()
+    Image.frombytes("RGB", (200, 200), random.Random(0).randbytes(120_000)).save(noise, "PNG")
+    put(tmp_path / "a.png", noise.getvalue())
+    assert converted(tmp_path, jsonl(tmp_path / "rows.jsonl", [GOOD] * 4)).written == 4
+    assert 120_000 < (tmp_path / "out" / "q.parquet").stat().st_size < 140_000
