@@ -10,6 +10,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ergo_rl.cluster.torchvision_repair import repair_torchvision
@@ -110,6 +113,20 @@ def start_ray_in_own_session() -> None:
             super().__init__(*arguments, **options, start_new_session=True)
 
     services.ConsolePopen = SessionPopen  # type: ignore[misc]
+
+
+# --- a driver that SIGTERM ends with status 15 ------------------------------------------------------------------------
+# ``ray.init()`` sets a handler of its own for SIGTERM, ``sys.exit(15)``, and leaves it there. Remove when Ray keeps a
+# handler that it finds.
+
+
+@contextmanager
+def keep_sigterm_handler() -> Iterator[None]:
+    """Behind the block, have the handler for SIGTERM that was set before it, if any was."""
+    usual = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(usual) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, usual)
 
 
 # --- gloo and NCCL that other machines cannot reach -------------------------------------------------------------------

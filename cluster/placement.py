@@ -19,7 +19,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ergo_rl.cluster.compat import bind_ray_localhost, has_autoscaler, start_ray_in_own_session
+from ergo_rl.cluster.compat import bind_ray_localhost, has_autoscaler, keep_sigterm_handler, start_ray_in_own_session
 from ergo_rl.cluster.config import ClusterConfig, Resources
 from ergo_rl.cluster.devices import NO_GPU, NoGPU
 
@@ -70,14 +70,15 @@ class Cluster:
             if local and config.local_only:
                 bind_ray_localhost()
             try:
-                ray.init(
-                    # Not None: it would join whatever cluster a file in Ray's temp folder names, also one that is gone.
-                    address="local" if local else config.address,
-                    namespace=config.namespace,
-                    log_to_driver=config.log_to_driver,
-                    logging_level=logging.ERROR,
-                    **(started_here if local else {}),
-                )
+                with keep_sigterm_handler():
+                    ray.init(
+                        # Not None: it would join whatever cluster a file in Ray's temp folder names, also a dead one.
+                        address="local" if local else config.address,
+                        namespace=config.namespace,
+                        log_to_driver=config.log_to_driver,
+                        logging_level=logging.ERROR,
+                        **(started_here if local else {}),
+                    )
             except Exception as error:  # a bare Exception where Ray's own processes do not come up in its 30 s
                 raise ConnectionError(f"Ray did not start, or could not be joined: {error}") from error
         cluster = cls(config, local and config.local_only, shortage)

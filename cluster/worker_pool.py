@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from ergo_rl.errors import ErgoError
 
@@ -105,8 +105,10 @@ class WorkerPool:
         return len(self._workers)
 
     async def ready(self, deadline_s: float) -> None:
-        """Wait until every worker has started; replacements get the same deadline. Raises TimeoutError with what is
-        free in the cluster, PoolExhausted if a worker dies."""
+        """Wait until every worker has started; replacements get the same deadline. One whose machine is lost meanwhile
+        is placed on another.
+
+        Raises TimeoutError with what is free in the cluster, PoolExhausted if a worker dies by itself."""
         self._start_deadline_s = deadline_s
         try:
             await asyncio.wait_for(gather_or_cancel(*(self._start(worker) for worker in self._workers)), deadline_s)
@@ -190,15 +192,28 @@ class WorkerPool:
     async def _join(self, worker: _Worker) -> None:
         """List a new worker only once it has started: so ``call_all`` does not wait for its start, and from then on
         cannot miss it."""
-        await self._begin(worker.started)
+        await self._started(worker)
         self._workers.append(worker)
         await self._admit(worker)
 
     async def _start(self, worker: _Worker) -> None:
-        await self._begin(worker.started)
+        await self._started(worker)
         # From here on ``call_all`` waits for it: what it is being prepared with may be out of date by then.
         worker.starting = False
         await self._admit(worker)
+
+    async def _started(self, worker: _Worker) -> None:
+        """Wait for its ``start``. Where its machine is lost meanwhile, nothing is wrong with the worker: it is placed
+        anew, on another machine as soon as Ray knows of the loss."""
+        while True:
+            try:
+                return await self._begin(worker.started)
+            except RayActorError as error:
+                if not (self._restarts_left and machine_is_lost(error)):
+                    raise
+                self._count_restart(worker, error)
+                ray.kill(worker.actor)  # its machine may only have been out of reach
+                worker.actor, worker.started = self._launch(worker.index)
 
     @staticmethod
     async def _begin(started: Awaitable[Any]) -> None:
@@ -282,12 +297,7 @@ class WorkerPool:
     async def _repair(self, worker: _Worker, error: Exception) -> None:
         try:
             while self._restarts_left:
-                self._restarts_left -= 1
-                self.restarts += 1
-                logger.warning(
-                    "%s: worker %d died (%s: %s); replacing it (%d left)",
-                    self.name, worker.index, type(error).__name__, on_one_line(error)[:300], self._restarts_left,
-                )  # fmt: skip
+                self._count_restart(worker, error)
                 ray.kill(worker.actor)  # a hung one, or what is left of it
                 if worker.in_a_row:
                     wait_s = self._faults.backoff_s * 2 ** (worker.in_a_row - 1)
@@ -308,6 +318,14 @@ class WorkerPool:
             async with self._changed:
                 self._changed.notify_all()
 
+    def _count_restart(self, worker: _Worker, error: Exception) -> None:
+        self._restarts_left -= 1
+        self.restarts += 1
+        logger.warning(
+            "%s: worker %d died (%s: %s); replacing it (%d left)",
+            self.name, worker.index, type(error).__name__, on_one_line(error)[:300], self._restarts_left,
+        )  # fmt: skip
+
     def _note_recovery(self, worker: _Worker) -> None:
         if worker.found_dead is not None and worker.ready.is_set():
             waited, worker.found_dead = time.monotonic() - worker.found_dead, None
@@ -319,6 +337,14 @@ class WorkerPool:
         while worker.load:
             await asyncio.sleep(0.1)
         ray.kill(worker.actor)
+
+
+def machine_is_lost(error: RayActorError) -> bool:
+    """Whether an actor is gone because its machine is: preempted, drained, or without a word, which looks at first like
+    an actor that cannot be reached."""
+    text = str(error)  # Ray has no type or field for it
+    told = error.preempted or "its node has died" in text or "node was terminated" in text
+    return told or isinstance(error, ActorUnavailableError)
 
 
 def on_one_line(error: BaseException) -> str:

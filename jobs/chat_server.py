@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import math
 import signal
@@ -61,7 +62,9 @@ class ServeConfig:
     max_body_bytes: int = 64 * 2**20
     """Most bytes of a request, and of an image that is fetched."""
     fetch_images: bool = False
-    """Also take images by http(s) URL."""
+    """Also take images by http(s) URL, from public addresses."""
+    fetch_private: bool = False
+    """From all others, too: this machine, its networks, a cloud's metadata."""
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1
@@ -133,14 +136,36 @@ class ChatService:
             async with (
                 asyncio.timeout(_BODY_S),  # in all: httpx bounds each read, so a server could drip for ever
                 httpx.AsyncClient(timeout=30) as http,
-                http.stream("GET", url) as reply,
             ):
-                reply.raise_for_status()
-                return await collect(reply.aiter_bytes(), "the image", self.settings.max_body_bytes, take_bytes)
+                at, how = httpx.URL(url), dict[str, Any]()
+                if not self.settings.fetch_private:
+                    how = {"headers": {"Host": at.netloc.decode()}, "extensions": {"sni_hostname": at.host}}
+                    at = at.copy_with(host=await public_address(at.host))  # asked once: names can change their mind
+                async with http.stream("GET", at, **how) as reply:
+                    reply.raise_for_status()
+                    return await collect(reply.aiter_bytes(), "the image", self.settings.max_body_bytes, take_bytes)
         except TimeoutError as error:
             raise invalid_image(f"the image was not fetched within {_BODY_S:.0f} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise invalid_image(f"the image was not fetched: {type(error).__name__} {error}") from error
+
+
+async def public_address(host: str) -> str:
+    """An address of ``host``. Raises ChatError unless all of them are public: whoever sends requests must not reach
+    through this server what only this server reaches."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise invalid_image(f"the image was not fetched: there is no host {host[:80]!r} ({error})") from error
+    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    for address in addresses:
+        plain = getattr(address, "ipv4_mapped", None) or address
+        if not plain.is_global or plain.is_multicast:
+            raise invalid_image(
+                f"the image was not fetched: {host[:80]!r} is at {plain}, which is not public (ergo-rl serve "
+                "--fetch-private-images would)"
+            )
+    return str(addresses[0])
 
 
 class Budget:

@@ -10,8 +10,11 @@ import functools
 import importlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec
 
@@ -32,7 +35,7 @@ def command(
     name: str, stopped: str = "stopped by hand", also: tuple[type[Exception], ...] = ()
 ) -> Callable[[Callable[P, int]], Callable[P, int]]:
     """Decorate a command's ``main``: an expected error becomes one line on stderr and its exit status,
-    mostly 1; Ctrl-C becomes status 130.
+    mostly 1; Ctrl-C becomes status 130, SIGTERM and SIGHUP 143 and 129.
 
     stopped: what to say after Ctrl-C; also: further expected errors of this command."""
 
@@ -40,17 +43,58 @@ def command(
         @functools.wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
             try:
-                return main(*args, **kwargs)
+                with ended_as_by_hand():
+                    return main(*args, **kwargs)
             except (*EXPECTED, *also) as error:
                 print(f"ergo-rl {name}: {explain(error)}", file=sys.stderr)
                 return error.exit_status if isinstance(error, ErgoError) else 1
-            except KeyboardInterrupt:
-                print(f"ergo-rl {name}: {stopped}", file=sys.stderr)
-                return STOPPED_BY_HAND
+            except KeyboardInterrupt as stop:
+                return _ended(name, stopped, stop)
 
         return run
 
     return decorate
+
+
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, where nothing else handles them: what is open is closed as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def ended_as_by_hand() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise Ended, until somebody sets handlers of his own; the second one ends the
+    process at once. Does nothing outside of the main thread."""
+    pid = os.getpid()
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != pid:  # a fork of this process, which is nobody's command
+            os.kill(os.getpid(), number)
+            return
+        raise Ended(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    mine = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in mine if main_thread else []:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in mine if main_thread else []:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _ended(name: str, stopped: str, stop: KeyboardInterrupt) -> int:
+    """Say why the command has ended. Returns its exit status."""
+    number = stop.number if isinstance(stop, Ended) else signal.SIGINT
+    by = "by hand" if number == signal.SIGINT else f"by {signal.Signals(number).name}"
+    print(f"ergo-rl {name}: {stopped.replace('by hand', by)}", file=sys.stderr)
+    return 128 + number
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -145,10 +189,10 @@ def main(argv: list[str] | None = None) -> int:
     _put_tools_on_path()
     module, _ = COMMANDS[name]
     try:
-        run: Callable[[list[str]], int] = importlib.import_module(module).main
-    except KeyboardInterrupt:  # imports take seconds
-        print(f"ergo-rl {name}: stopped by hand", file=sys.stderr)
-        return STOPPED_BY_HAND
+        with ended_as_by_hand():
+            run: Callable[[list[str]], int] = importlib.import_module(module).main
+    except KeyboardInterrupt as stop:  # imports take seconds
+        return _ended(name, "stopped by hand", stop)
     return run(rest)
 
 

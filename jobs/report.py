@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import statistics
@@ -28,9 +29,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from ergo_rl.episodes.probe import Replacement
-from ergo_rl.errors import ErgoError
+from ergo_rl.errors import ErgoError, first_line
 from ergo_rl.jobs.run_paths import CONFIG, ENDED, EVALUATIONS, GROUP, METRICS, SAMPLES, TRAJECTORIES, VIEW, crop_name
 
+logger = logging.getLogger(__name__)
 Metrics = Mapping[str, Any]
 
 _MOST_POINTS = 600
@@ -131,25 +133,44 @@ class RunReport:
 
 
 def read_run(folder: Path, most_groups: int) -> RunReport:
-    """Read everything that the page shows. Raises NotARunFolder, and OSError where a file cannot be read."""
+    """Read everything that the page shows; what is damaged of it is left out, and named in the log. Raises
+    NotARunFolder, and OSError where a file cannot be read."""
     if not (folder / METRICS).is_file():
         raise NotARunFolder(f"{folder} is not a run's folder: it has no {METRICS}")
-    metrics, evaluations = read_lines(folder / METRICS), read_lines(folder / EVALUATIONS)
-    config = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).is_file() else ""
-    settings = yaml.safe_load(config) or {}
+    metrics, evaluations = _figures_in(folder / METRICS), _figures_in(folder / EVALUATIONS)
+    config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace") if (folder / CONFIG).is_file() else ""
+    settings = _settings(config)
+    total_steps = settings.get("total_steps")
     groups = _folders(folder / SAMPLES)
     return RunReport(
         name=str(settings.get("name", folder.resolve().name)),
         state=_state(folder),
         steps=len(metrics),
-        total_steps=int(settings.get("total_steps", len(metrics))),
+        total_steps=total_steps if isinstance(total_steps, int) else len(metrics),
         figures=_figures(metrics, evaluations),
         plots=_plots(metrics, evaluations),
         probe=_last_probe(evaluations),
-        groups=[group for path in _spread(groups, most_groups) if (group := read_group(path)) is not None],
+        groups=[group for path in _spread(groups, most_groups) if (group := _group(path)) is not None],
         groups_there=len(groups),
         config=config,
     )
+
+
+def _settings(config: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(config)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _group(folder: Path) -> GroupReport | None:
+    """As ``read_group``; None also where its files are damaged, by a full disk or by hand: that costs it alone."""
+    try:
+        return read_group(folder)
+    except Exception as error:  # JSON of any shape, and images
+        logger.warning("%s cannot be read and is left out: %s", folder, first_line(error))
+        return None
 
 
 def read_group(folder: Path) -> GroupReport | None:
@@ -185,7 +206,7 @@ def _trajectory(folder: Path, row: Mapping[str, Any]) -> TrajectoryReport:
         picture="" if crop is None else _image(folder / crop_name(row["sample"])),
         replies=row["replies"],
         total=row["total"],
-        parts=row["parts"] or {},
+        parts={name: value for name, value in (row["parts"] or {}).items() if value is not None},
         unscored=row["unscored"] or "",
         advantages=row.get("advantages", []),
         area_ratio=row["area_ratio"],
@@ -222,11 +243,25 @@ def _spread(folders: Sequence[Path], most: int) -> list[Path]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file that may be growing; a last line without its end is ignored."""
+    """The JSON lines of a file that may be growing; a last line without its end is ignored, and one that is no object
+    is left out, with a warning."""
     if not path.is_file():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines() if line]
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    lines = [(number, _object(line)) for number, line in enumerate(whole.split(b"\n"), start=1) if line.strip()]
+    for number in [number for number, line in lines if not line]:
+        logger.warning("%s, line %d is damaged and left out", path, number)
+    return [line for _, line in lines if line]
+
+
+def _figures_in(path: Path) -> list[dict[str, float]]:
+    """The lines that say their step, with what in them is a finite number."""
+    lines = [{name: value for name, value in line.items() if _is_finite(value)} for line in read_lines(path)]
+    return [line for line in lines if "step" in line]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and -1e300 < value < 1e300  # a whole number of JSON has any length
 
 
 def _state(folder: Path) -> str:
@@ -241,8 +276,21 @@ def _state(folder: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     """A small file of state; empty where it holds no object."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return _object(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """The JSON object; empty where it is none. What is infinite or no number is None in it, as JSON has it."""
+    try:
+        found = json.loads(content, parse_constant=lambda _: None, parse_float=_finite)
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

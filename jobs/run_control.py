@@ -130,7 +130,7 @@ def where_it_runs(folder: Path) -> dict[str, Any]:
         raise NotRunning(
             f"{folder} has no {ADDRESS}: this run is not going on here. --address names a cluster where it does"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise NotRunning(f"{folder / ADDRESS} cannot be read; --address HOST:PORT names the cluster of the run")
 

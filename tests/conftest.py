@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -57,6 +58,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (LAYERS.index(layer_of(item)), "background" in getattr(item, "fixturenames", ())))
     for item in items:
         item.user_properties.append(("layer", layer_of(item)))
+        if mark := item.get_closest_marker("hostile"):
+            item.user_properties.append(("hostile", mark.args[0]))
+
+
+class HostileInput:
+    """Counts what tests marked ``hostile`` tried, and what of it held: one by a test, or as many as it gives
+    ``record_property("tried", ...)``; one that fails holds nothing unless it gives ``"held"``, too."""
+
+    def __init__(self) -> None:
+        self.tried: dict[str, int] = defaultdict(int)
+        self.held: dict[str, int] = defaultdict(int)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        found: dict[str, Any] = dict(report.user_properties)
+        if (kind := found.get("hostile")) is None or report.skipped or (report.when != "call" and report.passed):
+            return
+        tried = found.get("tried", 1)
+        self.tried[kind] += tried
+        self.held[kind] += found.get("held", tried) if report.passed or "held" in found else 0
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for kind, tried in self.tried.items():
+            terminalreporter.write_line(f"hostile {kind}: tried {tried}, held {self.held[kind]}")
 
 
 class LayerTimes:
@@ -113,3 +137,4 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LayerTimes())
+    config.pluginmanager.register(HostileInput())

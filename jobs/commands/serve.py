@@ -36,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--name", default="", help="the model's name in requests (default: the last part of its path)")
     parser.add_argument("--max-body-mib", type=int, default=64, help="largest request, MiB (default: %(default)s)")
-    parser.add_argument("--fetch-images", action="store_true", help="also fetch images by http(s) URL, from "
-                        "wherever a request says, this machine's own network included")  # fmt: skip
+    parser.add_argument("--fetch-images", action="store_true", help="also fetch images by http(s) URL, from public "
+                        "addresses")  # fmt: skip
+    parser.add_argument("--fetch-private-images", action="store_true", help="fetch them from wherever a request says, "
+                        "this machine and its own network included")  # fmt: skip
     add_endpoint(parser)
     parser.add_argument(
         "--recipe", type=Path, help=f"prompts and budgets (default: the run's or model's {RECIPE}, or panels)"
@@ -53,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if endpoint is None:
             family_of(model, config.episode.family)  # reported before Ray and an engine start
         settings = ServeConfig(
-            options.name or Path(options.model or model).name, options.max_body_mib * 2**20, options.fetch_images,
-            options.host, options.port, options.replicas,
+            options.name or Path(options.model or model).name, options.max_body_mib * 2**20,
+            options.fetch_images or options.fetch_private_images, options.fetch_private_images, options.host,
+            options.port, options.replicas,
         )  # fmt: skip
         serve_until_stopped(config, settings, endpoint, options.family)
     except KeyboardInterrupt:  # the usual end of a server

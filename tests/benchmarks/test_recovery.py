@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import chaos, lives, resume, scaling
+from benchmarks import chaos, faults, lives, resume, scaling
 from benchmarks.lives import GROUPS, G
 
 
@@ -149,3 +149,54 @@ def test_gaps_of_a_phase_and_what_counts_as_a_pause() -> None:
         "NOT SO: --reward-workers 2 paused for 1.2 steps, --reward-workers 2 did not take part within a step, "
         "not everything was asked for: 1.25 steps at most"
     )
+
+
+class Life:
+    """Steps that ended at 10, 12, 21 and 23 s of the clock."""
+
+    def __init__(self, steps: list[tuple[int, float]]) -> None:
+        self._steps = steps
+
+    def steps(self) -> list[dict[str, float]]:
+        return [{"step": step, "time": at} for step, at in self._steps]
+
+    def wait_for(self, what: str, happened: Any, *_: object, **__: object) -> None:
+        assert happened(), what
+
+
+def trial(*steps: tuple[int, float]) -> faults.Faults:
+    made = object.__new__(faults.Faults)
+    made.life, made.steps, made.patience_s = Life(list(steps)), 9, 1.0  # type: ignore[assignment]
+    return made
+
+
+def test_fault_that_the_run_goes_through_is_timed_by_its_own_steps() -> None:
+    """It begins at 11 behind step 0, is over at 22; step 1 and 2 end meanwhile."""
+    found = trial((0, 10), (1, 12), (2, 21), (3, 23))._over("a fault", 11.0, 0, 2.5, 22.0, "")
+    assert (found.noticed_s, found.goes_on_s, found.lasted_s) == (2.5, 1.0, 11.0)
+    assert (found.steps_meanwhile, found.steps_again, found.status) == (2, 0, -1)
+
+
+def test_steps_that_are_made_again_are_counted_and_going_on_is_the_first_new_one() -> None:
+    """Stopped at 11 behind step 2; the learner begins again at step 1."""
+    found = trial((0, 9), (1, 15), (2, 17), (3, 21))._over("a fault", 11.0, 2, 3.0, 14.0, "")
+    assert (found.steps_again, found.goes_on_s, found.steps_meanwhile) == (2, 10.0, 0)
+
+
+def test_next_life_counts_from_the_end_of_the_last_one() -> None:
+    """Told to stop at 11, in step 1, which is finished at 12; the next life makes step 2 at 40."""
+    found = trial((0, 10), (1, 12), (2, 40))._over("a fault", 11.0, 1, 0.1, 13.0, "", 13.0)
+    assert (found.steps_again, found.goes_on_s, found.lasted_s) == (0, 29.0, 2.0)
+
+
+def test_verdict_of_the_faults_names_what_was_lost() -> None:
+    same = dict.fromkeys(("steps", "tensors", "steps_that_differ", "tensors_that_differ"), 0) | {"steps": 9}
+    fine = [faults.Fault("told to stop", 3, 0.1, 30, 5, 0, 0, 143), faults.Fault("full disk", 5, 1, 2, 9, 4, 0)]
+    assert faults.verdict(same, fine, 2, [], []) == (True, "NOTHING LOST, THE SAME TO THE LAST BIT: 2 faults, 9 steps")
+    lost = [faults.Fault("told to stop", 3, 0.1, 30, 5, 0, 1, 1)]
+    good, line = faults.verdict(same | {"tensors_that_differ": 2}, lost, 2, ["step-000009"], ["raylet"])
+    assert not good and line == (
+        "NOT SO: tensors_that_differ 2, 1 faults were not played, told to stop ended with 1, told to stop: 1 steps "
+        "again, step-000009 not at the URL, 1 processes outlived their run: 1 faults, 9 steps"
+    )
+    assert len({len(line) for line in faults.table(fine)}) == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
 from ray._private import services
 
-from ergo_rl.cluster.compat import start_ray_in_own_session
+from ergo_rl.cluster.compat import keep_sigterm_handler, start_ray_in_own_session
 
 
 def test_servers_of_ray_start_in_a_session_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +24,16 @@ def test_servers_of_ray_start_in_a_session_of_their_own(monkeypatch: pytest.Monk
     finally:
         server.process.kill()
         server.process.wait()
+
+
+@pytest.mark.parametrize(("before", "kept"), [(signal.default_int_handler, True), (signal.SIG_DFL, False)])
+def test_handler_that_rays_would_replace_is_kept(before: signal.Handlers, kept: bool) -> None:
+    def rays(number: int, frame: object) -> None: ...
+
+    usual = signal.signal(signal.SIGTERM, before)
+    try:
+        with keep_sigterm_handler():
+            signal.signal(signal.SIGTERM, rays)
+        assert signal.getsignal(signal.SIGTERM) is (before if kept else rays)
+    finally:
+        signal.signal(signal.SIGTERM, usual)

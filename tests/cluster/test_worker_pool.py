@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 
 from ergo_rl.cluster.placement import Cluster
 from ergo_rl.cluster.worker_pool import Faults, PoolExhausted, WorkerDied, WorkerPool
@@ -322,6 +322,50 @@ def test_ready_with_dying_worker_raises_pool_exhausted(ray_cluster: Cluster) -> 
         pool = WorkerPool(lambda index: Stillborn.remote(index), 1, Faults(3), "stillborn")
         with pytest.raises(PoolExhausted, match="stillborn: one died while it started"):
             await pool.ready(60)
+        await pool.close()
+
+    asyncio.run(play())
+
+
+class NodeDied(ActorDiedError):
+    """As Ray says it; its own error cannot be made outside of Ray."""
+
+    def __init__(self) -> None:
+        RayActorError.__init__(self, None, "The actor died because its node has died. Node Id: 9f", False, False)
+
+
+@ray.remote(num_cpus=0.01)
+class Movable(Clerk.__ray_metadata__.modified_class):  # type: ignore[name-defined,misc]
+    async def start(self) -> None:
+        if self.index == 0:
+            raise NodeDied
+
+
+def test_worker_whose_node_died_while_it_started_is_placed_again(
+    ray_cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    lives = iter((0, 1, 0, 2))
+
+    async def play() -> None:
+        pool = WorkerPool(lambda index: Movable.remote(next(lives)), 1, Faults(2), "clerks")
+        await pool.ready(60)
+        assert pool.restarts == 1 and (await pool.call("who"))[0] == 1
+        await pool.resize(2)  # the same for one that is added
+        assert pool.restarts == 2 and len(pool) == 2
+        assert sorted(index for index, *_ in await pool.call_all("who")) == [1, 2]
+        await pool.close()
+
+    with caplog.at_level("WARNING"):
+        asyncio.run(play())
+    assert "clerks: worker 0 died (NodeDied: The actor died because its node has died." in caplog.text
+
+
+def test_nodes_that_go_on_dying_spend_the_restarts(ray_cluster: Cluster) -> None:
+    async def play() -> None:
+        pool = WorkerPool(lambda index: Movable.remote(0), 1, Faults(2), "clerks")
+        with pytest.raises(PoolExhausted, match="clerks: one died while it started"):
+            await pool.ready(60)
+        assert pool.restarts == 2
         await pool.close()
 
     asyncio.run(play())

@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,6 +34,12 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Looks in turn 1, reads in turn 2; serves one model."""
+    with chat_endpoint(monkeypatch) as state:
+        yield state
+
+
+@contextmanager
+def chat_endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     state = Server(lambda messages: READ if messages[-2:][0]["role"] == "assistant" else LOOK)

@@ -340,13 +340,32 @@ def test_server_fetches_images_only_when_allowed(server: Server) -> None:
         calls = post(
             chat(WORDS, image(f"{server.url}/models")), chat(WORDS, image(gone)), chat(WORDS, image("http://x:port/"))
         )
-        replies = ask(server, calls, fetch_images=True)
+        replies = ask(server, calls, fetch_images=True, fetch_private=True)
     said = [reply.json()["error"]["message"] for reply in replies]
     assert [reply.status_code for reply in replies] == [400] * 3
     assert said[0].startswith("the image cannot be used: does not decode"), "it came, and is a list of models"
     assert said[1].startswith("the image was not fetched: ConnectError") and "InvalidURL" in said[2]
-    (large,) = ask(server, calls[:1], fetch_images=True, max_body_bytes=1000)
+    (large,) = ask(server, calls[:1], fetch_images=True, fetch_private=True, max_body_bytes=1000)
     assert large.status_code == 413 and "the image has more than 1000 bytes" in large.json()["error"]["message"]
+
+
+@pytest.mark.hostile("requests to serve")
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:1/x.png", "http://localhost:1/", "http://2130706433/", "http://0x7f.1/", "http://[::1]:1/x.png",
+     "http://[::ffff:127.0.0.1]/", "http://0.0.0.0/", "http://169.254.169.254/latest/", "http://10.0.0.1/", "http://[fe80::1]/",
+     "http://192.168.0.1/", "http://100.64.0.1/", "http://224.0.0.1/", "http://[fd00:ec2::254]/", "http://me:pw@127.0.0.1/"],
+)  # fmt: skip
+def test_server_fetches_no_image_from_where_only_it_gets(server: Server, url: str) -> None:
+    (reply,) = ask(server, post(chat(WORDS, image(url))), fetch_images=True)
+    assert reply.status_code == 400 and "which is not public" in reply.json()["error"]["message"]
+
+
+def test_public_address_is_given_as_it_is() -> None:
+    assert asyncio.run(chat_server.public_address("8.8.8.8")) == "8.8.8.8"
+    for host in ("nowhere.invalid", "", "x" * 300, "a..b"):
+        with pytest.raises(ChatError, match="was not fetched"):
+            asyncio.run(chat_server.public_address(host))
 
 
 def test_check_port_refuses_a_taken_port() -> None:

@@ -7,8 +7,10 @@ import ast
 import importlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -155,6 +157,54 @@ def test_a_command_turns_expected_errors_into_a_line_and_a_status(
 
     assert main([]) == status
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_that_no_command_handles_closes_what_is_open(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As before the handlers of a run are set: while its data is read, or Ray starts."""
+    closed = []
+
+    @command("try", stopped="stopped by hand before anything could be saved")
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except Exception:  # which must not take it for an error of its own
+            return 1
+        finally:
+            closed.append(signal.getsignal(number))
+        return 0
+
+    assert main([]) == 128 + number
+    assert capsys.readouterr().err == f"ergo-rl try: stopped by {number.name} before anything could be saved\n"
+    assert closed == [signal.SIG_DFL], "the second one ends the process at once"
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_signal_to_a_fork_of_a_command_ends_the_fork_alone() -> None:
+    @command("try")
+    def main(argv: Sequence[str] | None = None) -> int:
+        if (child := os.fork()) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        return os.waitpid(child, 0)[1]
+
+    assert main([]) == signal.SIGTERM, "it was ended by the signal"
+
+
+def test_ignored_hangup_stays_ignored() -> None:
+    @command("try")
+    def main(argv: Sequence[str] | None = None) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 3
+
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main([]) == 3
+    finally:
+        signal.signal(signal.SIGHUP, usual)
 
 
 def test_a_bug_keeps_its_traceback() -> None:

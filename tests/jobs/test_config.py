@@ -296,6 +296,13 @@ def test_load_config_with_enum_values_in_any_case_takes_them() -> None:
         load_config(PANELS, ["learner.optimizer.schedule=linearly"])
 
 
+@pytest.mark.parametrize("key", ["coarse", "direct"])
+@pytest.mark.parametrize("template", ["{question}", "{image}{image}", ""])
+def test_prompt_without_one_image_is_refused_at_start(key: str, template: str) -> None:
+    with pytest.raises(ConfigError, match=r"needs \{image\} exactly once"):
+        load_config(PANELS, [f"episode.prompts.{key}='{template}'"])
+
+
 def test_keys_that_may_change_are_those_that_do_not_decide_what_is_learned() -> None:
     keys = keys_that_may_change()
     assert len(keys) == len(set(keys)) == 61

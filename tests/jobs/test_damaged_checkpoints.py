@@ -68,12 +68,14 @@ def outcome(config: TrainConfig, folder: Path, log: str) -> str:  # noqa: F811
         return "refused"
 
 
+@pytest.mark.hostile("checkpoints")
 def test_every_damage_is_survived_or_refused(
     run: tuple[TrainConfig, Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     config, folder = run  # noqa: F811
     held, failed = Counter[str](), []
@@ -98,6 +100,8 @@ def test_every_damage_is_survived_or_refused(
         shutil.rmtree(folder)
         monkeypatch.undo()
     tried = held.total() + sum(": " in line and "Error" in line for line in failed)
+    record_property("tried", tried)
+    record_property("held", tried - len(failed))
     with capsys.disabled():
         print(
             f"\ndamaged checkpoints: {tried} tried, {tried - len(failed)} held ({held[BEFORE]} survived by the one "

@@ -137,6 +137,58 @@ def test_read_group_skips_unfinished_groups_and_reads_old_ones(tmp_path: Path) -
     )
 
 
+DAMAGED = {
+    "group.json": [b"", b"{", b"[]", b"null", b"[" * 100_000, b"\xff", b'{"question": {}}', b'{"question": 3}'],
+    "trajectories.jsonl": [b"{}\n", b"[1]\n", b"\xff\n", b"{\n", b'{"crop": 3}\n', b"[" * 100_000 + b"\n"],
+    "view.png": [b"", b"no image" * 9_000],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_group_costs_itself_alone(tmp_path: Path, name: str) -> None:
+    folder = write_run(tmp_path / "run")
+    for content in DAMAGED[name]:
+        (folder / SAMPLES / step_folder(5) / name).write_bytes(content)
+        found = [group for group in read_run(folder, 3_000).groups if len(group.attempts) == 3]
+        assert {group.step for group in found} >= {0, *range(10, 75, 5)}, content
+        report.build(folder, tmp_path / "page.html", 20)
+
+
+def test_rewards_that_are_no_numbers_are_shown_as_none(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    path = folder / SAMPLES / step_folder(5) / "trajectories.jsonl"
+    path.write_text(
+        path.read_text().replace('"region": 1.0', '"region": NaN').replace('"total": 3.5', '"total": 1e999')
+    )
+    report.build(folder, tmp_path / "page.html", 20)
+    group = read_group(path.parent)
+    assert group is not None and (group.attempts[0].total, group.attempts[0].parts) == (None, {"accuracy": 1.0})
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{[", b"\xff\xfe", b"- 1", b"total_steps: many", b"[" * 5_000, b"x: !!python/name:a"]
+)
+def test_damaged_config_leaves_the_page_without_settings(tmp_path: Path, content: bytes) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_bytes(content)
+    assert report.build(folder, tmp_path / "page.html", 1).total_steps == 30
+
+
+def test_damaged_records_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b"\n".join([b"", b"{", b"[3]", b"\xff", b'{"reward/total": 1}', b'{"step": "x"}', b"[" * 100_000, b""])
+        )
+        file.write(
+            b'{"step": 31, "reward/total": Infinity, "time/step_s": "long", "learner/tokens": %s}\n' % (b"9" * 400)
+        )
+    (folder / "ended.json").write_bytes(b"")
+    run = report.build(folder, tmp_path / "page.html", 1)
+    assert run.steps == 31 and run.state == "ended; ended.json cannot be read"
+    assert "metrics.jsonl, line 32 is damaged and left out" in caplog.text
+
+
 def test_read_run_averages_long_curves_in_bins(tmp_path: Path) -> None:
     lines = [json.dumps({"step": n, "reward/total": float(n % 2)}) for n in range(1200)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

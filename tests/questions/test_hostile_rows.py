@@ -267,6 +267,7 @@ def columns() -> list[tuple[str, str, pa.Array]]:
     ]  # fmt: skip
 
 
+@pytest.mark.hostile("schemas")
 @pytest.mark.parametrize(("column", "fate", "values"), columns(), ids=lambda value: str(getattr(value, "type", value)))
 def test_column_of_any_type_is_read_or_counted(
     column: str, fate: str, values: pa.Array, episodes: CoarseToFine, tmp_path: Path

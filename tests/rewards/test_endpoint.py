@@ -196,6 +196,7 @@ def outcomes(server: tuple[str, dict[str, Send]]) -> dict[str, Outcome]:
     return asyncio.run(run())
 
 
+@pytest.mark.hostile("replies of endpoints")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_reply_is_a_failed_call_in_bounded_time_and_memory(outcomes: dict[str, Outcome], name: str) -> None:
     outcome = outcomes[name]
