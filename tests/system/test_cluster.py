@@ -1,12 +1,14 @@
 """A real cluster of two nodes with a job server: a run is submitted over HTTP, followed, given a worker on the second
-node, loses that node, is stopped, and resumes when the same name is submitted again; and a run without a checkout, on
-nodes that have the wheel installed."""
+node, loses that node, is stopped, and resumes when the same name is submitted again; a run without a checkout, on nodes
+that have the wheel installed; and KubeRay's line of shell, with the real ``ray`` command."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -23,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray.job_submission import JobSubmissionClient
 
 from benchmarks.lives import descendants, lines_of, small_run, still
+from ergo_rl.jobs.config import load_config
+from ergo_rl.jobs.submission import ManifestOptions, kuberay
 from tests.conftest import ROOT
 from tests.system.installed import build_wheel, dependencies_only, install
 
@@ -105,13 +110,17 @@ class TwoNodes:
 
     def alive(self) -> int:
         """Nodes that the cluster has, as its job server says."""
-        request = urllib.request.Request(f"{self.server}/nodes?view=summary")
-        request.add_header("x-ray-authorization", f"Bearer {self.environment['RAY_AUTH_TOKEN']}")
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return len(re.findall(r'"state":\s*"ALIVE"', answer.read().decode()))
+            return len(re.findall(r'"state":\s*"ALIVE"', self.get("/nodes?view=summary")))
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return 0
+
+    def get(self, path: str) -> str:
+        """What the job server answers."""
+        request = urllib.request.Request(f"{self.server}{path}")
+        request.add_header("x-ray-authorization", f"Bearer {self.environment['RAY_AUTH_TOKEN']}")
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return str(answer.read().decode())
 
     def command(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -252,10 +261,7 @@ def test_a_job_survives_the_loss_of_a_node_and_resumes(cluster: TwoNodes, tmp_pa
 
     status = cluster.command("submit", "--status", "run", "--address", cluster.server)
     assert status.stdout.strip().startswith("run-2: SUCCEEDED")
-    known = urllib.request.Request(f"{cluster.server}/api/jobs/")
-    known.add_header("x-ray-authorization", f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}")
-    with urllib.request.urlopen(known, timeout=10) as answer:
-        table = answer.read().decode()
+    table = cluster.get("/api/jobs/")
     assert "run-2" in table and cluster.environment["RAY_AUTH_TOKEN"] not in table
 
 
@@ -277,3 +283,26 @@ def test_a_job_without_a_checkout_runs_where_the_wheel_is_installed(
     job = client.submit_job(entrypoint=where)
     wait_for("the answer of a job", lambda: client.get_job_status(job).is_terminal(), 60, str)
     assert str(cluster.python.parent.parent) in client.get_job_logs(job), "the code was the wheel's"
+
+
+def test_kuberay_submits_the_whole_command_and_it_runs_in_the_pods_folder(cluster: TwoNodes, tmp_path: Path) -> None:
+    """KubeRay joins these words with blanks and gives them to a shell in the submitter's pod (``job.go``,
+    ``GetK8sJobCommand``), where nothing of the project need be: here its folder is another one than that of the head,
+    the pods' ``workingDir``."""
+    (cluster.folder / "printed.py").write_text("import json, os, sys; print(json.dumps([os.getcwd(), *sys.argv[1:]]))")
+    words = ["name=two  words", "it's", '"$HOME" && `id`; #', "[/INST]", "a\\b", ""]
+    entrypoint = shlex.join(["python", "printed.py", *words])
+    config = load_config(ROOT / "configs" / "panels.yaml", ["runs_dir=/runs"])
+    entry = yaml.safe_load(kuberay(config, entrypoint, ManifestOptions("image", "claim")))["spec"]["entrypoint"]
+    at = ["--address", cluster.server]
+    line = ["if", "!", "ray", "job", "status", *at, "printed", ">/dev/null", "2>&1", ";", "then"]
+    line += ["ray", "job", "submit", *at, "--no-wait", "--submission-id", "printed", "--", entry, ";", "fi", ";"]
+    line += ["ray", "job", "logs", *at, "--follow", "printed"]
+    done = subprocess.run(
+        ["/bin/bash", "-ce", "--", " ".join(line)], cwd=tmp_path, env=cluster.environment, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    job = json.loads(cluster.get("/api/jobs/printed"))
+    assert shlex.split(job["entrypoint"]) == ["python", "printed.py", *words], done.stdout + done.stderr
+    assert job["status"] == "SUCCEEDED", done.stdout + done.stderr
+    assert json.dumps([str(cluster.folder), *words]) in done.stdout

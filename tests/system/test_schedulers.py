@@ -1,31 +1,23 @@
-"""What ``ergo-rl submit --dry-run`` prints, on the real ones: a job script under a real Slurm, with a light driver that
-obeys signals as a run does; and KubeRay's line of shell with the real ``ray`` command and a real head."""
+"""The job script that ``ergo-rl submit --dry-run`` prints, under a real Slurm, with a light driver that obeys signals
+as a run does. KubeRay's line of shell is in ``test_cluster``, beside a real job server."""
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
-from benchmarks.lives import descendants, send
 from ergo_rl.jobs.config import load_config
-from ergo_rl.jobs.submission import ManifestOptions, kuberay
+from ergo_rl.jobs.submission import ManifestOptions
 from ergo_rl.jobs.submission import slurm as slurm_script
 from tests.conftest import ROOT
 from tests.system.background import Background
-from tests.system.slurm import NoSlurm, free_port, slurm
+from tests.system.slurm import NoSlurm, slurm
 
 pytestmark = pytest.mark.system
 PANELS = ROOT / "configs" / "panels.yaml"
@@ -148,75 +140,3 @@ def limit_saves_and_the_job_is_queued_again(jobs: Jobs) -> None:
     jobs.wait(number, home, lambda job: (job["Restarts"], job["JobState"]) == ("1", "PENDING"), 60)
     assert (home / "saved").read_text() == "with Ray"
     jobs.call("scancel", number)
-
-
-# --- KubeRay ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
-    """The address of a job server whose Ray runs in ``tmp_path / 'home'``, as in the pods' ``workingDir``."""
-    (home := tmp_path / "home").mkdir()
-    temporary = Path(tempfile.mkdtemp(prefix="ergo-ray-", dir="/tmp"))
-    port = free_port()
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0",
-        f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
-        "--disable-usage-stats", f"--port={free_port()}",
-        f"--temp-dir={temporary}", f"--object-store-memory={100 * 2**20}", f"--ray-client-server-port={free_port()}",
-        f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}",
-    ]  # fmt: skip
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    with (tmp_path / "head.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 60
-        while not answers(f"http://127.0.0.1:{port}/api/version"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail((tmp_path / "head.log").read_text()[-3000:])
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        for pid in (process.pid, *(pid for pid, _ in descendants(process.pid))):
-            send(pid, 9)
-        process.wait()
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def test_kuberay_submits_the_whole_command_and_it_runs_in_the_pods_folder(head: str, tmp_path: Path) -> None:
-    """KubeRay joins these words with blanks and gives them to a shell in the submitter's pod (``job.go``,
-    ``GetK8sJobCommand``), where nothing of the project need be: here its folder is another one."""
-    (home := tmp_path / "home" / "printed.py").write_text(
-        "import json, os, sys; print(json.dumps([os.getcwd(), *sys.argv[1:]]))"
-    )
-    words = ["name=two  words", "it's", '"$HOME" && `id`; #', "[/INST]", "a\\b", ""]
-    entrypoint = shlex.join(["python", "printed.py", *words])
-    config = load_config(PANELS, ["runs_dir=/runs"])
-    entry = yaml.safe_load(kuberay(config, entrypoint, ManifestOptions("image", "claim")))["spec"]["entrypoint"]
-    at = ["--address", head]
-    status, submit = (
-        ["ray", "job", "status", *at, "j"],
-        ["ray", "job", "submit", *at, "--no-wait", "--submission-id", "j"],
-    )
-    line = ["if", "!", *status, ">/dev/null", "2>&1", ";", "then", *submit, "--", entry, ";", "fi", ";"]
-    line += ["ray", "job", "logs", *at, "--follow", "j"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": path}
-    (elsewhere := tmp_path / "submitter").mkdir()
-    done = subprocess.run(
-        ["/bin/bash", "-ce", "--", " ".join(line)], cwd=elsewhere, env=environment, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    with urllib.request.urlopen(f"{head}/api/jobs/j", timeout=10) as answer:
-        job = json.load(answer)
-    assert shlex.split(job["entrypoint"]) == ["python", "printed.py", *words], done.stdout + done.stderr
-    assert job["status"] == "SUCCEEDED", done.stdout + done.stderr
-    assert json.dumps([str(home.parent), *words]) in done.stdout
