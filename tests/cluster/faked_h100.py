@@ -1,12 +1,15 @@
-"""What vLLM makes of the engines of the recipes on an H100 that is not there: prints a JSON object, by recipe and role.
+"""What vLLM makes of the engines of the recipes on an H100 that is not there, by recipe and role, and where it puts the
+weights of published models: prints a JSON object.
 
-A process of its own, because it replaces vLLM's platform. For vLLM's build for GPUs, whose compiled parts load without
-a driver; what would ask the driver is answered here, all else is vLLM's code and ours."""
+A process of its own, because it replaces vLLM's platform, and needs a driver's library that is none (``no_driver``).
+For vLLM's build for GPUs. What would ask the driver is answered here, all else is vLLM's code and ours."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +22,23 @@ from ergo_rl.cluster.config import EngineConfig
 from ergo_rl.cluster.engine import Engine
 from ergo_rl.jobs.config import TrainConfig, load_config
 from ergo_rl.rewards.config import Backend
-from tests.cluster.shapes import folder_of
+from tests.cluster.shapes import MODELS, folder_of, join_groups, load
+
+DRIVER = """
+cuCtxGetCurrent cuCtxSetCurrent cuDeviceGetAttribute cuDevicePrimaryCtxRetain cuGetErrorString cuGetProcAddress_v2
+cuMemAddressFree cuMemAddressReserve cuMemCreate cuMemGetAllocationGranularity cuMemMap cuMemRelease cuMemSetAccess
+cuMemUnmap cuPointerGetAttribute cuTensorMapEncodeTiled
+"""
+"""What vLLM's compiled parts want of libcuda before they load."""
+
+
+def no_driver(folder: Path) -> dict[str, str]:
+    """The environment of a process that finds a libcuda.so.1 which answers everything with CUDA_ERROR_NO_DEVICE."""
+    code = "".join(f"int {name}(void) {{ return 100; }}\n" for name in DRIVER.split())
+    (folder / "libcuda.c").write_text(code, encoding="utf-8")
+    command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1", "libcuda.c"]
+    subprocess.run(command, cwd=folder, check=True)
+    return os.environ | {"LD_LIBRARY_PATH": f"{folder}{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}"}
 
 
 def pretend() -> None:
@@ -115,11 +134,14 @@ def engines(config: TrainConfig) -> Iterator[tuple[str, EngineConfig]]:
 def main(recipes: list[str]) -> None:
     pretend()
     found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent)
         for recipe in recipes:
             for role, engine in engines(load_config(Path(recipe))):
-                model = folder_of(engine.model, Path(folder))
-                found.setdefault(Path(recipe).stem, {})[role] = described(replace(engine, model=str(model)))
+                local = replace(engine, model=str(folder_of(engine.model, folder)))
+                found.setdefault(Path(recipe).stem, {})[role] = described(local)
+        join_groups(folder)
+        found["weights"] = {name: load(name, folder) for name in MODELS}
     print(json.dumps(found))
 
 

@@ -15,7 +15,7 @@ MODELS = {
     "Qwen/Qwen2.5-VL-7B-Instruct": (729, 525),
     "Qwen/Qwen2.5-VL-3B-Instruct": (824, 580),
     "Qwen/Qwen3-VL-8B-Instruct": (750, 642),
-    "Qwen/Qwen3-VL-4B-Instruct": (713, 0),
+    "Qwen/Qwen3-VL-4B-Instruct": (713, 605),
 }
 """How many weights the learner publishes, and how many parameters vLLM's class has: it fuses some, and a head that is
 tied to the embeddings is none of its own."""
