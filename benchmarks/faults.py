@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ INSIDE = "ERGO_RL_FAULTS_INSIDE"
 @dataclass(frozen=True)
 class Fault:
     """noticed_s, goes_on_s: see above; lasted_s: until the fault was over; steps_meanwhile: finished while it lasted;
-    steps_again: finished steps that had to be made again; status: with which the process ended, -1: it went on;
+    steps_again: finished steps that had to be made again; status: with which the process ended, None: it went on;
     said: what the run said first."""
 
     kind: str
@@ -54,7 +55,7 @@ class Fault:
     lasted_s: float
     steps_meanwhile: int
     steps_again: int
-    status: int = -1
+    status: int | None = None
     said: str = ""
 
 
@@ -197,9 +198,11 @@ class Faults:
     ) -> Fault:
         """The figures, once a step was finished behind it, or the run has no more to make. over: end of the fault;
         begin: from when steps count as later than ``last``, where that is not ``since``."""
-        self.life.wait_for(
-            "a step", lambda: self._first_after(since) is not None or self._last() + 1 == self.steps, self.patience_s
-        )
+
+        def news() -> bool:
+            return any(one["step"] > last and one["time"] > (begin or since) for one in self.life.steps())
+
+        self.life.wait_for("a new step", lambda: news() or last + 1 == self.steps, self.patience_s)
         later = [step for step in self.life.steps() if step["time"] > (begin or since)]
         again = max(0, last + 1 - min((step["step"] for step in later), default=last + 1))
         goes_on_s = min((step["time"] for step in later if step["step"] > last), default=over) - since
@@ -240,12 +243,13 @@ class Faults:
 
 ALL = "SIGTERM to every process"
 """Ray ends with the run, so that the next life goes on from the last checkpoint."""
+AWAY = "object store away"
 KINDS: dict[str, Callable[[Faults, str], Fault]] = {
     "the only learner rank stopped (SIGSTOP)": Faults.stopped_learner,
     "disk full for 3 saves": Faults.full_disk,
     "SIGTERM to the process group": Faults.process_group,
     ALL: Faults.control_group,
-    "object store away": Faults.store_away,
+    AWAY: Faults.store_away,
 }
 COMMON = {"checkpoint.every": 1, "start_deadline_s": 1800}
 
@@ -274,7 +278,7 @@ def still_alive(family: list[tuple[int, str]]) -> list[str]:
 
 def line_of(one: Fault) -> str:
     seconds = "".join(f"{value:11.1f}" for value in (one.noticed_s, one.goes_on_s, one.lasted_s))
-    status = one.status if one.status >= 0 else "-"
+    status = "-" if one.status is None else one.status
     return f"{one.kind:42s}{seconds}{one.steps_meanwhile:11d}{one.steps_again:11d}{status:>11}"
 
 
@@ -289,7 +293,7 @@ def verdict(
 ) -> tuple[bool, str]:
     wrong = [f"{name} {value}" for name, value in list(found.items())[2:] if value]
     wrong += [f"{planned - len(faults)} faults were not played"] if len(faults) < planned else []
-    saved = [one for one in faults if one.status != -1 and one.kind != ALL]
+    saved = [one for one in faults if one.status is not None and one.kind != ALL]
     wrong += [f"{one.kind} ended with {one.status}" for one in saved if one.status != 128 + signal.SIGTERM]
     wrong += [f"{one.kind}: {one.steps_again} steps again" for one in saved if one.steps_again]
     wrong += [f"{', '.join(lost_copies)} not at the URL"] if lost_copies else []
@@ -343,11 +347,13 @@ def main() -> int:
     parser.add_argument("--patience-s", type=float, default=900, help="for each wait (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="a new folder for the runs, kept (default: one that is removed)")
     options = parser.parse_args()
+    if AWAY in options.kinds and not (find_spec("s3fs") and find_spec("moto")):
+        parser.error(f"{AWAY!r} needs an S3 server: pip install s3fs 'moto[server]', or name other --kinds")
     if options.steps < (STEPS_BETWEEN + 2) * len(options.kinds):
         parser.error(f"give at least {STEPS_BETWEEN + 2} steps for each fault")
     into_own_namespace()
     store = None
-    if "object store away" in options.kinds:
+    if AWAY in options.kinds:
         store = ObjectStore()
         os.environ |= store.environment
         import fsspec

@@ -174,7 +174,7 @@ def test_fault_that_the_run_goes_through_is_timed_by_its_own_steps() -> None:
     """It begins at 11 behind step 0, is over at 22; step 1 and 2 end meanwhile."""
     found = trial((0, 10), (1, 12), (2, 21), (3, 23))._over("a fault", 11.0, 0, 2.5, 22.0, "")
     assert (found.noticed_s, found.goes_on_s, found.lasted_s) == (2.5, 1.0, 11.0)
-    assert (found.steps_meanwhile, found.steps_again, found.status) == (2, 0, -1)
+    assert (found.steps_meanwhile, found.steps_again, found.status) == (2, 0, None)
 
 
 def test_steps_that_are_made_again_are_counted_and_going_on_is_the_first_new_one() -> None:
