@@ -217,9 +217,8 @@ def test_send_with_hung_engine_fails_in_time_and_next_connection_works(engines: 
 
 def test_connect_with_absent_engine_fails_in_time(engines: list[Any], learner: Any) -> None:
     absent = Engine.options(num_cpus=10_000).remote()  # type: ignore[attr-defined]
-    ray.get([engine.pid.remote() for engine in engines])  # they are up: one that still starts counts as absent
     started = time.monotonic()
-    failure = ray.get(learner.connect.remote([*engines, absent], 1.0))
+    failure = ray.get(learner.connect.remote([*engines, absent], 3.0))
     assert failure.startswith("init_weight_transfer of rollout worker 2: GetTimeoutError")
     assert time.monotonic() - started < 20
     ray.kill(absent)
