@@ -109,19 +109,15 @@ class EngineClient:
             infos = [info | {"rank_offset": first + index * self._processes} for index, info in enumerate(infos)]
         self._call("init_weight_transfer", [(self._transport, info, self._timeout_s) for info in infos])
 
-    def start_weight_update(self, wait: bool = True) -> None:
+    def start_weight_update(self) -> None:
         self._transfer = uuid.uuid4().hex
-        self._ask("start_weight_update", [(self._transfer,)] * len(self._engines))
-        if wait:
-            self.wait()
+        self._begin("start_weight_update", [(self._transfer,)] * len(self._engines))
 
-    def update_weights(self, update_info: dict[str, Any], wait: bool = True) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         # vLLM carries only plain types to its workers; CUDA IPC handles contain classes.
         payload = pickle.dumps(update_info) if self._transport == "ipc" else update_info
         update = {"transport": self._transport, "payload": payload}
-        self._ask("update_weights", [(self._transfer, update)] * len(self._engines))
-        if wait:
-            self.wait()
+        self._begin("update_weights", [(self._transfer, update)] * len(self._engines))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         answers = self._call("finish_weight_update", [(self._transfer, self.version)] * len(self._engines))
@@ -131,6 +127,11 @@ class EngineClient:
         if not self.failure:
             self.failure = why
             self.abort()
+
+    def _begin(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """vLLM's engines expect the answers here; ours writes a bucket meanwhile, and calls ``wait``."""
+        begin = self._ask if self._transport == "shared_memory" else self._call
+        begin(method, arguments)
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         self._ask(method, arguments)
@@ -190,13 +191,13 @@ class SharedMemoryEngine:
         lent: SharedFile | None = None
         for index, bucket in enumerate(self._weights.weights()):
             if self._is_sender and index == 0:  # generation pauses only now that there is something to load
-                self._client.start_weight_update(wait=False)
+                self._client.start_weight_update()
             file = self._file(bucket) if self._writes else None
             self._release(lent)
             lent = file
             paths = dict(entry for entry in _all_gather(file and (self._domain, str(file.path))) if entry)
             if self._is_sender:
-                self._client.update_weights({"paths": paths, "spec": asdict(bucket.spec)}, wait=False)
+                self._client.update_weights({"paths": paths, "spec": asdict(bucket.spec)})
         self._release(lent)
         if self._is_sender:
             self._client.finish_weight_update()

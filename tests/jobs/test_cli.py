@@ -164,6 +164,7 @@ def test_signal_that_no_command_handles_closes_what_is_open(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As before the handlers of a run are set: while its data is read, or Ray starts."""
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, and stays so
     closed = []
 
     @command("try", stopped="stopped by hand before anything could be saved")
@@ -180,7 +181,7 @@ def test_signal_that_no_command_handles_closes_what_is_open(
     assert main([]) == 128 + number
     assert capsys.readouterr().err == f"ergo-rl try: stopped by {number.name} before anything could be saved\n"
     assert closed == [signal.SIG_DFL], "the second one ends the process at once"
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.signal(number, before) is signal.SIG_DFL
 
 
 def test_signal_to_a_fork_of_a_command_ends_the_fork_alone() -> None:

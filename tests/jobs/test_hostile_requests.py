@@ -149,7 +149,6 @@ SERVED: dict[str, bytes] = {
     "a grey picture": image(picture(mode="L")),
     # Pillow and browsers alike show what is there, and black for the rest.
     "a PNG with fewer pixels than it says": image(png(100, 100, bytes(301 * 3))),
-    "a palette without colours": image(png(100, 100, bytes(101 * 100), colour=3)),
     "bytes behind the picture": image(PNG + b"#!/bin/sh\n" * 100),
 }  # fmt: skip
 """Odd, and yet they ask for what the server does."""
@@ -266,6 +265,7 @@ HOSTILE: dict[str, bytes | Send] = {
     "a GIF without frames": image(b"GIF89a\x64\0\x64\0\0\0\0;"),
     "a WebP of noise": image(b"RIFF\xff\xff\xff\x7fWEBPVP8 " + random.Random(1).randbytes(500)),
     "a TIFF whose pages go round": image(b"II*\0\x08\0\0\0\0\0\x08\0\0\0"),
+    "a palette without colours": image(png(100, 100, bytes(101 * 100), colour=3)),
     "a TIFF whose strips lie outside": image(flipped(picture(format="TIFF"), 5)),
     "a BMP of -1 pixels": image(picture(format="BMP")[:18] + b"\xff" * 8 + picture(format="BMP")[26:]),
     "PostScript": image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(%pipe%id) (r) file\n"),
