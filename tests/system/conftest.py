@@ -48,6 +48,7 @@ def _room_for_processes(request: pytest.FixtureRequest) -> None:
     engines their own would not fit into 24 GB, and Ray kills what does not fit."""
     if layer_of(request.node) == "processes":
         end_shared_engines()
+        request.getfixturevalue("background").begin_late()
 
 
 @dataclass
